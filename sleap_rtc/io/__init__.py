@@ -1,0 +1,1 @@
+"""Trio drivers: they move bytes and time between the world and `proto`."""

@@ -1,0 +1,99 @@
+"""One interface over every kind of link."""
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import msgspec
+
+from sleap_rtc.proto.frames import Frame
+from sleap_rtc.proto.messages import Message
+
+LinkKind = Literal["quic", "tcp"]
+
+
+class LinkClosedError(Exception):
+    """The link is gone, and with it whatever was on the way.
+
+    Args:
+        reason: What happened, for people.
+        by_peer: True if the peer closed it in order and gave the reason itself.
+    """
+
+    def __init__(self, reason: str, *, by_peer: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.by_peer = by_peer
+
+
+class LinkStatistics(msgspec.Struct, frozen=True):
+    """What a link has done so far.
+
+    Args:
+        kind: The transport.
+        address: The peer's ``host:port``.
+        rtt: Smoothed round-trip time in seconds, 0 before the first sample.
+        bytes_sent: Bytes handed to the network, headers of the transport included.
+        bytes_received: Bytes taken from the network.
+        packets_lost: Packets that the transport had to send again.
+        ignored_messages: Control messages of names that this version does not know.
+    """
+
+    kind: LinkKind
+    address: str
+    rtt: float
+    bytes_sent: int
+    bytes_received: int
+    packets_lost: int
+    ignored_messages: int
+
+
+class Link(ABC):
+    """An authenticated, encrypted connection between two peers.
+
+    It carries ordered control messages and, beside them, bulk frames. Any number of
+    tasks may send; one task may receive messages, and one may receive frames. Whatever
+    ends the link makes every pending and later call raise `LinkClosedError`.
+    """
+
+    @abstractmethod
+    async def send_message(self, message: Message) -> None:
+        """Send a control message, whole or not at all.
+
+        Raises:
+            LinkClosedError: If the link is gone.
+        """
+
+    @abstractmethod
+    async def receive_message(self) -> Message:
+        """Wait for the next control message of a known name.
+
+        Raises:
+            LinkClosedError: If the link ends first, also if the peer sent garbage.
+        """
+
+    @abstractmethod
+    async def send_frame(self, frame: Frame) -> None:
+        """Send a bulk frame; waits while the transport has enough to send.
+
+        Raises:
+            LinkClosedError: If the link is gone.
+        """
+
+    @abstractmethod
+    async def receive_frame(self) -> Frame:
+        """Wait for the next bulk frame, of whichever transfer.
+
+        Raises:
+            LinkClosedError: If the link ends first, also if the peer sent garbage.
+        """
+
+    @abstractmethod
+    def statistics(self) -> LinkStatistics:
+        """Say what the link has done so far."""
+
+    @abstractmethod
+    async def aclose(self, reason: str = "") -> None:
+        """Send what was accepted for sending, tell the peer the reason, and end.
+
+        It takes at most a few seconds, and is safe to call again and when cancelled.
+        """

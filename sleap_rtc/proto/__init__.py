@@ -1,0 +1,1 @@
+"""Pure protocol core: values and state machines, without any input or output."""

@@ -1,0 +1,485 @@
+"""Every control message, in one table, and its text codec.
+
+A control message is one UTF-8 text of at most 64 KiB, ``NAME::field::field``. Only the
+last field may contain ``::``; it is free text, or JSON where it is structured. The
+order of a message's fields on the wire is the order of the attributes of its class.
+"""
+
+from typing import Annotated, Literal, get_args, get_origin
+
+import msgspec
+from msgspec import Meta
+
+from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+
+PROTOCOL_VERSION = 1
+
+MAX_MESSAGE_BYTES = 64 * 1024
+"""What peers in the field accept at most (their data channels advertise 65536)."""
+
+MAX_JOB_RESULTS = 200
+"""Files in one `JobResults`: 200 paths of 255 bytes fit into a message."""
+
+SEPARATOR = "::"
+
+# ------------------------------------------------------------------- field types
+
+JobId = Annotated[str, Meta(pattern=r"\Ajob_[0-9a-f]{8,32}\Z")]
+"""``job_`` and 8 to 32 hexadecimal digits."""
+
+Hash = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+"""32 bytes (a BLAKE3 hash, a MAC) as lower-case hexadecimal digits."""
+
+Nonce = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+"""16 random bytes as lower-case hexadecimal digits."""
+
+TransferId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+Size = Annotated[int, Meta(ge=0, le=2**50)]
+"""Bytes; one pebibyte is more than any storage here holds."""
+
+ChunkIndex = Annotated[int, Meta(ge=0, le=2**32 - 1)]
+Count = Annotated[int, Meta(ge=1, le=2**32 - 1)]
+Number = Annotated[int, Meta(ge=0, le=2**53)]
+WirePath = Annotated[str, Meta(min_length=1, max_length=4096)]
+"""A relative POSIX path; `sleap_rtc.proto.paths` decides whether it is harmless."""
+
+FileName = Annotated[str, Meta(min_length=1, max_length=255)]
+Text = str
+Route = Literal["shared", "channel"]
+JobStateName = Literal[
+    "RECEIVING", "QUEUED", "RUNNING", "COMPLETE", "FAILED", "CANCELLED"
+]
+
+
+class Message(msgspec.Struct, frozen=True):
+    """One control message; its attributes are the fields, in wire order."""
+
+
+class Json(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A structured last field. Unknown keys are ignored, so that it can grow."""
+
+
+# --------------------------------------------------------------- structured fields
+
+
+class Gpu(Json, frozen=True):
+    """One GPU of a worker."""
+
+    model: Annotated[str, Meta(max_length=128)]
+    memory_mb: Number
+
+
+class Greeting(Json, frozen=True):
+    """Who speaks, and what it can do."""
+
+    protocol: Annotated[int, Meta(ge=1, le=2**16)]
+    version: Annotated[str, Meta(max_length=64)]
+    role: Literal["client", "worker"]
+    hostname: Annotated[str, Meta(max_length=255)] = ""
+    shared_storage: bool = False
+    disk_free: Size = 0
+    slots: Annotated[int, Meta(ge=0, le=1024)] = 0
+    gpus: Annotated[tuple[Gpu, ...], Meta(max_length=64)] = ()
+    sleap_nn: Annotated[str, Meta(max_length=64)] = ""
+
+
+class Submission(Json, frozen=True):
+    """A package that will come through the channel."""
+
+    name: FileName
+    size: Size
+
+
+class OfferedFile(Json, frozen=True):
+    """One file that the sender of the message is ready to send."""
+
+    name: FileName
+    size: Size
+    chunk_size: Annotated[int, Meta(ge=4096, le=16 * 1024 * 1024)]
+
+
+class JobProgress(Json, frozen=True):
+    """Where a job stands."""
+
+    state: JobStateName
+    position: Number = 0
+    """Jobs ahead of it while it is QUEUED."""
+
+    detail: Annotated[str, Meta(max_length=1024)] = ""
+    """For people: which command runs, or why the job ended."""
+
+
+class ResultFile(Json, frozen=True):
+    """One file that a job made, relative to the job directory."""
+
+    path: WirePath
+    size: Size
+
+
+class ResultPage(Json, frozen=True):
+    """Some of the files that a job made."""
+
+    files: Annotated[tuple[ResultFile, ...], Meta(max_length=MAX_JOB_RESULTS)] = ()
+    last: bool = True
+    """False while more pages follow."""
+
+
+# -------------------------------------------------------------- opening of a link
+
+
+class Auth(Message, frozen=True):
+    """Client to worker, first on every link: proof that it holds the room secret."""
+
+    session: Nonce
+    proof: Hash
+
+
+class Hello(Message, frozen=True):
+    """Both sides, once, after the proof was accepted."""
+
+    greeting: Greeting
+
+
+class Error(Message, frozen=True):
+    """Both sides: the link ends, and why."""
+
+    reason: Text
+
+
+# ----------------------------------------------------------------- shared storage
+
+
+class JobIdentity(Message, frozen=True):
+    """Client to worker: the job that the paths which follow belong to."""
+
+    job_id: JobId
+
+
+class MountProbe(Message, frozen=True):
+    """Client to worker: read this small file through your own root."""
+
+    job_id: JobId
+    path: WirePath
+
+
+class MountProbed(Message, frozen=True):
+    """Worker to client: the BLAKE3 hash of what the probe file holds."""
+
+    job_id: JobId
+    content: Hash
+
+
+class MountProbeFailed(Message, frozen=True):
+    """Worker to client: the probe file is not there, or there is no root."""
+
+    job_id: JobId
+    reason: Text
+
+
+class SharedInputPath(Message, frozen=True):
+    """Client to worker: where the package lies beneath the shared root."""
+
+    path: WirePath
+
+
+class SharedOutputPath(Message, frozen=True):
+    """Client to worker: where beneath the shared root the models shall go."""
+
+    path: WirePath
+
+
+class PathValidated(Message, frozen=True):
+    """Worker to client: that path is good."""
+
+    which: Literal["input", "output"]
+
+
+class PathError(Message, frozen=True):
+    """Worker to client: that path is refused; the client takes the channel route."""
+
+    reason: Text
+
+
+class SharedStorageJob(Message, frozen=True):
+    """Client to worker: run the job whose paths were validated."""
+
+    action: Literal["start"] = "start"
+
+
+# ------------------------------------------------------------------ channel route
+
+
+class JobSubmit(Message, frozen=True):
+    """Client to worker: a package will come through the channel."""
+
+    job_id: JobId
+    submission: Submission
+
+
+class JobAccepted(Message, frozen=True):
+    """Worker to client: send it."""
+
+    job_id: JobId
+
+
+class JobRejected(Message, frozen=True):
+    """Worker to client: this job can't be taken."""
+
+    job_id: JobId
+    reason: Text
+
+
+class FileOffer(Message, frozen=True):
+    """Sender of a file to its receiver."""
+
+    transfer_id: TransferId
+    file: OfferedFile
+
+
+class FileRequest(Message, frozen=True):
+    """Client to worker: offer this result file under this transfer id."""
+
+    transfer_id: TransferId
+    job_id: JobId
+    path: WirePath
+
+
+class ChunkGrant(Message, frozen=True):
+    """Receiver to sender: room for these chunks; send them once each."""
+
+    transfer_id: TransferId
+    first: ChunkIndex
+    count: Count
+
+
+class FileReceived(Message, frozen=True):
+    """Receiver to sender: every chunk is stored; the hash over the chunk hashes."""
+
+    transfer_id: TransferId
+    root: Hash
+
+
+class FileVerified(Message, frozen=True):
+    """Sender to receiver: the hash is that of the source; the file may appear."""
+
+    transfer_id: TransferId
+
+
+class FileError(Message, frozen=True):
+    """Both sides: this transfer ends, and why."""
+
+    transfer_id: TransferId
+    reason: Text
+
+
+# ---------------------------------------------------------------- life of a job
+
+
+class JobState(Message, frozen=True):
+    """Worker to client: the job's state changed, or its place in the queue did."""
+
+    job_id: JobId
+    progress: JobProgress
+
+
+class JobLog(Message, frozen=True):
+    """Worker to client: one line of output.
+
+    ``sequence`` grows by one with each message of a job. ``line`` is the number of the
+    line; a message with the number of an earlier line redraws that line.
+    """
+
+    job_id: JobId
+    sequence: Number
+    line: Number
+    text: Text
+
+
+class JobCancel(Message, frozen=True):
+    """Client to worker: stop this job."""
+
+    job_id: JobId
+
+
+class TrainingComplete(Message, frozen=True):
+    """Worker to client: all training commands of the package succeeded."""
+
+
+class InferenceComplete(Message, frozen=True):
+    """Worker to client: all inference commands of the package succeeded."""
+
+
+class JobResults(Message, frozen=True):
+    """Worker to client, before the end of the job: what it made."""
+
+    job_id: JobId
+    page: ResultPage
+
+
+class JobComplete(Message, frozen=True):
+    """Worker to client: done; where the models are."""
+
+    job_id: JobId
+    path: WirePath
+
+
+class JobFailed(Message, frozen=True):
+    """Worker to client: the job ended without success."""
+
+    job_id: JobId
+    reason: Text
+
+
+class ResultsReceived(Message, frozen=True):
+    """Client to worker: all results have arrived; the worker may remove its copy."""
+
+    job_id: JobId
+
+
+class Unknown(Message, frozen=True):
+    """A message of a newer peer: counted and ignored, never sent."""
+
+    name: str
+
+
+# ----------------------------------------------------------------------- the table
+
+TABLE: dict[str, type[Message]] = {
+    "AUTH": Auth,
+    "HELLO": Hello,
+    "ERROR": Error,
+    "JOB_ID": JobIdentity,
+    "MOUNT_PROBE": MountProbe,
+    "MOUNT_PROBED": MountProbed,
+    "MOUNT_PROBE_FAILED": MountProbeFailed,
+    "SHARED_INPUT_PATH": SharedInputPath,
+    "SHARED_OUTPUT_PATH": SharedOutputPath,
+    "PATH_VALIDATED": PathValidated,
+    "PATH_ERROR": PathError,
+    "SHARED_STORAGE_JOB": SharedStorageJob,
+    "JOB_SUBMIT": JobSubmit,
+    "JOB_ACCEPTED": JobAccepted,
+    "JOB_REJECTED": JobRejected,
+    "FILE_OFFER": FileOffer,
+    "FILE_REQUEST": FileRequest,
+    "CHUNK_GRANT": ChunkGrant,
+    "FILE_RECEIVED": FileReceived,
+    "FILE_VERIFIED": FileVerified,
+    "FILE_ERROR": FileError,
+    "JOB_STATE": JobState,
+    "JOB_LOG": JobLog,
+    "JOB_CANCEL": JobCancel,
+    "TRAINING_COMPLETE": TrainingComplete,
+    "INFERENCE_COMPLETE": InferenceComplete,
+    "JOB_RESULTS": JobResults,
+    "JOB_COMPLETE": JobComplete,
+    "JOB_FAILED": JobFailed,
+    "RESULTS_RECEIVED": ResultsReceived,
+}
+
+_NAMES = {cls: name for name, cls in TABLE.items()}
+_MAX_NAME = 64
+
+
+def _is_json(cls: type[Message]) -> bool:
+    """Tell whether the last field of a message is structured."""
+    fields = msgspec.structs.fields(cls)
+    if not fields:
+        return False
+    last = fields[-1].type
+    if get_origin(last) is Annotated:
+        last = get_args(last)[0]
+    return isinstance(last, type) and issubclass(last, Json)
+
+
+_JSON_LAST = frozenset(cls for cls in TABLE.values() if _is_json(cls))
+
+
+def encode_message(message: Message) -> str:
+    """Write a message as the text that goes over the wire.
+
+    Args:
+        message: Any message of `TABLE`.
+
+    Returns:
+        The text, at most `MAX_MESSAGE_BYTES` as UTF-8.
+
+    Raises:
+        LocalProtocolError: If it is too long, a field other than the last contains
+            ``::``, or the class is not in the table.
+    """
+    name = _NAMES.get(type(message))
+    if name is None:
+        raise LocalProtocolError(f"{type(message).__name__} is not a wire message")
+    values = msgspec.structs.astuple(message)
+    fields = [str(value) for value in values]
+    if type(message) in _JSON_LAST:
+        fields[-1] = msgspec.json.encode(values[-1]).decode()
+    if any(SEPARATOR in field for field in fields[:-1]):
+        raise LocalProtocolError(f"a field of {name} contains '{SEPARATOR}'")
+    # A field that ends in ":" would move the border to the field after it.
+    if any(field.endswith(":") for field in fields[:-1]):
+        raise LocalProtocolError(f"a field of {name} ends in ':'")
+    text = SEPARATOR.join([name, *fields])
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise LocalProtocolError(f"{name} is not valid Unicode") from None
+    if size > MAX_MESSAGE_BYTES:
+        raise LocalProtocolError(f"{name} of {size} bytes is over the limit")
+    return text
+
+
+def decode_message_untrusted(data: bytes | str) -> Message:
+    """Read a message that came from a peer.
+
+    Args:
+        data: The text as it arrived.
+
+    Returns:
+        The message, or `Unknown` for a well-formed name that is not in `TABLE`.
+
+    Raises:
+        RemoteProtocolError: For anything else; it names the message and the field.
+    """
+    text = _text_untrusted(data)
+    name, _, rest = text.partition(SEPARATOR)
+    if not _is_name(name):
+        raise RemoteProtocolError("not a control message: it has no NAME")
+    cls = TABLE.get(name)
+    if cls is None:
+        return Unknown(name)
+    keys = cls.__struct_fields__
+    parts = rest.split(SEPARATOR, len(keys) - 1) if keys else []
+    if len(parts) != len(keys) or (not keys and SEPARATOR in text):
+        raise RemoteProtocolError(f"{name} has {len(keys)} fields: {', '.join(keys)}")
+    values: dict[str, object] = dict(zip(keys, parts, strict=True))
+    try:
+        if cls in _JSON_LAST:
+            values[keys[-1]] = msgspec.json.decode(parts[-1])
+        return msgspec.convert(values, cls, strict=False)
+    except (ValueError, RecursionError) as error:
+        raise RemoteProtocolError(f"{name}: {error}") from None
+
+
+def _text_untrusted(data: bytes | str) -> str:
+    """Check the length and the encoding of what arrived."""
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise RemoteProtocolError(f"a control message of {len(data)} bytes is too long")
+    if isinstance(data, str):
+        return data
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        raise RemoteProtocolError("a control message is not valid UTF-8") from None
+
+
+def _is_name(name: str) -> bool:
+    """Tell whether this could be the name of a message, now or in the future."""
+    return (
+        0 < len(name) <= _MAX_NAME
+        and name.isascii()
+        and name.replace("_", "").isalnum()
+        and name == name.upper()
+        and name[0].isalpha()
+    )

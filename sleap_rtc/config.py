@@ -1,0 +1,332 @@
+"""Settings: defaults < TOML file < environment variables < command line."""
+
+import difflib
+import os
+import sys
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import platformdirs
+from msgspec import Meta
+
+APPLICATION = "sleap-rtc"
+
+SHARED_STORAGE_VARIABLE = "SHARED_STORAGE_ROOT"
+CONFIG_VARIABLE = "SLEAP_RTC_CONFIG"
+ENVIRONMENT_VARIABLE = "SLEAP_RTC_ENV"
+INVITE_VARIABLE = "SLEAP_RTC_INVITE"
+STATE_VARIABLE = "SLEAP_RTC_STATE_DIR"
+SIGNALING_VARIABLES = {
+    "signaling_websocket": "SLEAP_RTC_SIGNALING_WS",
+    "signaling_http": "SLEAP_RTC_SIGNALING_HTTP",
+}
+
+ENVIRONMENTS = ("development", "staging", "production")
+
+
+class ConfigError(Exception):
+    """The configuration can't be used; the message says which key, where and why."""
+
+
+class SharedStorageConfigError(ConfigError):
+    """The configured shared storage root is not a directory that can be used."""
+
+
+class Environment(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """The signaling server of one environment.
+
+    Args:
+        signaling_websocket: Its address, ``ws://`` or ``wss://``. Without one, a
+            worker runs a signaling server of its own.
+        signaling_http: Where the same server answers to HTTP, for `doctor` to ask.
+    """
+
+    signaling_websocket: (
+        Annotated[str, Meta(pattern=r"\Awss?://[^/\s]+\S*\Z")] | None
+    ) = None
+    signaling_http: Annotated[str, Meta(pattern=r"\Ahttps?://[^/\s]+\S*\Z")] | None = (
+        None
+    )
+
+
+class WorkerSettings(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """What the owner of a worker decides.
+
+    Args:
+        slots: Jobs at the same time; by default one for each GPU, at least one.
+        allow: Programs that jobs may run beside those of SLEAP.
+        gpus: Numbers of the GPUs that jobs may use; by default all of them.
+        link_port: UDP port of the links; 0 takes a free one.
+        name: What the worker is called in lists; by default the host name.
+    """
+
+    slots: Annotated[int, Meta(ge=1, le=1024)] | None = None
+    allow: tuple[Annotated[str, Meta(min_length=1, max_length=4096)], ...] = ()
+    gpus: tuple[Annotated[int, Meta(ge=0, le=1023)], ...] | None = None
+    link_port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    name: Annotated[str, Meta(max_length=64)] | None = None
+
+
+class Settings(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """Everything that can be configured.
+
+    Args:
+        shared_storage_root: Where this machine mounts the shared storage.
+        environments: Signaling servers by name.
+        worker: Settings of the worker role.
+    """
+
+    shared_storage_root: str | None = None
+    environments: dict[str, Environment] = {}
+    worker: WorkerSettings = WorkerSettings()
+
+
+def config_path(environ: Mapping[str, str] = os.environ) -> Path:
+    """Say where the configuration file is, or would be."""
+    named = environ.get(CONFIG_VARIABLE)
+    if named:
+        return Path(named)
+    return platformdirs.user_config_path(APPLICATION, appauthor=False) / "config.toml"
+
+
+def state_directory(environ: Mapping[str, str] = os.environ) -> Path:
+    """Say where invites and the worker's jobs are kept."""
+    named = environ.get(STATE_VARIABLE)
+    if named:
+        return Path(named).absolute()
+    return platformdirs.user_state_path(APPLICATION, appauthor=False)
+
+
+def make_state_directory(environ: Mapping[str, str] = os.environ) -> Path:
+    """Create the state directory, readable by its owner only, and return it.
+
+    Raises:
+        ConfigError: If it can't be created.
+    """
+    path = state_directory(environ)
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"The state directory {path} can't be created: {error.strerror}. "
+            f"Set {STATE_VARIABLE} to a directory that you can write."
+        ) from None
+    return path
+
+
+def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read the configuration file, if there is one, and the environment variables.
+
+    Args:
+        environ: Environment variables.
+
+    Returns:
+        The settings; values of the environment have replaced those of the file.
+
+    Raises:
+        ConfigError: If the file can't be read, is no TOML, or has an unknown key or
+            a bad value. A file that was named in the environment must exist.
+    """
+    path = config_path(environ)
+    settings = Settings()
+    if path.exists() or environ.get(CONFIG_VARIABLE):
+        settings = _read_file(path)
+    root = environ.get(SHARED_STORAGE_VARIABLE)
+    if root:
+        settings = msgspec.structs.replace(settings, shared_storage_root=root)
+    return settings
+
+
+def _read_file(path: Path) -> Settings:
+    try:
+        with path.open("rb") as file:
+            document = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(
+            f"The configuration file {path} can't be read: {error.strerror}."
+        ) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from None
+    _check_keys(path, document)
+    try:
+        return msgspec.convert(document, Settings)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {error}.") from None
+
+
+def _check_keys(path: Path, document: dict[str, Any]) -> None:
+    """Name a misspelt key and what it may have meant."""
+    tables: list[tuple[str, object, tuple[str, ...]]] = [
+        ("", document, Settings.__struct_fields__),
+        ("worker.", document.get("worker"), WorkerSettings.__struct_fields__),
+        ("environments.", document.get("environments"), ENVIRONMENTS),
+    ]
+    environments = document.get("environments")
+    if isinstance(environments, dict):
+        tables += [
+            (f"environments.{name}.", table, Environment.__struct_fields__)
+            for name, table in environments.items()
+        ]
+    for prefix, table, known in tables:
+        for key in table if isinstance(table, dict) else ():
+            if key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                hint = f" Did you mean '{close[0]}'?" if close else ""
+                raise ConfigError(
+                    f"{path}: there is no setting '{prefix}{key}'.{hint} "
+                    f"Known here: {', '.join(known)}."
+                )
+
+
+def environment_name(environ: Mapping[str, str] = os.environ) -> str:
+    """Say which environment is chosen.
+
+    Raises:
+        ConfigError: If the variable names none of `ENVIRONMENTS`.
+    """
+    name = environ.get(ENVIRONMENT_VARIABLE) or "production"
+    if name not in ENVIRONMENTS:
+        raise ConfigError(
+            f"{ENVIRONMENT_VARIABLE} is '{name}', but must be one of "
+            f"{', '.join(ENVIRONMENTS)}."
+        )
+    return name
+
+
+def chosen_environment(
+    settings: Settings, environ: Mapping[str, str] = os.environ
+) -> Environment:
+    """Give the signaling addresses that are in force.
+
+    Raises:
+        ConfigError: If a variable names no environment, or holds no address.
+    """
+    chosen = settings.environments.get(environment_name(environ), Environment())
+    values = msgspec.structs.asdict(chosen)
+    for key, variable in SIGNALING_VARIABLES.items():
+        if environ.get(variable):
+            values[key] = environ[variable]
+    try:
+        return msgspec.convert(values, Environment)
+    except msgspec.ValidationError as error:
+        raise ConfigError(
+            f"{' or '.join(SIGNALING_VARIABLES.values())}: {error}."
+        ) from None
+
+
+class SharedStorageConfig:
+    """Where this machine mounts the storage that it shares with its peers.
+
+    Example:
+        >>> root = SharedStorageConfig.get_shared_storage_root()
+        >>> if root is None:
+        ...     print("Shared storage not configured, will use RTC transfer")
+    """
+
+    @staticmethod
+    def get_shared_storage_root(
+        cli_override: str | os.PathLike[str] | None = None,
+    ) -> Path | None:
+        """Find the shared storage root.
+
+        ``--shared-storage-root`` beats the variable ``SHARED_STORAGE_ROOT``, which
+        beats ``shared_storage_root`` in the configuration file.
+
+        Args:
+            cli_override: What the command line said, if anything.
+
+        Returns:
+            The absolute path of the root, or None if none is configured.
+
+        Raises:
+            SharedStorageConfigError: If one is configured that does not exist, is not
+                a directory, or can't be read and written.
+            ConfigError: If the configuration file can't be used.
+        """
+        value = os.fspath(cli_override) if cli_override else None
+        source = "--shared-storage-root"
+        if not value:
+            value = os.environ.get(SHARED_STORAGE_VARIABLE)
+            source = SHARED_STORAGE_VARIABLE
+        if not value:
+            value = load_settings().shared_storage_root
+            source = str(config_path())
+        return _checked_root(Path(value).expanduser(), source) if value else None
+
+
+def _checked_root(path: Path, source: str) -> Path:
+    where = f"The shared storage root {path} (from {source})"
+    if not path.exists():
+        raise SharedStorageConfigError(
+            f"{where} does not exist. Mount the storage, or correct the path."
+        )
+    if not path.is_dir():
+        raise SharedStorageConfigError(f"{where} is not a directory.")
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise SharedStorageConfigError(
+            f"{where} can't be read and written by this user. Ask its owner for access."
+        )
+    return path.resolve()
+
+
+# -------------------------------------------------------------------------- invites
+
+
+def invite_path(environ: Mapping[str, str] = os.environ) -> Path:
+    """Say where the invite of this machine's room is kept."""
+    return state_directory(environ) / "invite"
+
+
+def load_invite_text(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Read the invite of the room that this machine has made or joined.
+
+    Raises:
+        ConfigError: If the file is there but can't be read.
+    """
+    if environ.get(INVITE_VARIABLE):
+        return environ[INVITE_VARIABLE].strip()
+    path = invite_path(environ)
+    try:
+        return path.read_text(encoding="ascii").strip() or None
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The invite in {path} can't be read: {error}.") from None
+
+
+def save_invite_text(text: str, environ: Mapping[str, str] = os.environ) -> Path:
+    """Keep an invite, readable by its owner only.
+
+    Args:
+        text: The invite.
+        environ: Environment variables.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: If it can't be written.
+    """
+    path = make_state_directory(environ) / "invite"
+    fresh = path.with_name(f".invite.{os.getpid()}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        with os.fdopen(os.open(fresh, flags, 0o600), "w", encoding="ascii") as file:
+            file.write(text + "\n")
+        if sys.platform != "win32":
+            fresh.chmod(0o600)
+        fresh.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"The invite can't be written to {path}: {error.strerror}."
+        ) from None
+    return path

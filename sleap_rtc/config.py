@@ -12,6 +12,8 @@ import msgspec
 import platformdirs
 from msgspec import Meta
 
+from sleap_rtc.errors import UsageError
+
 APPLICATION = "sleap-rtc"
 
 SHARED_STORAGE_VARIABLE = "SHARED_STORAGE_ROOT"
@@ -27,7 +29,7 @@ SIGNALING_VARIABLES = {
 ENVIRONMENTS = ("development", "staging", "production")
 
 
-class ConfigError(Exception):
+class ConfigError(UsageError):
     """The configuration can't be used; the message says which key, where and why."""
 
 

@@ -1,0 +1,200 @@
+"""The room of this machine: which invite it holds, and who runs its signaling."""
+
+import errno
+import secrets
+import socket
+from collections.abc import Mapping
+
+import ifaddr
+import msgspec
+
+from sleap_rtc.config import (
+    ConfigError,
+    Settings,
+    chosen_environment,
+    invite_path,
+    load_invite_text,
+    make_state_directory,
+    save_invite_text,
+    state_directory,
+)
+from sleap_rtc.errors import UsageError
+from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.invite import Invite, decode_invite_untrusted, encode_invite
+
+LOOPBACK = "127.0.0.1"
+
+_HOSTING = "signaling-address"
+"""File of the state directory that says that, and where, a worker here serves."""
+
+
+class Hosting(msgspec.Struct, frozen=True):
+    """Where a worker of this machine runs a signaling server of its own."""
+
+    host: str
+    port: int
+
+
+def load_invite(environ: Mapping[str, str]) -> Invite | None:
+    """Read the invite of the room that this machine is in.
+
+    Raises:
+        UsageError: If there is one and it is damaged.
+    """
+    text = load_invite_text(environ)
+    if text is None:
+        return None
+    try:
+        return decode_invite_untrusted(text)
+    except RemoteProtocolError as error:
+        raise UsageError(
+            f"The stored invite can't be used: {error.reason}.",
+            f"Join again with `sleap-rtc join <invite>`, or remove "
+            f"{invite_path(environ)}.",
+        ) from None
+
+
+def require_invite(environ: Mapping[str, str]) -> Invite:
+    """Read the invite of this machine's room.
+
+    Raises:
+        UsageError: If it is in no room.
+    """
+    invite = load_invite(environ)
+    if invite is None:
+        raise UsageError(
+            "This machine is in no room yet.",
+            "Start a worker here with `sleap-rtc daemon --role worker`, or type "
+            "`sleap-rtc join <invite>` with the invite that a worker printed.",
+        )
+    return invite
+
+
+def join_room(text: str, environ: Mapping[str, str]) -> Invite:
+    """Enter the room of an invite; the machine forgets the room it was in.
+
+    Raises:
+        UsageError: If the invite is damaged.
+        ConfigError: If it can't be stored.
+    """
+    try:
+        invite = decode_invite_untrusted(text)
+    except RemoteProtocolError as error:
+        raise UsageError(f"That is no invite: {error.reason}.") from None
+    save_invite_text(encode_invite(invite), environ)
+    (state_directory(environ) / _HOSTING).unlink(missing_ok=True)
+    return invite
+
+
+def renew_secret(environ: Mapping[str, str]) -> Invite:
+    """Replace the room of this machine by a new one at the same signaling server.
+
+    Raises:
+        UsageError: If there is no room.
+    """
+    invite = Invite(require_invite(environ).url, secrets.token_bytes(32))
+    save_invite_text(encode_invite(invite), environ)
+    return invite
+
+
+def hosting(environ: Mapping[str, str]) -> Hosting | None:
+    """Say where a worker of this machine serves its room, if one does."""
+    try:
+        text = (state_directory(environ) / _HOSTING).read_text(encoding="ascii")
+        return parse_listen_address(text.strip())
+    except (FileNotFoundError, UnicodeDecodeError, UsageError):
+        return None
+
+
+def host_room(
+    where: Hosting, environ: Mapping[str, str], public_url: str | None = None
+) -> Invite:
+    """Make the room whose signaling a worker of this machine serves, or keep it.
+
+    Args:
+        where: The address that the server is bound to, with its real port.
+        environ: Environment variables.
+        public_url: How others reach it, if not under an address of this machine.
+
+    Returns:
+        The invite, stored. The secret stays the same as long as the room does.
+    """
+    known = load_invite(environ)
+    secret = known.secret if known else secrets.token_bytes(32)
+    invite = Invite(public_url or _reachable_url(where), secret)
+    save_invite_text(encode_invite(invite), environ)
+    path = make_state_directory(environ) / _HOSTING
+    path.write_text(f"{_bracketed(where.host)}:{where.port}\n", encoding="ascii")
+    return invite
+
+
+def room_elsewhere(settings: Settings, environ: Mapping[str, str]) -> Invite | None:
+    """Find the room of a worker whose signaling server runs elsewhere.
+
+    Returns:
+        The invite that the machine has joined, or one for the configured server, which
+        is made and stored if need be. None if the worker serves the room itself.
+    """
+    invite = load_invite(environ)
+    if invite is not None and hosting(environ) is None:
+        return invite
+    url = chosen_environment(settings, environ).signaling_websocket
+    if url is None:
+        return None
+    invite = Invite(url, invite.secret if invite else secrets.token_bytes(32))
+    save_invite_text(encode_invite(invite), environ)
+    (state_directory(environ) / _HOSTING).unlink(missing_ok=True)
+    return invite
+
+
+def parse_listen_address(text: str) -> Hosting:
+    """Read ``HOST:PORT``, with brackets around an IPv6 address.
+
+    Raises:
+        UsageError: If it is none.
+    """
+    host, separator, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not separator or not host or not port.isascii() or not port.isdigit():
+        raise UsageError(f"'{text}' is not HOST:PORT, such as 0.0.0.0:8787.")
+    if int(port) > 65535:
+        raise UsageError(f"{port} is not a port number (0 to 65535).")
+    return Hosting(host, int(port))
+
+
+def bind_problem(where: Hosting, error: OSError) -> ConfigError:
+    """Say for people why a server can't listen."""
+    if error.errno == errno.EADDRINUSE:
+        return ConfigError(
+            f"Port {where.port} of {where.host} is in use by another program. "
+            "Stop it, or choose another with --listen HOST:PORT."
+        )
+    return ConfigError(
+        f"Can't listen on {_bracketed(where.host)}:{where.port}: {error.strerror}."
+    )
+
+
+def _reachable_url(where: Hosting) -> str:
+    """Guess how other machines reach a server that is bound here."""
+    host = where.host
+    if host in ("0.0.0.0", "::"):
+        family = socket.AF_INET if host == "0.0.0.0" else None
+        host = _address_of_this_machine(family) or LOOPBACK
+    return f"ws://{_bracketed(host)}:{where.port}"
+
+
+def _address_of_this_machine(family: int | None) -> str | None:
+    found = [
+        ip.ip if isinstance(ip.ip, str) else ip.ip[0]
+        for adapter in ifaddr.get_adapters()
+        for ip in adapter.ips
+        if ip.is_IPv4 or family is None
+    ]
+    outside = [
+        ip for ip in found if not ip.startswith(("127.", "169.254.", "fe80:", "::1"))
+    ]
+    return next(iter(sorted(outside, key=lambda ip: ":" in ip)), None)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

@@ -1,0 +1,385 @@
+"""Files that travel in chunks: read at the sender, written at the receiver.
+
+All functions here block, and are called in worker threads; any number of threads may
+use one object at once.
+"""
+
+import ctypes
+import errno
+import os
+import secrets
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from blake3 import blake3
+
+from sleap_rtc.io.folder import (
+    Folder,
+    InsufficientSpaceError,
+    PathValidationError,
+    SharedStorageError,
+    explain_errors,
+    open_folder_beneath,
+    open_owned,
+)
+from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.paths import check_portable_path_untrusted
+
+Buffer = bytes | bytearray | memoryview
+
+_KEPT_OF_NAME = 200
+"""Bytes of a name that its part file repeats: the rest must fit into 255 too."""
+
+
+class PartFile:
+    """A new file that nobody sees under its name before it is whole.
+
+    Until `publish` it is ``.<name>.<random>.part`` in the same directory.
+
+    Args:
+        folder: Where it is written; closed together with the part file.
+        name: A checked name, which must be free.
+
+    Raises:
+        FileExistsError: If it is not.
+        OSError: If the file can't be created.
+    """
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        if folder.exists(name):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        self._folder = folder
+        self._name = name
+        kept = name.encode()[:_KEPT_OF_NAME].decode(errors="ignore")
+        self._part = f".{kept}.{secrets.token_hex(6)}.part"
+        self._handle = _Handle(folder.create_file(self._part))
+        self._done = False
+
+    @property
+    def path(self) -> Path:
+        """Where the file appears when it is published."""
+        return self._folder.path / self._name
+
+    @contextmanager
+    def use(self) -> Iterator[int]:
+        """Borrow the file descriptor for one call."""
+        with self._handle.use() as fd:
+            yield fd
+
+    def publish(self) -> Path:
+        """Bring the content to the disk, then give the file its name.
+
+        Returns:
+            Its path.
+
+        Raises:
+            FileExistsError: If the name was taken meanwhile.
+            OSError: If the storage failed. In both cases the part file is still there.
+        """
+        with self._handle.use() as fd:
+            os.fsync(fd)
+        # Network file systems report a full quota as late as here.
+        self._handle.close()
+        self._folder.rename_new(self._part, self._name)
+        self._folder.sync()
+        self._finish()
+        return self.path
+
+    def discard(self) -> None:
+        """Remove the part file, unless it was published; safe to call again."""
+        if self._done:
+            return
+        self._handle.close()
+        try:
+            self._folder.unlink(self._part)
+        except FileNotFoundError:
+            pass
+        finally:
+            self._finish()
+
+    def _finish(self) -> None:
+        self._done = True
+        self._folder.close()
+
+
+class ChunkReader:
+    """A file that is sent chunk by chunk.
+
+    Args:
+        source: A path that the owner of this process named, or the file descriptor
+            from `open_beneath` for one that a peer named; `close` closes it.
+        chunk_size: Bytes in a chunk; the last one may be shorter.
+
+    Raises:
+        PathValidationError: If it is no readable file.
+        SharedStorageError: If the storage failed.
+    """
+
+    def __init__(self, source: Path | int, *, chunk_size: int) -> None:
+        fd = source if isinstance(source, int) else open_owned(source)
+        self._name = "the file" if isinstance(source, int) else source.name
+        self._handle = _Handle(fd)
+        self._chunk_size = chunk_size
+        self._opened = _identity(fd)
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file when it was opened."""
+        return self._opened[0]
+
+    def read(self, index: int) -> tuple[bytes, bytes]:
+        """Read one chunk.
+
+        Args:
+            index: Its place in the file, from 0.
+
+        Returns:
+            The chunk, and its BLAKE3 hash.
+
+        Raises:
+            SharedStorageError: If the storage failed, or the file became shorter.
+        """
+        length = _chunk_length(index, self.size, self._chunk_size)
+        with self._handle.use() as fd, explain_errors(f"Failed to read {self._name}"):
+            payload = _read_at(fd, length, index * self._chunk_size)
+        if len(payload) < length:
+            raise SharedStorageError(f"{self._name} became shorter while it was sent")
+        return payload, blake3(payload).digest()
+
+    def check_unchanged(self) -> bool:
+        """Tell whether the file is still as it was when it was opened."""
+        with self._handle.use() as fd, explain_errors(f"Failed to read {self._name}"):
+            return _identity(fd) == self._opened
+
+    def close(self) -> None:
+        """Let go of the file, as soon as no thread reads any more."""
+        self._handle.close()
+
+
+class ChunkWriter:
+    """A file that is received chunk by chunk, in any order.
+
+    Nothing has the file's name before `publish`. End with `publish` or `abandon`.
+
+    Args:
+        root: An existing directory that the owner of this process named.
+        relative: Where beneath it the file goes, as the peer sent it. Directories that
+            are missing are made.
+        size: Bytes in the file.
+        chunk_size: Bytes in a chunk; the last one may be shorter.
+
+    Raises:
+        PathValidationError: If the path is none that every system can store, or leads
+            through a link or a file.
+        InsufficientSpaceError: If the file does not fit.
+        SharedStorageError: If the name is taken, or the storage failed.
+    """
+
+    def __init__(
+        self, root: Path, relative: str, *, size: int, chunk_size: int
+    ) -> None:
+        self._relative = relative
+        self._size = size
+        self._chunk_size = chunk_size
+        self._part = _start_part_file(root, relative, size)
+        try:
+            with self._part.use() as fd, explain_errors(f"No room for {relative}"):
+                _reserve(fd, size)
+        except SharedStorageError:
+            self._part.discard()
+            raise
+
+    def write(self, index: int, payload: Buffer, digest: bytes) -> bool:
+        """Check one chunk, and write it if it is good.
+
+        Args:
+            index: Its place in the file, from 0.
+            payload: What arrived.
+            digest: The BLAKE3 hash that came with it.
+
+        Returns:
+            False if it is damaged; nothing was written then.
+
+        Raises:
+            InsufficientSpaceError: If the storage or the quota is used up.
+            SharedStorageError: If the storage failed.
+        """
+        length = _chunk_length(index, self._size, self._chunk_size)
+        if len(payload) != length or blake3(payload).digest() != digest:
+            return False
+        with (
+            self._part.use() as fd,
+            explain_errors(f"Failed to write {self._relative}"),
+        ):
+            write_at(fd, payload, index * self._chunk_size)
+        return True
+
+    def publish(self) -> Path:
+        """Bring the content to the disk, and let the file appear under its name.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            SharedStorageError: If the name was taken meanwhile, or the storage failed;
+                `abandon` is still to be called.
+        """
+        with explain_errors(f"Failed to write {self._relative}"):
+            return self._part.publish()
+
+    def abandon(self) -> None:
+        """Remove what was written, unless it was published; safe to call again.
+
+        Raises:
+            SharedStorageError: If the storage failed.
+        """
+        with explain_errors(f"Failed to remove the part file of {self._relative}"):
+            self._part.discard()
+
+
+def write_at(fd: int, data: Buffer, offset: int) -> None:
+    """Write all of some bytes at a place of a file."""
+    view = memoryview(data)
+    while view:
+        if hasattr(os, "pwrite"):
+            written = os.pwrite(fd, view, offset)
+        else:
+            with _seek_lock:
+                os.lseek(fd, offset, os.SEEK_SET)
+                written = os.write(fd, view)
+        view = view[written:]
+        offset += written
+
+
+def require_space(folder: Folder, needed: int, where: str) -> None:
+    """Refuse what does not fit, before a byte is written.
+
+    Args:
+        folder: A directory on the storage.
+        needed: Bytes that must be free.
+        where: How the message names the storage, such as ``on shared storage``.
+
+    Raises:
+        InsufficientSpaceError: If there is less.
+    """
+    free = folder.free_bytes()
+    if free < needed:
+        raise InsufficientSpaceError(
+            f"Insufficient disk space {where}: need {human_size(needed)},"
+            f" have {human_size(free)}"
+        )
+
+
+def human_size(size: int) -> str:
+    """Write a number of bytes for people, such as ``1.5 GiB``."""
+    amount = float(size)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if amount < 1024:
+            return f"{size} bytes" if unit == "bytes" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} TiB"
+
+
+class _Handle:
+    """A file descriptor that is closed when the last thread lets go of it.
+
+    A thread that was given up while it hung in a call must not write into whatever
+    file gets the same number next.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._lock = threading.Lock()
+        self._users = 0
+        self._closed = False
+
+    @contextmanager
+    def use(self) -> Iterator[int]:
+        """Keep the file open for the length of the block."""
+        with self._lock:
+            if self._closed:
+                raise SharedStorageError("the file was closed")
+            self._users += 1
+        try:
+            yield self._fd
+        finally:
+            with self._lock:
+                self._users -= 1
+                last = self._closed and self._users == 0
+            if last:
+                os.close(self._fd)
+
+    def close(self) -> None:
+        """Let nobody begin to use it; safe to call again."""
+        with self._lock:
+            unused = not self._closed and self._users == 0
+            self._closed = True
+        if unused:
+            os.close(self._fd)
+
+
+def _start_part_file(root: Path, relative: str, size: int) -> PartFile:
+    try:
+        *parents, name = check_portable_path_untrusted(relative).split("/")
+    except RemoteProtocolError as error:
+        raise PathValidationError(error.reason) from None
+    with explain_errors(f"Failed to create {relative}"):
+        folder = open_folder_beneath(root, parents, create=True)
+        try:
+            require_space(folder, size, f"for {relative}")
+            return PartFile(folder, name)
+        except (OSError, InsufficientSpaceError):
+            folder.close()
+            raise
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Make sure of the space, so that a full disk is noticed before the transfer."""
+    os.ftruncate(fd, size)
+    if sys.platform != "linux" or size == 0:
+        return
+    # posix_fallocate() would write to every block where the file system knows no
+    # better way, which takes minutes on NFS 3.
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
+        return
+    code = ctypes.get_errno()
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        raise OSError(code, os.strerror(code))
+
+
+def _chunk_length(index: int, size: int, chunk_size: int) -> int:
+    length = min(chunk_size, size - index * chunk_size)
+    if index < 0 or length <= 0:
+        raise ValueError(f"a file of {size} bytes has no chunk {index}")
+    return length
+
+
+def _read_at(fd: int, length: int, offset: int) -> bytes:
+    """Read some bytes of a file, fewer only at its end."""
+    pieces: list[bytes] = []
+    while length:
+        if hasattr(os, "pread"):
+            piece = os.pread(fd, length, offset)
+        else:
+            with _seek_lock:
+                os.lseek(fd, offset, os.SEEK_SET)
+                piece = os.read(fd, length)
+        if not piece:
+            break
+        pieces.append(piece)
+        length -= len(piece)
+        offset += len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _identity(fd: int) -> tuple[int, int, int]:
+    status = os.fstat(fd)
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+_seek_lock = threading.Lock()
+"""Windows has one position in a file, whichever thread moves it."""

@@ -1,0 +1,140 @@
+"""Decide by its text alone whether a peer's path or file name is harmless.
+
+Nothing here looks at a file system. Whoever opens a path that passed must still refuse
+symbolic links on the way (`sleap_rtc.io.folder` does).
+"""
+
+import re
+import unicodedata
+
+from sleap_rtc.proto.errors import RemoteProtocolError
+
+MAX_PATH_BYTES = 4096
+"""PATH_MAX of Linux; macOS allows less and then answers ENAMETOOLONG itself."""
+
+MAX_NAME_BYTES = 255
+"""NAME_MAX of every file system in use."""
+
+_DRIVE = re.compile(r"[A-Za-z]:")
+_WINDOWS_CHARACTERS = frozenset('<>:"|?*')
+_WINDOWS_DEVICES = frozenset(
+    ["con", "prn", "aux", "nul", "conin$", "conout$"]
+    + [port + digit for port in ("com", "lpt") for digit in "0123456789¹²³"]
+)
+_SHOWN = 120
+
+
+def check_relative_path_untrusted(text: str) -> str:
+    """Check a path that must lie beneath a shared root.
+
+    Args:
+        text: A relative POSIX path, as the peer sent it.
+
+    Returns:
+        The same text: one or more names, joined by single slashes.
+
+    Raises:
+        RemoteProtocolError: If it is anything else. The reason of one that would lead
+            out of the root starts with ``Path outside shared storage:``, that of any
+            other with ``Invalid path:``.
+    """
+    if not text:
+        raise RemoteProtocolError("Invalid path: it is empty")
+    _check_text(text)
+    if text.startswith("/") or _DRIVE.match(text):
+        raise _outside(text, "is absolute")
+    names = text.split("/")
+    if ".." in names:
+        raise _outside(text, "contains '..'")
+    if "" in names or "." in names:
+        raise _invalid(text, "has an empty name or '.' in it")
+    if any(len(name.encode()) > MAX_NAME_BYTES for name in names):
+        raise _invalid(text, f"has a name of more than {MAX_NAME_BYTES} bytes")
+    return text
+
+
+def check_portable_path_untrusted(text: str) -> str:
+    """Check a relative path that Linux, macOS and Windows shall all be able to store.
+
+    It stands for files that a peer chose the names of: hidden files are refused too, so
+    that nothing lands unseen in a directory of the user (such as a ``.bashrc``).
+
+    Args:
+        text: A relative POSIX path, as the peer sent it.
+
+    Returns:
+        The same text.
+
+    Raises:
+        RemoteProtocolError: If it is not a relative path, or not such a one.
+    """
+    for name in check_relative_path_untrusted(text).split("/"):
+        _check_portable_name(text, name)
+    return text
+
+
+def check_file_name_untrusted(text: str) -> str:
+    """Check the name of one file: what this returns can't hold a path.
+
+    Args:
+        text: The name, as the peer sent it.
+
+    Returns:
+        The same text: one name that every system can store, not a hidden one.
+
+    Raises:
+        RemoteProtocolError: If it is anything else.
+    """
+    check_portable_path_untrusted(text)
+    if "/" in text:
+        raise RemoteProtocolError(f"Invalid file name: {_quoted(text)} is a path")
+    return text
+
+
+def fold_path(text: str) -> str:
+    """Map a path to a key that is equal for paths which some system can't tell apart.
+
+    macOS and Windows ignore case, and macOS ignores how an accent is written.
+    """
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+
+
+def _check_text(text: str) -> None:
+    """Refuse what can't stand in any path."""
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise _invalid(text, "is not valid Unicode") from None
+    if size > MAX_PATH_BYTES:
+        raise _invalid(text, f"is longer than {MAX_PATH_BYTES} bytes")
+    if "\0" in text:
+        raise _outside(text, "contains a NUL character")
+    if "\\" in text:
+        raise _outside(text, "contains a backslash")
+    if any(unicodedata.category(character) == "Cc" for character in text):
+        raise _invalid(text, "contains a control character")
+
+
+def _check_portable_name(text: str, name: str) -> None:
+    """Refuse a name that is hidden, or that Windows reads in a way of its own."""
+    if name.startswith("."):
+        raise _invalid(text, "has a name that starts with '.'")
+    if not _WINDOWS_CHARACTERS.isdisjoint(name):
+        raise _invalid(text, "has a character in it that Windows can't store")
+    if name.endswith((".", " ")):
+        raise _invalid(text, "has a name that ends in '.' or a space")
+    if name.partition(".")[0].rstrip(" ").casefold() in _WINDOWS_DEVICES:
+        raise _invalid(text, "has a name in it that Windows reserves")
+
+
+def _outside(text: str, why: str) -> RemoteProtocolError:
+    return RemoteProtocolError(f"Path outside shared storage: {_quoted(text)} {why}")
+
+
+def _invalid(text: str, why: str) -> RemoteProtocolError:
+    return RemoteProtocolError(f"Invalid path: {_quoted(text)} {why}")
+
+
+def _quoted(text: str) -> str:
+    """Show a hostile text: escaped, and not all of a long one."""
+    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")

@@ -1,0 +1,42 @@
+"""What the tests of the file side share: both kinds of storage, and a full one."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+MEMORY = Path("/dev/shm")
+"""A tmpfs on Linux: copy_file_range() and fallocate() differ there."""
+
+
+@contextmanager
+def memory_folder() -> Iterator[Path]:
+    """Give a fresh directory on a tmpfs; skip where there is none."""
+    if not os.path.ismount(MEMORY):
+        pytest.skip("this system has no tmpfs at /dev/shm")
+    path = Path(tempfile.mkdtemp(dir=MEMORY, prefix="sleap-rtc-test-"))
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path)
+
+
+@contextmanager
+def small_mount(path: Path, megabytes: int) -> Iterator[Path]:
+    """Mount a tmpfs that is really full after some MiB; skip where that is refused."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("NOT TESTED: a full disk needs root on Linux to mount a tmpfs")
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(path)]
+    answer = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        pytest.skip(f"NOT TESTED: a full disk; mount says {answer.stderr.strip()}")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", str(path)], check=True)

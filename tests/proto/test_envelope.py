@@ -1,0 +1,350 @@
+"""Sealed offers and answers, and the proof inside the link."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sleap_rtc.proto.envelope import (
+    MAX_OUTSTANDING_OFFERS,
+    MAX_SEALED_CHARACTERS,
+    MAX_SECONDS_AHEAD,
+    SEAL_LIFETIME,
+    Address,
+    Answer,
+    Offer,
+    OfferLedger,
+    OpenedAnswer,
+    OpenedOffer,
+    link_proof,
+    open_answer_untrusted,
+    open_offer_untrusted,
+    seal_answer,
+    seal_offer,
+    session_untrusted,
+    worker_nonce_untrusted,
+)
+from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+from sleap_rtc.proto.invite import RoomKeys
+
+KEYS = RoomKeys.from_secret(b"s" * 32)
+STRANGER = RoomKeys.from_secret(b"t" * 32)
+NOW = 1_700_000_000.0
+NONCE = b"c" * 16
+WORKER_NONCE = b"w" * 16
+ANSWER_NONCE = b"a" * 16
+AEAD = b"1" * 12
+CERTIFICATE = b"certificate"
+OFFER = Offer(("tcp", "quic"))
+ANSWER = Answer((Address("10.0.0.1", 4000), Address("::1", 4001)), b"der", ("tcp",))
+
+
+def sealed_offer(keys: RoomKeys = KEYS, expires: float = NOW + SEAL_LIFETIME) -> str:
+    return seal_offer(
+        keys,
+        OFFER,
+        sender="client",
+        target="worker",
+        nonce=NONCE,
+        worker_nonce=WORKER_NONCE,
+        aead_nonce=AEAD,
+        expires=expires,
+    )
+
+
+def opened_offer(
+    text: str,
+    sender: str = "client",
+    target: str = "worker",
+    worker_nonce: bytes = WORKER_NONCE,
+    now: float = NOW,
+) -> OpenedOffer:
+    return open_offer_untrusted(
+        KEYS, text, sender=sender, target=target, worker_nonce=worker_nonce, now=now
+    )
+
+
+def sealed_answer(keys: RoomKeys = KEYS, expires: float = NOW + SEAL_LIFETIME) -> str:
+    return seal_answer(
+        keys,
+        ANSWER,
+        sender="worker",
+        target="client",
+        nonce=ANSWER_NONCE,
+        offer_nonce=NONCE,
+        aead_nonce=AEAD,
+        expires=expires,
+    )
+
+
+def opened_answer(
+    text: str,
+    sender: str = "worker",
+    target: str = "client",
+    offer_nonce: bytes = NONCE,
+    now: float = NOW,
+) -> OpenedAnswer:
+    return open_answer_untrusted(
+        KEYS, text, sender=sender, target=target, offer_nonce=offer_nonce, now=now
+    )
+
+
+def refused() -> "pytest.RaisesExc[RemoteProtocolError]":
+    return pytest.raises(RemoteProtocolError, match=r"\Arefused\Z")
+
+
+def test_an_offer_arrives() -> None:
+    opened = opened_offer(sealed_offer())
+    assert opened == OpenedOffer(OFFER, NONCE, NOW + SEAL_LIFETIME)
+
+
+def test_an_answer_arrives() -> None:
+    assert opened_answer(sealed_answer()) == OpenedAnswer(ANSWER, ANSWER_NONCE)
+
+
+def test_the_server_does_not_see_the_contents() -> None:
+    assert "10.0.0.1" not in sealed_answer()
+    assert "tcp" not in sealed_offer()
+
+
+def test_both_texts_name_their_session() -> None:
+    assert session_untrusted(sealed_offer()) == NONCE.hex()
+    assert session_untrusted(sealed_answer()) == NONCE.hex()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sender": "mallory"},
+        {"target": "another"},
+        {"worker_nonce": b"restarted-worker"},
+        {"now": NOW + SEAL_LIFETIME},
+        {"now": NOW + 3600},
+        {"now": NOW + SEAL_LIFETIME - MAX_SECONDS_AHEAD - 1},
+    ],
+)
+def test_an_offer_out_of_place_is_refused(change: dict[str, object]) -> None:
+    with refused():
+        opened_offer(sealed_offer(), **change)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sender": "mallory"},
+        {"target": "another"},
+        {"offer_nonce": b"of another offer"},
+        {"now": NOW + SEAL_LIFETIME},
+    ],
+)
+def test_an_answer_out_of_place_is_refused(change: dict[str, object]) -> None:
+    with refused():
+        opened_answer(sealed_answer(), **change)  # type: ignore[arg-type]
+
+
+def test_clocks_may_differ_by_the_lifetime() -> None:
+    opened_offer(sealed_offer(), now=NOW + SEAL_LIFETIME - 1)
+    opened_offer(sealed_offer(), now=NOW - SEAL_LIFETIME)
+
+
+def test_another_secret_is_refused() -> None:
+    with refused():
+        opened_offer(sealed_offer(STRANGER))
+    with refused():
+        opened_answer(sealed_answer(STRANGER))
+
+
+def test_an_offer_is_no_answer_and_the_reverse() -> None:
+    with refused():
+        opened_answer(sealed_offer(), sender="client", target="worker")
+    with refused():
+        opened_offer(
+            sealed_answer(),
+            sender="worker",
+            target="client",
+            worker_nonce=ANSWER_NONCE,
+        )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("version", 2),
+        ("kind", "answer"),
+        ("session", "0" * 32),
+        ("nonce", "0" * 32),
+        ("expires", NOW + 200),
+        ("aead_nonce", "MTExMTExMTExMTEy"),
+        ("sealed", "AAAA"),
+        ("sealed", ""),
+    ],
+)
+def test_changing_any_field_is_noticed(field: str, value: object) -> None:
+    envelope = json.loads(sealed_offer())
+    assert field in envelope
+    altered = json.dumps(envelope | {field: value})
+    with refused():
+        opened_offer(altered)
+
+
+@given(st.text() | st.binary().map(lambda raw: raw.decode("latin-1")))
+def test_garbage_is_refused(text: str) -> None:
+    with refused():
+        opened_offer(text)
+    with refused():
+        opened_answer(text)
+    with refused():
+        session_untrusted(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 30_000, "{}", "x" * (MAX_SEALED_CHARACTERS + 1)]
+)
+def test_hostile_json_is_refused(text: str) -> None:
+    with refused():
+        opened_offer(text)
+
+
+def test_contents_are_checked_even_from_a_holder_of_the_secret() -> None:
+    text = seal_offer(
+        KEYS,
+        Offer(()),
+        sender="client",
+        target="worker",
+        nonce=NONCE,
+        worker_nonce=WORKER_NONCE,
+        aead_nonce=AEAD,
+        expires=NOW + 1,
+    )
+    with refused():
+        opened_offer(text)
+
+
+def test_a_nonce_of_the_wrong_size_is_our_own_fault() -> None:
+    with pytest.raises(LocalProtocolError):
+        seal_answer(
+            KEYS,
+            ANSWER,
+            sender="worker",
+            target="client",
+            nonce=b"short",
+            offer_nonce=NONCE,
+            aead_nonce=AEAD,
+            expires=NOW,
+        )
+
+
+def test_the_worker_nonce_is_read_from_metadata() -> None:
+    assert worker_nonce_untrusted({"nonce": WORKER_NONCE.hex()}) == WORKER_NONCE
+
+
+@pytest.mark.parametrize("value", [None, 3, "", "g" * 32, "A" * 32, "0" * 31, ["0"]])
+def test_a_bad_worker_nonce_is_noticed(value: object) -> None:
+    with pytest.raises(RemoteProtocolError, match="no session nonce"):
+        worker_nonce_untrusted({"nonce": value})
+    with pytest.raises(RemoteProtocolError, match="no session nonce"):
+        worker_nonce_untrusted({})
+
+
+# ------------------------------------------------------------------------- ledger
+
+
+def ledger() -> OfferLedger:
+    return OfferLedger(KEYS, "worker", CERTIFICATE)
+
+
+def proof(**change: object) -> str:
+    arguments: dict[str, object] = {
+        "keys": KEYS,
+        "session": NONCE.hex(),
+        "answer_nonce": ANSWER_NONCE,
+        "client": "client",
+        "worker": "worker",
+        "certificate": CERTIFICATE,
+    }
+    arguments |= change
+    return link_proof(arguments.pop("keys"), **arguments)  # type: ignore[arg-type]
+
+
+def expecting() -> OfferLedger:
+    book = ledger()
+    book.accept(NONCE, NOW + 10, NOW)
+    book.expect(NONCE.hex(), ANSWER_NONCE, "client", NOW + 60)
+    return book
+
+
+def test_a_proof_lets_its_client_in_once() -> None:
+    book = expecting()
+    assert book.check_proof_untrusted(NONCE.hex(), proof(), NOW) == "client"
+    with refused():
+        book.check_proof_untrusted(NONCE.hex(), proof(), NOW)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"keys": STRANGER},
+        {"session": "0" * 32},
+        {"answer_nonce": b"b" * 16},
+        {"client": "mallory"},
+        {"worker": "another"},
+        {"certificate": b"another"},
+    ],
+)
+def test_a_proof_of_anything_else_is_refused(change: dict[str, object]) -> None:
+    book = expecting()
+    with refused():
+        book.check_proof_untrusted(NONCE.hex(), proof(**change), NOW)
+    # and it does not keep the rightful client out
+    assert book.check_proof_untrusted(NONCE.hex(), proof(), NOW) == "client"
+
+
+def test_a_late_proof_is_refused() -> None:
+    book = expecting()
+    book.check_proof_untrusted(NONCE.hex(), proof(), NOW + 59)
+    with refused():
+        expecting().check_proof_untrusted(NONCE.hex(), proof(), NOW + 60)
+
+
+@pytest.mark.parametrize("text", ["", "é", "\ud800", "0" * 64])
+def test_a_proof_of_any_text_is_refused(text: str) -> None:
+    with refused():
+        expecting().check_proof_untrusted(NONCE.hex(), text, NOW)
+
+
+def test_nobody_gets_in_before_an_offer() -> None:
+    empty = proof(session="0" * 32, answer_nonce=b"", client="")
+    with refused():
+        ledger().check_proof_untrusted("0" * 32, empty, -1.0)
+
+
+def test_a_replayed_offer_is_refused_until_it_expires() -> None:
+    book = ledger()
+    book.accept(NONCE, NOW + 10, NOW)
+    with refused():
+        book.accept(NONCE, NOW + 10, NOW + 9)
+    book.accept(NONCE, NOW + 30, NOW + 10)
+
+
+def test_a_used_offer_is_still_no_good() -> None:
+    book = expecting()
+    book.check_proof_untrusted(NONCE.hex(), proof(), NOW)
+    with refused():
+        book.accept(NONCE, NOW + 10, NOW + 20)
+    with pytest.raises(LocalProtocolError):
+        book.expect(NONCE.hex(), ANSWER_NONCE, "client", NOW + 60)
+
+
+def test_expecting_needs_an_accepted_offer() -> None:
+    with pytest.raises(LocalProtocolError, match="follows accept"):
+        ledger().expect(NONCE.hex(), ANSWER_NONCE, "client", NOW)
+
+
+def test_the_ledger_is_bounded() -> None:
+    book = ledger()
+    for number in range(MAX_OUTSTANDING_OFFERS):
+        book.accept(number.to_bytes(16, "big"), NOW + 10, NOW)
+    with refused():
+        book.accept(NONCE, NOW + 10, NOW)
+    book.accept(NONCE, NOW + 20, NOW + 10)

@@ -1,0 +1,171 @@
+"""Invites and room keys."""
+
+import hashlib
+import shlex
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+from sleap_rtc.proto.invite import (
+    MAX_URL_CHARACTERS,
+    Invite,
+    RoomKeys,
+    decode_invite_untrusted,
+    encode_invite,
+    verify_registration,
+)
+
+SECRET = bytes(range(32))
+INVITE = Invite("wss://lab.example.org:8443/room?x=1", SECRET)
+NONCE = b"n" * 16
+
+
+def test_an_invite_survives_the_trip() -> None:
+    assert decode_invite_untrusted(encode_invite(INVITE)) == INVITE
+
+
+def test_an_invite_is_one_word_in_every_shell() -> None:
+    text = encode_invite(INVITE)
+    assert shlex.split(text) == [text]
+    assert set(text) <= set(string.ascii_letters + string.digits + "-_")
+    assert not text.startswith("-")
+
+
+def test_white_space_from_a_chat_window_does_not_matter() -> None:
+    text = encode_invite(INVITE)
+    assert decode_invite_untrusted(f"  {text[:40]}\n {text[40:]}\n") == INVITE
+
+
+def test_every_wrong_character_is_noticed() -> None:
+    text = encode_invite(INVITE)
+    start = len("sleap-rtc-")
+    for place in range(start, len(text)):
+        for other in "Ab0_-":
+            if other == text[place]:
+                continue
+            typo = text[:place] + other + text[place + 1 :]
+            with pytest.raises(RemoteProtocolError, match="damaged: copy it again"):
+                decode_invite_untrusted(typo)
+
+
+@pytest.mark.parametrize("length", [1, 10, 11, 12, 20, 60, -1, -2])
+def test_a_truncated_invite_is_noticed(length: int) -> None:
+    with pytest.raises(RemoteProtocolError):
+        decode_invite_untrusted(encode_invite(INVITE)[:length])
+
+
+@given(st.text())
+def test_garbage_is_not_an_invite(text: str) -> None:
+    for candidate in (text, f"sleap-rtc-{text}"):
+        with pytest.raises(RemoteProtocolError):
+            decode_invite_untrusted(candidate)
+
+
+def test_another_kind_of_text_is_named() -> None:
+    with pytest.raises(RemoteProtocolError, match="starts with sleap-rtc-"):
+        decode_invite_untrusted("sleap-session:eyJyIjogImEifQ==")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "http://host",
+        "ws://",
+        "ws:///path",
+        "ws://host:0",
+        "ws://host:99999",
+        "ws://host:x",
+        "ws://me:password@host",
+        "ws://host#part",
+        "ws://ho st",
+        "ws://host\n",
+        "ws://hôst",
+        "ws://[::1",
+        "ws://" + "h" * MAX_URL_CHARACTERS,
+    ],
+)
+def test_a_bad_address_makes_no_invite(url: str) -> None:
+    with pytest.raises(LocalProtocolError):
+        Invite(url, SECRET)
+
+
+def test_a_short_secret_makes_no_invite() -> None:
+    with pytest.raises(LocalProtocolError, match="32 bytes"):
+        Invite("ws://host", b"short")
+    with pytest.raises(LocalProtocolError, match="32 bytes"):
+        RoomKeys.from_secret(b"short")
+
+
+@pytest.mark.parametrize(
+    ("url", "loopback"),
+    [
+        ("ws://127.0.0.1:1", True),
+        ("ws://127.8.8.8:1", True),
+        ("ws://[::1]:1", True),
+        ("ws://localhost", True),
+        ("ws://LOCALHOST:80", True),
+        ("ws://192.168.0.1", False),
+        ("wss://localhost.example.org", False),
+    ],
+)
+def test_a_loopback_invite_is_known(url: str, loopback: bool) -> None:
+    assert Invite(url, SECRET).is_loopback is loopback
+
+
+def test_no_repr_shows_the_secret() -> None:
+    keys = RoomKeys.from_secret(SECRET)
+    shown = repr(INVITE) + str(INVITE) + str(INVITE.__rich_repr__()) + repr(keys)
+    assert repr(SECRET)[2:-1] not in shown
+    assert SECRET.hex() not in shown
+    assert "lab.example.org" in shown
+
+
+def test_the_same_secret_gives_the_same_room() -> None:
+    one, two = RoomKeys.from_secret(SECRET), RoomKeys.from_secret(SECRET)
+    other = RoomKeys.from_secret(SECRET[::-1])
+    assert one.room_id == two.room_id != other.room_id
+    assert len(one.room_id) == 32
+    assert set(one.room_id) <= set("0123456789abcdef")
+
+
+def test_a_registration_is_verified() -> None:
+    keys = RoomKeys.from_secret(SECRET)
+    signature = keys.sign_registration(NONCE, "peer")
+    assert verify_registration(keys.public_key, keys.room_id, NONCE, "peer", signature)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"public_key": RoomKeys.from_secret(b"o" * 32).public_key},
+        {"public_key": b"short"},
+        {"public_key": b""},
+        {"room_id": RoomKeys.from_secret(b"o" * 32).room_id},
+        {"room_id": ""},
+        {"nonce": b"m" * 16},
+        {"peer_id": "other"},
+        {"signature": bytes(64)},
+        {"signature": b""},
+    ],
+)
+def test_a_registration_with_anything_else_is_refused(change: dict[str, bytes]) -> None:
+    keys = RoomKeys.from_secret(SECRET)
+    arguments: dict[str, object] = {
+        "public_key": keys.public_key,
+        "room_id": keys.room_id,
+        "nonce": NONCE,
+        "peer_id": "peer",
+        "signature": keys.sign_registration(NONCE, "peer"),
+    }
+    assert verify_registration(**arguments)  # type: ignore[arg-type]
+    assert not verify_registration(**(arguments | change))  # type: ignore[arg-type]
+
+
+def test_a_weak_key_that_hashes_right_does_not_raise() -> None:
+    weak = bytes(32)
+    room = hashlib.sha256(weak).hexdigest()[:32]
+    assert not verify_registration(weak, room, NONCE, "peer", b"x" * 64)

@@ -1,0 +1,66 @@
+# Everything is made in .venv with pinned versions; only Python 3.11 or later, pip and
+# make have to be there.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+SOURCES := sleap_rtc tests bench examples
+
+.PHONY: help demo test lint format clean
+
+help:
+	@echo "make demo    send a job to a worker on this machine and watch it"
+	@echo "make test    run the linters, then the tests (PYTEST_ARGS=... for pytest)"
+	@echo "make lint    run the linters"
+	@echo "make format  format the code and apply the safe fixes of the linter"
+	@echo "make clean   remove .venv and all caches"
+
+# The stamp is written last: an installation that was interrupted starts over.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else \
+	  "sleap-rtc needs Python 3.11 or later, but $(PYTHON) is " \
+	  + sys.version.split()[0] + ". Name another one: make PYTHON=python3.12 ...")'
+	@echo "== installing into .venv"
+	@rm -f $(READY)
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	@$(BIN)/python examples/demo.py
+
+test: lint
+	@echo "== pytest"
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(READY)
+	@echo "== black"
+	@$(BIN)/black --check --quiet $(SOURCES) || $(BIN)/black --check $(SOURCES)
+	@echo "== ruff"
+	@$(BIN)/ruff check --quiet .
+	@echo "== mypy"
+	@$(BIN)/mypy
+	@echo "== import contracts"
+	@$(BIN)/lint-imports
+	@if [ -x $(BIN)/actionlint ]; then \
+	  echo "== actionlint" && $(BIN)/actionlint; \
+	else \
+	  echo "!! actionlint has no wheel here: THE WORKFLOWS WERE NOT CHECKED"; \
+	fi
+	@if [ -x $(BIN)/hadolint ]; then \
+	  echo "== hadolint" && $(BIN)/hadolint Dockerfile; \
+	else \
+	  echo "!! hadolint has no wheel here: THE DOCKERFILE WAS NOT CHECKED"; \
+	fi
+
+format: $(READY)
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/black --quiet $(SOURCES)
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .hypothesis build dist
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

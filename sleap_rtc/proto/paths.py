@@ -94,9 +94,10 @@ def check_file_name_untrusted(text: str) -> str:
 def fold_path(text: str) -> str:
     """Map a path to a key that is equal for paths which some system can't tell apart.
 
-    macOS and Windows ignore case, and macOS ignores how an accent is written.
+    macOS and Windows ignore case, and macOS ignores how an accent is written. This is
+    the canonical caseless match of the Unicode Standard (3.13, D145).
     """
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", text).casefold())
 
 
 def _check_text(text: str) -> None:

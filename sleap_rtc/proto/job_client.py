@@ -1,13 +1,27 @@
 """One job as the client sees it: which route, what to send, what to wait for."""
 
 from collections import deque
-from enum import Enum, auto
 from typing import Literal, assert_never
-
-import msgspec
 
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+from sleap_rtc.proto.job_client_outputs import (
+    CopyPackage,
+    DiscardShared,
+    FetchResults,
+    JobEnded,
+    LinePrinted,
+    Outcome,
+    Output,
+    PrepareShared,
+    RouteChosen,
+    SendMessage,
+    SendPackage,
+    StageComplete,
+    StateChanged,
+    StopSending,
+)
+from sleap_rtc.proto.job_client_table import EXPECTED, SHARED_STATES, STALE, State
 from sleap_rtc.proto.routes import (
     GiveUp,
     RoutePreference,
@@ -16,6 +30,30 @@ from sleap_rtc.proto.routes import (
     after_shared_failure,
     first_route,
 )
+
+__all__ = [
+    "CANCEL_TIMEOUT",
+    "EXPECTED",
+    "PACKAGE_TRANSFER_ID",
+    "PROBE_TIMEOUT",
+    "REPLY_TIMEOUT",
+    "ClientJob",
+    "CopyPackage",
+    "DiscardShared",
+    "FetchResults",
+    "JobEnded",
+    "LinePrinted",
+    "Outcome",
+    "Output",
+    "PrepareShared",
+    "RouteChosen",
+    "SendMessage",
+    "SendPackage",
+    "StageComplete",
+    "State",
+    "StateChanged",
+    "StopSending",
+]
 
 PROBE_TIMEOUT = 30.0
 """Seconds for the worker to read the probe file: a slow mount takes several."""
@@ -26,216 +64,8 @@ REPLY_TIMEOUT = 30.0
 CANCEL_TIMEOUT = 20.0
 """Seconds for the worker to stop a job: it gives the trainer ten to save its model."""
 
-MAX_RESULT_FILES = 20_000
-"""A training run makes about ten; this many paths are still only a few megabytes."""
-
 PACKAGE_TRANSFER_ID = 0
 """The package is the first file of a link; results follow it."""
-
-
-class State(Enum):
-    """What the client is busy with."""
-
-    IDLE = auto()
-    PREPARING = auto()
-    PROBING = auto()
-    COPYING = auto()
-    CHECKING_INPUT = auto()
-    CHECKING_OUTPUT = auto()
-    SUBMITTING = auto()
-    SENDING = auto()
-    WAITING = auto()
-    CANCELLING = auto()
-    FETCHING = auto()
-    ENDED = auto()
-
-
-Outcome = Literal[
-    "complete", "failed", "cancelled", "rejected", "transfer_failed", "lost"
-]
-
-# ------------------------------------------------------------------------- outputs
-
-
-class SendMessage(msgspec.Struct, frozen=True):
-    """Send this to the worker."""
-
-    message: m.Message
-
-
-class PrepareShared(msgspec.Struct, frozen=True):
-    """Make the job directory and a probe file in it.
-
-    The owner answers with `probe_written` or `shared_failed`.
-    """
-
-    job_id: str
-
-
-class CopyPackage(msgspec.Struct, frozen=True):
-    """Copy the package to this path beneath the root.
-
-    The owner answers with `package_copied` or `shared_failed`.
-    """
-
-    path: str
-
-
-class DiscardShared(msgspec.Struct, frozen=True):
-    """Stop copying, and remove the job directory: nobody will use it."""
-
-    job_id: str
-
-
-class SendPackage(msgspec.Struct, frozen=True):
-    """Send the package in chunks.
-
-    The owner answers with `package_sent` or `transfer_failed`.
-    """
-
-    transfer_id: int
-
-
-class StopSending(msgspec.Struct, frozen=True):
-    """Stop sending the package, or fetching the results."""
-
-
-class FetchResults(msgspec.Struct, frozen=True):
-    """Bring these files, relative to the job directory, to where the user wants them.
-
-    The owner answers with `results_fetched` or `transfer_failed`.
-    """
-
-    job_id: str
-    route: m.Route
-    files: tuple[m.ResultFile, ...]
-
-
-class RouteChosen(msgspec.Struct, frozen=True):
-    """Event: how the package will travel, and why."""
-
-    route: m.Route
-    reason: str
-
-
-class StateChanged(msgspec.Struct, frozen=True):
-    """Event: what the worker says of the job."""
-
-    progress: m.JobProgress
-
-
-class LinePrinted(msgspec.Struct, frozen=True):
-    """Event: a line of the job's output, or a new version of an earlier one."""
-
-    line: int
-    text: str
-
-
-class StageComplete(msgspec.Struct, frozen=True):
-    """Event: all commands of one kind have succeeded."""
-
-    stage: Literal["training", "inference"]
-
-
-class JobEnded(msgspec.Struct, frozen=True):
-    """Event, the last one.
-
-    Args:
-        outcome: How it ended.
-        reason: Why, if it is not ``complete``.
-        path: Where the worker says that the models are, beneath the shared root or
-            the job directory; empty if the job did not complete.
-    """
-
-    outcome: Outcome
-    reason: str = ""
-    path: str = ""
-
-
-Output = (
-    SendMessage
-    | PrepareShared
-    | CopyPackage
-    | DiscardShared
-    | SendPackage
-    | StopSending
-    | FetchResults
-    | RouteChosen
-    | StateChanged
-    | LinePrinted
-    | StageComplete
-    | JobEnded
-)
-
-# ---------------------------------------------------------------- transition table
-
-_LIFE: frozenset[type[m.Message]] = frozenset(
-    {
-        m.JobState,
-        m.JobLog,
-        m.TrainingComplete,
-        m.InferenceComplete,
-        m.JobResults,
-        m.JobComplete,
-        m.JobFailed,
-    }
-)
-
-_NOTHING: frozenset[type[m.Message]] = frozenset()
-
-EXPECTED: dict[State, frozenset[type[m.Message]]] = {
-    #                       message                   -> next state
-    State.IDLE: _NOTHING,
-    State.PREPARING: _NOTHING,
-    State.PROBING: frozenset(
-        {
-            m.MountProbed,  #       COPYING, or as MountProbeFailed
-            m.MountProbeFailed,  #  SUBMITTING, or ENDED if shared was asked for
-        }
-    ),
-    State.COPYING: _NOTHING,
-    State.CHECKING_INPUT: frozenset(
-        {
-            m.PathValidated,  #     CHECKING_OUTPUT
-            m.PathError,  #         SUBMITTING, or ENDED if shared was asked for
-        }
-    ),
-    State.CHECKING_OUTPUT: frozenset(
-        {
-            m.PathValidated,  #     WAITING
-            m.PathError,  #         SUBMITTING, or ENDED if shared was asked for
-        }
-    ),
-    State.SUBMITTING: frozenset(
-        {
-            m.JobAccepted,  #       SENDING
-            m.JobRejected,  #       ENDED
-        }
-    ),
-    State.SENDING: frozenset(
-        {
-            m.JobState,  #          SENDING; WAITING once it is QUEUED
-            m.JobFailed,  #         ENDED
-        }
-    ),
-    State.WAITING: _LIFE,  #        WAITING; FETCHING or ENDED after the last one
-    State.CANCELLING: _LIFE | {m.JobAccepted, m.JobRejected},  # as WAITING
-    State.FETCHING: _NOTHING,
-    State.ENDED: _NOTHING,
-}
-
-_STALE = frozenset({m.MountProbed, m.MountProbeFailed, m.PathValidated, m.PathError})
-"""Late answers to questions of the shared route, after it was given up."""
-
-_SHARED_STATES = frozenset(
-    {
-        State.PREPARING,
-        State.PROBING,
-        State.COPYING,
-        State.CHECKING_INPUT,
-        State.CHECKING_OUTPUT,
-    }
-)
 
 
 class ClientJob:
@@ -426,7 +256,7 @@ class ClientJob:
             return
         expected = EXPECTED[self.state]
         if type(message) not in expected:
-            if type(message) in _STALE and self.route == "channel":
+            if type(message) in STALE and self.route == "channel":
                 return
             raise RemoteProtocolError(
                 f"{type(message).__name__} is not expected while {self._doing()}"
@@ -438,7 +268,7 @@ class ClientJob:
     def connection_lost(self, reason: str, now: float) -> None:
         """The link is gone; `now` is not used, but part of every machine's contract."""
         del now
-        if self.state in _SHARED_STATES:
+        if self.state in SHARED_STATES:
             self._put(DiscardShared(self.job_id))
         elif self.state in (State.SENDING, State.FETCHING):
             self._put(StopSending())
@@ -541,8 +371,8 @@ class ClientJob:
             self._enter(State.WAITING)
 
     def _take_results(self, page: m.ResultPage) -> None:
-        if len(self._results) + len(page.files) > MAX_RESULT_FILES:
-            raise RemoteProtocolError(f"more than {MAX_RESULT_FILES} result files")
+        if len(self._results) + len(page.files) > m.MAX_RESULT_FILES:
+            raise RemoteProtocolError(f"more than {m.MAX_RESULT_FILES} result files")
         self._results += page.files
 
     def _job_failed(self, reason: str) -> None:

@@ -20,6 +20,12 @@ MAX_MESSAGE_BYTES = 64 * 1024
 MAX_JOB_RESULTS = 200
 """Files in one `JobResults`: 200 paths of 255 bytes fit into a message."""
 
+MAX_RESULT_FILES = 20_000
+"""Files in all `JobResults` of a job; a training run makes about ten."""
+
+MAX_RESULT_PATHS = 8 * 1024 * 1024
+"""Bytes of all their paths together: 400 a file, and no burden for the memory."""
+
 SEPARATOR = "::"
 
 # ------------------------------------------------------------------- field types

@@ -1,0 +1,91 @@
+"""The states of a client's job, and the messages that each of them expects."""
+
+from enum import Enum, auto
+
+from sleap_rtc.proto import messages as m
+
+
+class State(Enum):
+    """What the client is busy with."""
+
+    IDLE = auto()
+    PREPARING = auto()
+    PROBING = auto()
+    COPYING = auto()
+    CHECKING_INPUT = auto()
+    CHECKING_OUTPUT = auto()
+    SUBMITTING = auto()
+    SENDING = auto()
+    WAITING = auto()
+    CANCELLING = auto()
+    FETCHING = auto()
+    ENDED = auto()
+
+
+_LIFE: frozenset[type[m.Message]] = frozenset(
+    {
+        m.JobState,
+        m.JobLog,
+        m.TrainingComplete,
+        m.InferenceComplete,
+        m.JobResults,
+        m.JobComplete,
+        m.JobFailed,
+    }
+)
+
+_NOTHING: frozenset[type[m.Message]] = frozenset()
+
+EXPECTED: dict[State, frozenset[type[m.Message]]] = {
+    #                       message                   -> next state
+    State.IDLE: _NOTHING,
+    State.PREPARING: _NOTHING,
+    State.PROBING: frozenset(
+        {
+            m.MountProbed,  #       COPYING, or as MountProbeFailed
+            m.MountProbeFailed,  #  SUBMITTING, or ENDED if shared was asked for
+        }
+    ),
+    State.COPYING: _NOTHING,
+    State.CHECKING_INPUT: frozenset(
+        {
+            m.PathValidated,  #     CHECKING_OUTPUT
+            m.PathError,  #         SUBMITTING, or ENDED if shared was asked for
+        }
+    ),
+    State.CHECKING_OUTPUT: frozenset(
+        {
+            m.PathValidated,  #     WAITING
+            m.PathError,  #         SUBMITTING, or ENDED if shared was asked for
+        }
+    ),
+    State.SUBMITTING: frozenset(
+        {
+            m.JobAccepted,  #       SENDING
+            m.JobRejected,  #       ENDED
+        }
+    ),
+    State.SENDING: frozenset(
+        {
+            m.JobState,  #          SENDING; WAITING once it is QUEUED
+            m.JobFailed,  #         ENDED
+        }
+    ),
+    State.WAITING: _LIFE,  #        WAITING; FETCHING or ENDED after the last one
+    State.CANCELLING: _LIFE | {m.JobAccepted, m.JobRejected},  # as WAITING
+    State.FETCHING: _NOTHING,
+    State.ENDED: _NOTHING,
+}
+
+STALE = frozenset({m.MountProbed, m.MountProbeFailed, m.PathValidated, m.PathError})
+"""Late answers to questions of the shared route, after it was given up."""
+
+SHARED_STATES = frozenset(
+    {
+        State.PREPARING,
+        State.PROBING,
+        State.COPYING,
+        State.CHECKING_INPUT,
+        State.CHECKING_OUTPUT,
+    }
+)

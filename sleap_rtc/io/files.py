@@ -1,7 +1,7 @@
-"""Files that travel in chunks: read at the sender, written at the receiver.
+"""New files that appear whole or not at all, and files that travel in chunks.
 
 All functions here block, and are called in worker threads; any number of threads may
-use one object at once.
+use one `ChunkReader` or `ChunkWriter` at once.
 """
 
 import ctypes
@@ -105,6 +105,31 @@ class PartFile:
         self._folder.close()
 
 
+def start_part_file(
+    root: Path, names: list[str], *, needed: int, where: str
+) -> PartFile:
+    """Make a part file beneath a root, if there is space.
+
+    Args:
+        root: An existing directory that the owner of this process named.
+        names: The checked names of the path; missing directories are made.
+        needed: Bytes that must be free.
+        where: How a message names the storage, such as ``on shared storage``.
+
+    Raises:
+        PathValidationError: If the path leads through a link or a file.
+        InsufficientSpaceError: If there is less space.
+        OSError: If the name is taken, or the storage failed.
+    """
+    folder = open_folder_beneath(root, names[:-1], create=True)
+    try:
+        require_space(folder, needed, where)
+        return PartFile(folder, names[-1])
+    except (OSError, InsufficientSpaceError):
+        folder.close()
+        raise
+
+
 class ChunkReader:
     """A file that is sent chunk by chunk.
 
@@ -123,7 +148,7 @@ class ChunkReader:
         self._name = "the file" if isinstance(source, int) else source.name
         self._handle = _Handle(fd)
         self._chunk_size = chunk_size
-        self._opened = _identity(fd)
+        self._opened = file_identity(fd)
 
     @property
     def size(self) -> int:
@@ -144,7 +169,7 @@ class ChunkReader:
         """
         length = _chunk_length(index, self.size, self._chunk_size)
         with self._handle.use() as fd, explain_errors(f"Failed to read {self._name}"):
-            payload = _read_at(fd, length, index * self._chunk_size)
+            payload = read_at(fd, length, index * self._chunk_size)
         if len(payload) < length:
             raise SharedStorageError(f"{self._name} became shorter while it was sent")
         return payload, blake3(payload).digest()
@@ -152,7 +177,7 @@ class ChunkReader:
     def check_unchanged(self) -> bool:
         """Tell whether the file is still as it was when it was opened."""
         with self._handle.use() as fd, explain_errors(f"Failed to read {self._name}"):
-            return _identity(fd) == self._opened
+            return file_identity(fd) == self._opened
 
     def close(self) -> None:
         """Let go of the file, as soon as no thread reads any more."""
@@ -184,7 +209,13 @@ class ChunkWriter:
         self._relative = relative
         self._size = size
         self._chunk_size = chunk_size
-        self._part = _start_part_file(root, relative, size)
+        try:
+            names = check_portable_path_untrusted(relative).split("/")
+        except RemoteProtocolError as error:
+            raise PathValidationError(error.reason) from None
+        with explain_errors(f"Failed to create {relative}"):
+            where = f"for {relative}"
+            self._part = start_part_file(root, names, needed=size, where=where)
         try:
             with self._part.use() as fd, explain_errors(f"No room for {relative}"):
                 _reserve(fd, size)
@@ -240,6 +271,24 @@ class ChunkWriter:
             self._part.discard()
 
 
+def read_at(fd: int, length: int, offset: int) -> bytes:
+    """Read some bytes of a file, fewer only at its end."""
+    pieces: list[bytes] = []
+    while length:
+        if hasattr(os, "pread"):
+            piece = os.pread(fd, length, offset)
+        else:
+            with _seek_lock:
+                os.lseek(fd, offset, os.SEEK_SET)
+                piece = os.read(fd, length)
+        if not piece:
+            break
+        pieces.append(piece)
+        length -= len(piece)
+        offset += len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
 def write_at(fd: int, data: Buffer, offset: int) -> None:
     """Write all of some bytes at a place of a file."""
     view = memoryview(data)
@@ -260,7 +309,7 @@ def require_space(folder: Folder, needed: int, where: str) -> None:
     Args:
         folder: A directory on the storage.
         needed: Bytes that must be free.
-        where: How the message names the storage, such as ``on shared storage``.
+        where: How the message names the storage.
 
     Raises:
         InsufficientSpaceError: If there is less.
@@ -271,6 +320,15 @@ def require_space(folder: Folder, needed: int, where: str) -> None:
             f"Insufficient disk space {where}: need {human_size(needed)},"
             f" have {human_size(free)}"
         )
+
+
+def file_identity(fd: int) -> tuple[int, int, int]:
+    """Describe a file by its size, its last change and its number.
+
+    Equal descriptions mean that nobody changed it in between.
+    """
+    status = os.fstat(fd)
+    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def human_size(size: int) -> str:
@@ -321,21 +379,6 @@ class _Handle:
             os.close(self._fd)
 
 
-def _start_part_file(root: Path, relative: str, size: int) -> PartFile:
-    try:
-        *parents, name = check_portable_path_untrusted(relative).split("/")
-    except RemoteProtocolError as error:
-        raise PathValidationError(error.reason) from None
-    with explain_errors(f"Failed to create {relative}"):
-        folder = open_folder_beneath(root, parents, create=True)
-        try:
-            require_space(folder, size, f"for {relative}")
-            return PartFile(folder, name)
-        except (OSError, InsufficientSpaceError):
-            folder.close()
-            raise
-
-
 def _reserve(fd: int, size: int) -> None:
     """Make sure of the space, so that a full disk is noticed before the transfer."""
     os.ftruncate(fd, size)
@@ -356,29 +399,6 @@ def _chunk_length(index: int, size: int, chunk_size: int) -> int:
     if index < 0 or length <= 0:
         raise ValueError(f"a file of {size} bytes has no chunk {index}")
     return length
-
-
-def _read_at(fd: int, length: int, offset: int) -> bytes:
-    """Read some bytes of a file, fewer only at its end."""
-    pieces: list[bytes] = []
-    while length:
-        if hasattr(os, "pread"):
-            piece = os.pread(fd, length, offset)
-        else:
-            with _seek_lock:
-                os.lseek(fd, offset, os.SEEK_SET)
-                piece = os.read(fd, length)
-        if not piece:
-            break
-        pieces.append(piece)
-        length -= len(piece)
-        offset += len(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-
-def _identity(fd: int) -> tuple[int, int, int]:
-    status = os.fstat(fd)
-    return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 _seek_lock = threading.Lock()

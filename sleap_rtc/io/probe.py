@@ -1,0 +1,124 @@
+"""Find out whether storage answers, and whether two machines see the same one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import trio
+
+from sleap_rtc.io import probe_child
+from sleap_rtc.io.files import write_at
+from sleap_rtc.io.folder import create_beneath, explain_errors, open_beneath
+
+MAX_PROBE_BYTES = 64
+"""A mount probe holds a nonce; of anything longer only the beginning is read."""
+
+_DEATH_SECONDS = 0.5
+
+
+class StorageHealth(msgspec.Struct, frozen=True):
+    """How storage answered.
+
+    Args:
+        ok: True if it answered in time, and could be written to.
+        reason: Otherwise why not, for people.
+        free_bytes: Bytes that may still be written.
+        total_bytes: Bytes of the whole file system.
+        write_seconds: How long it took to write a small file to the disk.
+    """
+
+    ok: bool
+    reason: str = ""
+    free_bytes: int = 0
+    total_bytes: int = 0
+    write_seconds: float = 0.0
+
+
+async def probe_storage(path: Path, timeout: float) -> StorageHealth:
+    """Look at storage that may hang, and write a small file there.
+
+    A process that waits for dead storage can neither go on nor be killed, so a child
+    process looks. If it is not done in time, it is left to the system.
+
+    Args:
+        path: A directory on the storage.
+        timeout: Seconds to wait for the answer.
+    """
+    # The child imports nothing of this package: it starts in some 20 ms.
+    child = await trio.lowlevel.open_process(
+        [sys.executable, "-I", "-S", str(probe_child.__file__), str(path)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    answer = b""
+    try:
+        with trio.move_on_after(timeout):
+            answer = await _read_answer(child)
+    finally:
+        await _let_go(child)
+    if not answer:
+        reason = f"Storage at {path} did not answer within {timeout:g} seconds"
+        return StorageHealth(ok=False, reason=reason)
+    return msgspec.json.decode(answer, type=StorageHealth)
+
+
+def write_probe(root: Path, relative: str, nonce: bytes) -> None:
+    """Write a mount probe, a new small file, where another host shall find it.
+
+    Args:
+        root: The shared root as this machine mounts it.
+        relative: Where beneath it, in a directory that is there already.
+        nonce: What the file holds, at most 64 bytes.
+
+    Raises:
+        PathValidationError: If the path leads elsewhere.
+        SharedStorageError: If something of that name is there, or the storage failed.
+    """
+    if len(nonce) > MAX_PROBE_BYTES:
+        raise ValueError(f"a mount probe holds at most {MAX_PROBE_BYTES} bytes")
+    fd = create_beneath(root, relative)
+    with explain_errors(f"Failed to write {relative}"):
+        try:
+            write_at(fd, nonce, 0)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def read_probe(root: Path, relative: str) -> bytes:
+    """Read a mount probe that another host wrote.
+
+    Returns:
+        What it holds, at most 64 bytes.
+
+    Raises:
+        PathValidationError: If it is not there, or the path leads elsewhere.
+        SharedStorageError: If the storage failed.
+    """
+    fd = open_beneath(root, relative)
+    with explain_errors(f"Failed to read {relative}"):
+        try:
+            return os.read(fd, MAX_PROBE_BYTES)
+        finally:
+            os.close(fd)
+
+
+async def _read_answer(child: trio.Process) -> bytes:
+    answer = b""
+    assert child.stdout is not None  # it is a pipe, see above
+    async for piece in child.stdout:
+        answer += piece
+    return answer
+
+
+async def _let_go(child: trio.Process) -> None:
+    """End the child if it can be ended; one that storage holds stays behind."""
+    with trio.move_on_after(_DEATH_SECONDS, shield=True):
+        child.kill()
+        await child.wait()
+    if child.stdout is not None:
+        await child.stdout.aclose()

@@ -1,0 +1,263 @@
+"""What a program printed, as numbered lines that are safe to show.
+
+A program that believes it talks to a terminal redraws: a bare carriage return starts
+its line again, and ``ESC [ A`` goes back up to one that it drew before (nested progress
+bars do). `LineAssembler` follows these moves, so that a redraw gives a new text for the
+number of the line that it redraws. All other terminal control is removed.
+"""
+
+import codecs
+import re
+from collections.abc import Iterator
+
+import msgspec
+
+MAX_LINE_BYTES = 16 * 1024
+"""UTF-8 bytes of one line; four times as much would still fit a control message."""
+
+CUT_MARK = " [line cut]"
+
+REDRAW_SECONDS = 0.1
+"""Time between two redraws of a line: people do not read ten a second."""
+
+REACH = 16
+"""Lines that can still be redrawn; progress bars nest two or three deep."""
+
+_STRING_LIMIT = 4096
+"""Characters of a window title or the like, after which it was never meant as one."""
+
+_TEXT = r"[^\x00-\x08\x0a-\x1f\x7f-\x9f]+"
+_CSI_START = r"(?:\x1b\[|\x9b)[0-?]{0,64}[ -/]{0,8}"
+_STRING_START = (
+    r"(?:\x1b[\]PX^_]|[\x90\x98\x9d\x9e\x9f])"
+    rf"[^\x07\x1b\x9c\r\n]{{0,{_STRING_LIMIT}}}"
+)
+
+# ECMA-48: control sequences (CSI), control strings (OSC, DCS, SOS, PM, APC), other
+# escape sequences, and single control characters. A tab counts as text.
+_TOKEN = re.compile(
+    rf"(?P<text>{_TEXT})"
+    rf"|(?P<csi>{_CSI_START}[@-~])"
+    rf"|(?P<string>{_STRING_START}(?:\x07|\x9c|\x1b\\)?)"
+    r"|(?P<escape>\x1b[ -/]{0,8}[0-~]?)"
+    r"|(?P<control>.)",
+    re.DOTALL,
+)
+
+_UNFINISHED = re.compile(rf"(?:\x1b[ -/]{{0,8}}|{_CSI_START}|{_STRING_START}\x1b?)\Z")
+"""The beginning of a sequence whose end may still come."""
+
+_UPWARDS = re.compile(r"(?:\x1b\[|\x9b)([0-9]{0,4})A")
+_ERASE_LINE = re.compile(r"(?:\x1b\[|\x9b)([0-2]?)K")
+
+_BREAKS = re.compile(r"[\n\v\f\r\x85\u2028\u2029]+")
+_REORDERING = re.compile(r"[\u202a-\u202e\u2066-\u2069]")
+_SURROGATES = re.compile(r"[\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Make a text that came from somewhere else safe to print on a terminal.
+
+    Args:
+        text: Anything.
+
+    Returns:
+        One line. Control sequences and control characters are gone, except for tabs,
+        and so are the marks that reorder text; line breaks became spaces.
+    """
+    text = _BREAKS.sub(" ", text)
+    return _clean("".join(m[0] for m in _TOKEN.finditer(text) if m["text"]))
+
+
+def _clean(text: str) -> str:
+    """Take out of a text without control characters what would still mislead."""
+    return _SURROGATES.sub("\ufffd", _REORDERING.sub("", text))
+
+
+class LineEvent(msgspec.Struct, frozen=True):
+    """The text of a line, for the first time or again.
+
+    Args:
+        line: Its number; a number that was there before is a redraw of that line.
+        text: Printable text without trailing spaces, at most `MAX_LINE_BYTES` bytes
+            and `CUT_MARK`.
+    """
+
+    line: int
+    text: str
+
+
+class _Row:
+    """A line that can still change."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.due: float | None = None
+        self.ended = False
+        self._pieces: list[str] = []
+        self._room = MAX_LINE_BYTES
+        self._cut = False
+        self._shown: str | None = None
+
+    @property
+    def is_blank(self) -> bool:
+        """True if nothing was ever on this line that a reader could have seen."""
+        return self._shown is None and not "".join(self._pieces).strip(" ")
+
+    def write(self, text: str, now: float) -> None:
+        """Put text at the end of the line."""
+        if self._cut or not text:
+            return
+        data = text.encode()
+        if len(data) > self._room:
+            self._cut = True
+            text = data[: self._room].decode(errors="ignore") + CUT_MARK
+        self._room -= len(data)
+        self._pieces.append(text)
+        self._touch(now)
+
+    def erase(self, now: float) -> None:
+        """Take all text off the line."""
+        if not self._pieces:
+            return
+        self._pieces.clear()
+        self._room = MAX_LINE_BYTES
+        self._cut = False
+        self._touch(now)
+
+    def take(self) -> LineEvent | None:
+        """Give the line to the reader, if it has not seen this text yet."""
+        self.due = None
+        text = "".join(self._pieces)
+        self._pieces = [text] if text else []
+        text = text.rstrip(" ")
+        if text == self._shown or (self.is_blank and not self.ended):
+            return None
+        self._shown = text
+        return LineEvent(self.number, text)
+
+    def _touch(self, now: float) -> None:
+        if self.due is None:
+            self.due = now + REDRAW_SECONDS
+
+
+class LineAssembler:
+    """Cut the output of a program into numbered lines.
+
+    Call `receive_data` with whatever was read, `handle_timeout` once `deadline` has
+    come, and `finish` at the end of the output; each returns the lines to deliver, in
+    order. A finished line is delivered at once. A line that is still being drawn, or is
+    drawn again, is delivered `REDRAW_SECONDS` after it changed, with the text that it
+    has then; so its last text always comes. How the bytes were cut never matters for
+    the last text of a line.
+
+    Args:
+        first_line: The number of the first line.
+    """
+
+    def __init__(self, first_line: int = 1) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held = ""
+        self._rows = [_Row(first_line)]
+        self._cursor = 0
+        self._fresh = False
+        """True if the next text replaces the line instead of growing it."""
+
+    @property
+    def next_line(self) -> int:
+        """The number after the last line that has any text or was ended."""
+        last = self._rows[-1]
+        return last.number if last.is_blank else last.number + 1
+
+    def deadline(self) -> float | None:
+        """Say when `handle_timeout` has something to deliver."""
+        return min((row.due for row in self._rows if row.due is not None), default=None)
+
+    def receive_data(self, data: bytes, now: float) -> list[LineEvent]:
+        """Take output of the program.
+
+        Args:
+            data: Any number of bytes, with borders anywhere; what is not UTF-8 shows
+                as U+FFFD.
+            now: The time in seconds.
+        """
+        events = list(self._feed(self._decoder.decode(data), now))
+        return events + self.handle_timeout(now)
+
+    def handle_timeout(self, now: float) -> list[LineEvent]:
+        """Deliver the lines whose time has come."""
+        return [
+            event
+            for row in self._rows
+            if row.due is not None and now >= row.due and (event := row.take())
+        ]
+
+    def finish(self, now: float) -> list[LineEvent]:
+        """Deliver everything: the output has ended. More may follow below it."""
+        events = list(self._feed(self._decoder.decode(b"", final=True), now))
+        self._held = ""
+        following = self.next_line
+        events += [
+            event for row in self._rows if row.due is not None and (event := row.take())
+        ]
+        self._decoder.reset()
+        self._rows = [_Row(following)]
+        self._cursor = 0
+        self._fresh = False
+        return events
+
+    def _feed(self, text: str, now: float) -> Iterator[LineEvent]:
+        text = self._held + text
+        self._held = ""
+        for token in _TOKEN.finditer(text):
+            # Only the last sequence can be unfinished, and only if it holds no text.
+            if token["text"]:
+                self._write(token[0], now)
+            elif _UNFINISHED.match(text, token.start()):
+                self._held = text[token.start() :]
+                return
+            elif token[0] == "\n":
+                yield from self._end_line()
+            elif token[0] == "\r":
+                self._fresh = True
+            elif token["csi"]:
+                self._control(token[0], now)
+
+    def _write(self, text: str, now: float) -> None:
+        row = self._rows[self._cursor]
+        if self._fresh:
+            row.erase(now)
+            self._fresh = False
+        row.write(_clean(text), now)
+
+    def _control(self, sequence: str, now: float) -> None:
+        """Follow a control sequence, if it is one that moves lines."""
+        if match := _UPWARDS.fullmatch(sequence):
+            self._cursor = max(0, self._cursor - max(1, int(match[1] or 1)))
+            self._fresh = True
+            return
+        # Erasing what follows on the line takes nothing away at the end of its text.
+        match = _ERASE_LINE.fullmatch(sequence)
+        if match and (self._fresh or match[1] == "2"):
+            self._rows[self._cursor].erase(now)
+
+    def _end_line(self) -> Iterator[LineEvent]:
+        """Go down one line; a line that ends for the first time is delivered."""
+        row = self._rows[self._cursor]
+        if not row.ended:
+            row.ended = True
+            if event := row.take():
+                yield event
+        self._cursor += 1
+        self._fresh = self._cursor < len(self._rows)
+        if not self._fresh:
+            self._rows.append(_Row(row.number + 1))
+            yield from self._retire()
+
+    def _retire(self) -> Iterator[LineEvent]:
+        """Let go of the line that is out of reach now."""
+        if len(self._rows) > REACH:
+            row = self._rows.pop(0)
+            self._cursor -= 1
+            if row.due is not None and (event := row.take()):
+                yield event

@@ -1,6 +1,7 @@
 """One interface over every kind of link."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -23,6 +24,19 @@ class LinkClosedError(Exception):
         super().__init__(reason)
         self.reason = reason
         self.by_peer = by_peer
+
+
+class DialError(Exception):
+    """No link came about.
+
+    Args:
+        failures: Each address that was tried, as ``host:port``, and what happened.
+    """
+
+    def __init__(self, failures: Sequence[tuple[str, str]]) -> None:
+        tried = "; ".join(f"{address}: {reason}" for address, reason in failures)
+        super().__init__(f"cannot reach the peer ({tried or 'it has no address'})")
+        self.failures = tuple(failures)
 
 
 class LinkStatistics(msgspec.Struct, frozen=True):
@@ -52,8 +66,14 @@ class Link(ABC):
 
     It carries ordered control messages and, beside them, bulk frames. Any number of
     tasks may send; one task may receive messages, and one may receive frames. Whatever
-    ends the link makes every pending and later call raise `LinkClosedError`.
+    ends the link makes every pending and later call raise `LinkClosedError`; what had
+    arrived before can still be received.
+
+    Attributes:
+        peer: The name under which the peer proved itself; empty on its own side.
     """
+
+    peer: str = ""
 
     @abstractmethod
     async def send_message(self, message: Message) -> None:

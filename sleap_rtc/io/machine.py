@@ -1,0 +1,123 @@
+"""What this machine offers to a job."""
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pynvml
+
+from sleap_rtc.proto.lines import printable
+from sleap_rtc.proto.messages import Gpu
+
+_PROGRAMS = ("sleap-nn", "sleap-nn-train", "sleap")
+"""What may tell where sleap-nn is installed, the surest first."""
+
+_SHEBANG_LENGTH = 512
+"""Bytes; Linux reads 256 of the first line."""
+
+
+class MachineInfo(msgspec.Struct, frozen=True):
+    """What a worker tells about its machine.
+
+    Args:
+        hostname: The name of the machine.
+        gpus: Its NVIDIA GPUs, numbered as the driver does.
+        sleap_nn: The version of sleap-nn on the PATH, or "".
+        disk_free: Bytes that jobs may still use.
+    """
+
+    hostname: str
+    gpus: tuple[Gpu, ...]
+    sleap_nn: str
+    disk_free: int
+
+
+def describe_machine(directory: Path, *, path: str | None = None) -> MachineInfo:
+    """Look at this machine; it blocks, so call it in a thread.
+
+    Args:
+        directory: Where jobs are kept.
+        path: The folders to look for sleap-nn in, as in PATH; None for PATH itself.
+    """
+    return MachineInfo(
+        hostname=socket.gethostname(),
+        gpus=find_gpus(),
+        sleap_nn=find_sleap_nn(os.environ.get("PATH", "") if path is None else path),
+        disk_free=shutil.disk_usage(directory).free,
+    )
+
+
+def find_gpus() -> tuple[Gpu, ...]:
+    """List the NVIDIA GPUs; none without a driver that works."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        return tuple(_gpu(number) for number in range(pynvml.nvmlDeviceGetCount()))
+    except pynvml.NVMLError:
+        return ()
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(number: int) -> Gpu:
+    """Describe a GPU, also one that fell off its bus: the others keep their number."""
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(number)
+        name = pynvml.nvmlDeviceGetName(handle)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle).total
+    except pynvml.NVMLError as error:
+        return Gpu(model=f"does not answer: {error}"[:128], memory_mb=0)
+    return Gpu(model=str(name)[:128], memory_mb=int(memory) // 2**20)
+
+
+def find_sleap_nn(path: str) -> str:
+    """Find the version of sleap-nn without starting it, which would take 10 s.
+
+    Args:
+        path: The folders to look for the program in, as in PATH.
+
+    Returns:
+        The version, or "" if it is not there or does not tell.
+    """
+    for program in _PROGRAMS:
+        found = shutil.which(program, path=path)
+        if found is None:
+            continue
+        for prefix in _prefixes(Path(found)):
+            for version in _versions(prefix):
+                return printable(version)[:64]
+    return ""
+
+
+def _prefixes(program: Path) -> Iterator[Path]:
+    """List the environments that a program may belong to, the likeliest first."""
+    interpreter = _interpreter(program)
+    if interpreter is not None:
+        yield interpreter.parent.parent
+    yield program.parent.parent
+    # Tools that give each program its own environment link to it from elsewhere.
+    yield program.resolve().parent.parent
+
+
+def _interpreter(program: Path) -> Path | None:
+    """Read which Python a script runs with, if its first line says so."""
+    try:
+        with program.open("rb") as file:
+            first = file.readline(_SHEBANG_LENGTH)
+    except OSError:
+        return None
+    if not first.startswith(b"#!/"):
+        return None
+    return Path(os.fsdecode(first[2:].strip()))
+
+
+def _versions(prefix: Path) -> Iterator[str]:
+    """List the versions of sleap-nn that an environment holds."""
+    for packages in ("lib/python3*/site-packages", "Lib/site-packages"):
+        for found in prefix.glob(f"{packages}/sleap_nn-*.dist-info"):
+            yield found.name.removeprefix("sleap_nn-").removesuffix(".dist-info")

@@ -1,0 +1,273 @@
+"""The messages of the signaling server, in one table, and their JSON codec.
+
+Each is one JSON object; ``type`` names it. Unknown keys are ignored, so that messages
+can grow. `sleap_rtc.proto.room_server` and `sleap_rtc.proto.room_member` are the two
+machines that speak them.
+"""
+
+from enum import StrEnum
+from typing import Annotated
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+
+MAX_SIGNAL_BYTES = 64 * 1024
+"""What a server takes from a peer: the largest sealed text is half of it."""
+
+MAX_METADATA_BYTES = 4096
+"""Of one peer, as JSON: ten times what a worker with eight GPUs has to say."""
+
+MAX_PEERS_PER_ROOM = 64
+"""A laboratory, with its workers and everybody's terminals."""
+
+MAX_LIST_BYTES = MAX_PEERS_PER_ROOM * (MAX_METADATA_BYTES + 1024)
+"""What a peer takes from a server: a list of a full room is the longest message."""
+
+# ------------------------------------------------------------------- field types
+
+PeerId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._@-]{0,127}\Z")]
+"""Harmless in a log line or a file name."""
+
+RoomId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+Role = Annotated[str, Meta(pattern=r"\A[a-z]{1,32}\Z")]
+Tag = Annotated[str, Meta(max_length=64)]
+Tags = Annotated[tuple[Tag, ...], Meta(max_length=16)]
+Key = Annotated[str, Meta(min_length=1, max_length=64)]
+Integer = Annotated[int, Meta(ge=-(2**53), le=2**53)]
+"""What every JSON library reads back unchanged."""
+
+Scalar = str | bool | Integer | float | None
+Property = Scalar | list[Scalar]
+Properties = dict[Key, Property]
+Sealed = Annotated[str, Meta(max_length=MAX_SIGNAL_BYTES // 2)]
+"""An offer or answer that only peers of the room can read."""
+
+
+class Metadata(msgspec.Struct, frozen=True):
+    """What a peer says about itself to its room."""
+
+    tags: Tags = ()
+    properties: Properties = {}
+
+
+class MetadataChange(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Properties to merge; tags replace the old ones if they are given."""
+
+    properties: Properties = {}
+    tags: Tags | UnsetType = UNSET
+
+
+class Comparison(
+    msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True
+):
+    """Conditions on one property; all that are given must hold."""
+
+    at_least: Integer | float | UnsetType = msgspec.field(default=UNSET, name="$gte")
+    at_most: Integer | float | UnsetType = msgspec.field(default=UNSET, name="$lte")
+    equal: Scalar | UnsetType = msgspec.field(default=UNSET, name="$eq")
+
+
+Condition = Scalar | Comparison
+
+
+class Filters(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Which peers to list: of this role, with any of these tags, and such properties.
+
+    What is left out does not matter.
+    """
+
+    role: Role | UnsetType = UNSET
+    tags: Tags = ()
+    properties: dict[Key, Condition] = {}
+
+
+class PeerInfo(msgspec.Struct, frozen=True):
+    """One peer of the room, as it describes itself."""
+
+    peer_id: PeerId
+    role: Role
+    metadata: Metadata
+
+
+# ----------------------------------------------------------------------- messages
+
+
+class Signal(msgspec.Struct, frozen=True, tag_field="type"):
+    """One message between a peer and the signaling server."""
+
+
+class Challenge(Signal, frozen=True, tag="challenge"):
+    """Server, first on every connection: sign this to register."""
+
+    nonce: Annotated[bytes, Meta(min_length=16, max_length=64)]
+
+
+class Register(Signal, frozen=True, tag="register"):
+    """Peer: let me into this room. Sent again, it replaces the metadata."""
+
+    peer_id: PeerId
+    room_id: RoomId
+    role: Role
+    public_key: Annotated[bytes, Meta(max_length=64)]
+    signature: Annotated[bytes, Meta(max_length=128)]
+    metadata: Metadata = Metadata()
+
+
+class RegisteredAuth(Signal, frozen=True, tag="registered_auth"):
+    """Server: you are in."""
+
+    room_id: RoomId
+    peer_id: PeerId
+
+
+class DiscoverPeers(Signal, frozen=True, tag="discover_peers"):
+    """Peer: who else is in my room? Each one gets exactly one `PeerList`."""
+
+    from_peer_id: PeerId
+    filters: Filters = Filters()
+
+
+class PeerList(Signal, frozen=True, tag="peer_list"):
+    """Server: those are."""
+
+    to_peer_id: PeerId
+    peers: Annotated[tuple[PeerInfo, ...], Meta(max_length=MAX_PEERS_PER_ROOM)]
+    count: int
+
+
+class OfferSignal(Signal, frozen=True, tag="offer"):
+    """Peer to peer: a sealed offer."""
+
+    sender: PeerId
+    target: PeerId
+    sdp: Sealed
+
+
+class AnswerSignal(Signal, frozen=True, tag="answer"):
+    """Peer to peer: the sealed answer."""
+
+    sender: PeerId
+    target: PeerId
+    sdp: Sealed
+
+
+class PeerMessage(Signal, frozen=True, tag="peer_message"):
+    """Peer to peer: anything else; the server does not look into it."""
+
+    from_peer_id: PeerId
+    to_peer_id: PeerId
+    payload: msgspec.Raw
+
+
+class UpdateMetadata(Signal, frozen=True, tag="update_metadata"):
+    """Peer: this is new about me."""
+
+    peer_id: PeerId
+    metadata: MetadataChange
+
+
+class MetadataUpdated(Signal, frozen=True, tag="metadata_updated"):
+    """Server: this is what the room knows about you now."""
+
+    peer_id: PeerId
+    metadata: Metadata
+
+
+class ErrorSignal(Signal, frozen=True, tag="error"):
+    """Server: that did not work; a code for programs, a reason for people."""
+
+    code: Annotated[str, Meta(max_length=64)]
+    reason: Annotated[str, Meta(max_length=1024)]
+    target: PeerId | UnsetType = UNSET
+
+
+class UnknownSignal(Signal, frozen=True):
+    """A message of a newer peer: ignored, never sent."""
+
+    name: str
+
+
+class ErrorCode(StrEnum):
+    """The codes of `ErrorSignal`."""
+
+    INVALID_MESSAGE = "INVALID_MESSAGE"
+    NOT_IN_ROOM = "NOT_IN_ROOM"
+    NOT_YOU = "NOT_YOU"
+    REGISTRATION_REFUSED = "REGISTRATION_REFUSED"
+    METADATA_TOO_LARGE = "METADATA_TOO_LARGE"
+    ROOM_FULL = "ROOM_FULL"
+    SERVER_FULL = "SERVER_FULL"
+    PEER_NOT_FOUND = "PEER_NOT_FOUND"
+    TOO_MANY_MESSAGES = "TOO_MANY_MESSAGES"
+
+
+# -------------------------------------------------------------------------- codec
+
+TABLE: dict[str, type[Signal]] = {
+    "challenge": Challenge,
+    "register": Register,
+    "registered_auth": RegisteredAuth,
+    "discover_peers": DiscoverPeers,
+    "peer_list": PeerList,
+    "offer": OfferSignal,
+    "answer": AnswerSignal,
+    "peer_message": PeerMessage,
+    "update_metadata": UpdateMetadata,
+    "metadata_updated": MetadataUpdated,
+    "error": ErrorSignal,
+}
+
+_MAX_REASON = 300
+
+
+class _Head(msgspec.Struct, frozen=True):
+    """What is read first of every message."""
+
+    type: Annotated[str, Meta(min_length=1, max_length=64)]
+
+
+def encode_signal(signal: Signal) -> str:
+    """Write a message as JSON.
+
+    Raises:
+        LocalProtocolError: If it can't be expressed in JSON.
+    """
+    try:
+        return msgspec.json.encode(signal).decode()
+    except (ValueError, OverflowError, TypeError) as error:
+        raise LocalProtocolError(f"{type(signal).__name__}: {error}") from None
+
+
+def decode_signal_untrusted(text: str, limit: int = MAX_SIGNAL_BYTES) -> Signal:
+    """Read a message from the network.
+
+    Args:
+        text: As it arrived.
+        limit: Its greatest length in bytes.
+
+    Returns:
+        A message of `TABLE`, or `UnknownSignal` if there is no such name in it.
+
+    Raises:
+        RemoteProtocolError: For anything else; it names the message and the field.
+    """
+    name = "a signaling message"
+    try:
+        raw = text.encode()
+        if len(raw) > limit:
+            raise RemoteProtocolError(f"{name} of {len(raw)} bytes is too long")
+        head = msgspec.json.decode(raw, type=_Head)
+        name = head.type
+        cls = TABLE.get(name)
+        if cls is None:
+            return UnknownSignal(name)
+        return msgspec.json.decode(raw, type=cls)
+    except (ValueError, RecursionError) as error:
+        raise RemoteProtocolError(f"{name}: {error}"[:_MAX_REASON]) from None
+
+
+def metadata_fits(metadata: Metadata) -> bool:
+    """Tell whether a server will take this much metadata."""
+    return len(msgspec.json.encode(metadata)) <= MAX_METADATA_BYTES

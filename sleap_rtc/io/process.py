@@ -245,7 +245,7 @@ def find_program(program: str, cwd: Path, path: str) -> str | None:
         Its absolute path, or None.
     """
     if os.path.basename(program) != program:
-        return shutil.which(cwd / program)
+        return shutil.which(str(cwd / program))
     folders = [folder for folder in path.split(os.pathsep) if os.path.isabs(folder)]
     return shutil.which(program, path=os.pathsep.join(folders))
 
@@ -405,15 +405,19 @@ async def _stop(process: trio.Process, grace: float) -> None:
     if process.returncode is None:
         _signal_all(process, kill=False)
         with trio.move_on_after(grace):
-            # The pipe ends when the last of them has ended. Until then it is emptied:
-            # a program that can't print its last words might not get to its end.
-            while await process.stdout.receive_some(_READ_SIZE):
-                pass
-            await process.wait()
+            await _wait_for_all(process, process.stdout)
     _signal_all(process, kill=True)
     with trio.move_on_after(KILL_SECONDS):
-        await process.wait()
+        await _wait_for_all(process, process.stdout)
     await process.stdout.aclose()
+
+
+async def _wait_for_all(process: trio.Process, stdout: trio.abc.ReceiveStream) -> None:
+    """Wait for the end of a program and of all that can still write its output."""
+    # A program that can't print its last words might never get to its end.
+    while await stdout.receive_some(_READ_SIZE):
+        pass
+    await process.wait()
 
 
 def _signal_all(process: trio.Process, *, kill: bool) -> None:

@@ -9,6 +9,7 @@ import msgspec
 
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 from sleap_rtc.proto.invite import RoomKeys
+from sleap_rtc.proto.lines import printable
 from sleap_rtc.proto.rendezvous import (
     MAX_LIST_BYTES,
     MAX_METADATA_BYTES,
@@ -502,11 +503,11 @@ class RoomMember:
             self._send(UpdateMetadata(self._peer_id, change))
 
     def _receive_error(self, error: ErrorSignal) -> None:
-        reason = _printable(error.reason)
+        reason = printable(error.reason)
         if isinstance(error.target, str) and error.code == ErrorCode.PEER_NOT_FOUND:
             self._outputs.append(PeerUnreachable(error.target))
         elif self._state is MemberState.REGISTERED:
-            self._outputs.append(ServerComplained(_printable(error.code), reason))
+            self._outputs.append(ServerComplained(printable(error.code), reason))
         elif error.code in _PASSING:
             self._complaint = reason
         else:
@@ -530,8 +531,3 @@ class RoomMember:
 def _check_size(metadata: Metadata) -> None:
     if not metadata_fits(metadata):
         raise LocalProtocolError(f"metadata of more than {MAX_METADATA_BYTES} bytes")
-
-
-def _printable(text: str) -> str:
-    """Take what could move a terminal's cursor out of a text of the server."""
-    return "".join(char if char.isprintable() else " " for char in text)

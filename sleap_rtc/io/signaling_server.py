@@ -1,0 +1,141 @@
+"""The signaling server, over real sockets.
+
+What happens is decided by `sleap_rtc.proto.room_server`; this module moves texts and
+time.
+"""
+
+import itertools
+import secrets
+from typing import assert_never
+
+import trio
+from structlog.typing import FilteringBoundLogger
+
+from sleap_rtc.io.websocket import WebSocket
+from sleap_rtc.proto.envelope import NONCE_BYTES
+from sleap_rtc.proto.rendezvous import MAX_SIGNAL_BYTES
+from sleap_rtc.proto.room_server import (
+    Deliver,
+    Drop,
+    PeerJoined,
+    PeerLeft,
+    Ping,
+    Refused,
+    RoomServer,
+    ServerOutput,
+)
+
+
+async def serve_signaling(
+    host: str,
+    port: int,
+    *,
+    log: FilteringBoundLogger,
+    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Run a signaling server until cancelled.
+
+    Args:
+        host: The address or the name to listen on.
+        port: The port, or 0 for any that is free.
+        log: Where comings, goings and refusals are noted.
+        task_status: Gets the port that the server listens on.
+
+    Raises:
+        OSError: If the address can't be listened on.
+    """
+    listeners = await trio.open_tcp_listeners(port, host=host)
+    server = _Server(log)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(server.keep_time)
+        await nursery.start(trio.serve_listeners, server.serve_connection, listeners)
+        bound: int = listeners[0].socket.getsockname()[1]
+        log.info("signaling server listens", host=host, port=bound)
+        task_status.started(bound)
+
+
+class _Server:
+    """Drives one `RoomServer` for all connections."""
+
+    def __init__(self, log: FilteringBoundLogger) -> None:
+        self._log = log
+        self._machine = RoomServer()
+        self._sockets: dict[int, WebSocket] = {}
+        self._numbers = itertools.count()
+        self._wake = trio.Event()
+
+    async def serve_connection(self, stream: trio.SocketStream) -> None:
+        """Serve one connection from its first byte to its last."""
+        number = next(self._numbers)
+        socket = WebSocket.of_server(stream, MAX_SIGNAL_BYTES)
+        self._sockets[number] = socket
+        reason = "the server ends"
+        try:
+            nonce = secrets.token_bytes(NONCE_BYTES)
+            self._machine.connection_opened(number, nonce, trio.current_time())
+            self._drain()
+            reason = await socket.run(_ServerEnd(self, number))
+        finally:
+            self._machine.connection_lost(number, reason)
+            self._drain()
+            del self._sockets[number]
+
+    async def keep_time(self) -> None:
+        """Tell the machine when its deadlines come."""
+        while True:
+            wake, deadline = self._wake, self._machine.deadline()
+            with trio.move_on_at(float("inf") if deadline is None else deadline):
+                await wake.wait()
+                continue
+            self._machine.handle_timeout(trio.current_time())
+            self._drain()
+
+    def received_text(self, number: int, text: str) -> None:
+        """Pass a message on."""
+        self._machine.receive_text_untrusted(number, text, trio.current_time())
+        self._drain()
+
+    def heard(self, number: int) -> None:
+        """Pass a sign of life on."""
+        self._machine.heard_from(number, trio.current_time())
+        self._drain()
+
+    def _drain(self) -> None:
+        """Do all that the machine asks for; nothing here waits."""
+        while (output := self._machine.next_output()) is not None:
+            self._do(output)
+        self._wake.set()
+        self._wake = trio.Event()
+
+    def _do(self, output: ServerOutput) -> None:
+        match output:
+            case Deliver(connection=number, text=text):
+                self._sockets[number].send_text(text)
+            case Ping(connection=number):
+                self._sockets[number].send_ping()
+            case Drop(connection=number, reason=reason):
+                self._sockets[number].close(reason)
+            case PeerJoined(room_id=room, peer_id=peer, role=role):
+                self._log.info("peer joined", peer=peer, role=role, room=room)
+            case PeerLeft(room_id=room, peer_id=peer, reason=reason):
+                self._log.info("peer left", peer=peer, reason=reason, room=room)
+            case Refused(connection=number, code=code, reason=reason):
+                self._log.warning(
+                    "refused", connection=number, code=str(code), reason=reason
+                )
+            case _:
+                assert_never(output)
+
+
+class _ServerEnd:
+    """Tells the server which connection something came on."""
+
+    def __init__(self, server: _Server, number: int) -> None:
+        self._server = server
+        self._number = number
+
+    def received_text(self, text: str) -> None:
+        self._server.received_text(self._number, text)
+
+    def heard(self) -> None:
+        self._server.heard(self._number)

@@ -1,0 +1,51 @@
+"""The signaling role: introduce the peers of any room to each other."""
+
+import signal
+
+import structlog
+import trio
+
+from sleap_rtc.io.nursery import open_background_nursery
+from sleap_rtc.io.signaling_server import serve_signaling
+
+
+async def run_signaling(
+    host: str,
+    port: int,
+    *,
+    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Run a signaling server until cancelled, and log what happens.
+
+    Args:
+        host: The address or the name to listen on.
+        port: The port, or 0 for any that is free.
+        task_status: Gets the port that the server listens on.
+
+    Raises:
+        OSError: If the address can't be listened on.
+    """
+    log = structlog.get_logger().bind(role="signaling")
+    await serve_signaling(host, port, log=log, task_status=task_status)
+
+
+async def run_signaling_daemon(host: str, port: int) -> None:
+    """Run a signaling server until Ctrl-C or SIGTERM ends it.
+
+    Raises:
+        OSError: If the address can't be listened on.
+    """
+    async with open_background_nursery() as nursery:
+        await nursery.start(_end_on_signal, nursery.cancel_scope)
+        await run_signaling(host, port)
+
+
+async def _end_on_signal(
+    scope: trio.CancelScope,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as arrived:
+        task_status.started()
+        async for number in arrived:
+            structlog.get_logger().info("ending", signal=signal.Signals(number).name)
+            scope.cancel(reason="a signal asked for the end")

@@ -67,6 +67,9 @@ CANCEL_TIMEOUT = 20.0
 PACKAGE_TRANSFER_ID = 0
 """The package is the first file of a link; results follow it."""
 
+_HAS_PACKAGE = frozenset({"QUEUED", "RUNNING", "COMPLETE"})
+"""What a worker says of a job only after it has received the whole package."""
+
 
 class ClientJob:
     """One job, from the decision on a route to the results.
@@ -92,7 +95,9 @@ class ClientJob:
         self._preference: RoutePreference = "auto"
         self._probe_content = ""
         self._cancel_reason = ""
+        self._transferring = False
         self._results: list[m.ResultFile] = []
+        self._result_paths = 0
         self._ending = JobEnded("lost")
         self._deadline: float | None = None
         self._outputs: deque[Output] = deque()
@@ -128,30 +133,22 @@ class ClientJob:
     def cancel(self, reason: str, now: float) -> None:
         """Stop the job; the last event says when it has stopped.
 
-        A job that the worker does not know yet ends at once. A second call changes
-        nothing.
+        A job that does not depend on the worker any more, or not yet, ends at once.
+        While the worker is stopping it a second call changes nothing.
 
         Args:
             reason: Why, for people.
             now: Seconds on the owner's clock.
         """
+        if self._is_over():
+            return
         self._cancel_reason = self._cancel_reason or reason
-        match self.state:
-            case State.IDLE:
-                self._end("cancelled", reason)
-            case State.SUBMITTING | State.SENDING | State.WAITING:
-                if self.state is State.SENDING:
-                    self._put(StopSending())
-                self._send(m.JobCancel(self.job_id))
-                self._enter(State.CANCELLING, now + CANCEL_TIMEOUT)
-            case State.FETCHING:
-                self._put(StopSending())
-                self._end("cancelled", reason)
-            case State.CANCELLING | State.ENDED:
-                pass
-            case _:
-                self._put(DiscardShared(self.job_id))
-                self._end("cancelled", reason)
+        self._abandon()
+        if self.state in (State.SUBMITTING, State.SENDING, State.WAITING):
+            self._send(m.JobCancel(self.job_id))
+            self._enter(State.CANCELLING, now + CANCEL_TIMEOUT)
+        else:
+            self._end("cancelled", self._cancel_reason)
 
     # ----------------------------------------------------------- reports on effects
 
@@ -212,10 +209,18 @@ class ClientJob:
         Raises:
             LocalProtocolError: If it was not being sent.
         """
-        if self.state is State.SENDING:
-            self._enter(State.WAITING)
-        elif self.route != "channel":
-            raise LocalProtocolError(f"no package is sent while {self._doing()}")
+        if self._is_over():
+            return
+        match self.state:
+            case State.SENDING:
+                self._transferring = False
+                self._enter(State.WAITING)
+            case State.WAITING if self._transferring:
+                self._transferring = False
+            case State.FETCHING if self.route == "channel":
+                pass  # the job was quicker than this report
+            case _:
+                raise LocalProtocolError(f"no package is sent while {self._doing()}")
 
     def results_fetched(self) -> None:
         """The results are where the user wants them.
@@ -226,6 +231,7 @@ class ClientJob:
         if self._is_over():
             return
         self._require(State.FETCHING)
+        self._transferring = False
         self._send(m.ResultsReceived(self.job_id))
         self._end(self._ending.outcome, self._ending.reason, self._ending.path)
 
@@ -237,9 +243,12 @@ class ClientJob:
         """
         if self._is_over():
             return
-        if self.state not in (State.SENDING, State.FETCHING):
+        if not self._transferring:
             raise LocalProtocolError(f"no transfer is under way while {self._doing()}")
-        self._end("transfer_failed", reason)
+        self._transferring = False
+        if self.state is not State.WAITING:
+            self._end("transfer_failed", reason)
+        # Otherwise the worker has said that it has the package, and that counts.
 
     # ------------------------------------------------------------ inputs of the world
 
@@ -252,7 +261,7 @@ class ClientJob:
         if self.state is State.ENDED or isinstance(message, m.Unknown):
             return
         if isinstance(message, m.Error):
-            self._end("lost", f"the worker ended the connection: {message.reason}")
+            self._lose(f"the worker ended the connection: {message.reason}")
             return
         expected = EXPECTED[self.state]
         if type(message) not in expected:
@@ -268,12 +277,8 @@ class ClientJob:
     def connection_lost(self, reason: str, now: float) -> None:
         """The link is gone; `now` is not used, but part of every machine's contract."""
         del now
-        if self.state in SHARED_STATES:
-            self._put(DiscardShared(self.job_id))
-        elif self.state in (State.SENDING, State.FETCHING):
-            self._put(StopSending())
         if self.state is not State.ENDED:
-            self._end("lost", reason)
+            self._lose(reason)
 
     def handle_timeout(self, now: float) -> None:
         """Look at the clock; does nothing before the deadline."""
@@ -323,6 +328,7 @@ class ClientJob:
             case m.JobAccepted():
                 if self.state is State.SUBMITTING:
                     self._put(SendPackage(PACKAGE_TRANSFER_ID))
+                    self._transferring = True
                     self._enter(State.SENDING)
             case m.JobRejected(reason=reason):
                 self._end(
@@ -331,7 +337,7 @@ class ClientJob:
                 )
             case m.JobState(progress=progress):
                 self._put(StateChanged(progress))
-                if self.state is State.SENDING and progress.state != "RECEIVING":
+                if self.state is State.SENDING and progress.state in _HAS_PACKAGE:
                     # The worker may be quicker than the report that all is sent.
                     self._enter(State.WAITING)
             case m.JobLog(line=line, text=text):
@@ -373,23 +379,27 @@ class ClientJob:
     def _take_results(self, page: m.ResultPage) -> None:
         if len(self._results) + len(page.files) > m.MAX_RESULT_FILES:
             raise RemoteProtocolError(f"more than {m.MAX_RESULT_FILES} result files")
+        size = sum(len(file.path) for file in page.files)
+        if self._result_paths + size > m.MAX_RESULT_PATHS:
+            raise RemoteProtocolError("the paths of the result files are too long")
+        self._result_paths += size
         self._results += page.files
 
     def _job_failed(self, reason: str) -> None:
         if self.state is State.CANCELLING:
             self._fetch(JobEnded("cancelled", self._cancel_reason))
-            return
-        if self.state is State.SENDING:
-            self._put(StopSending())
-        self._fetch(JobEnded("failed", reason))
+        else:
+            self._fetch(JobEnded("failed", reason))
 
     def _fetch(self, ending: JobEnded) -> None:
         """End, but bring home first what the job made."""
+        self._abandon()
         self._ending = ending
         if not self._results or self.route is None:
             self._end(ending.outcome, ending.reason, ending.path)
             return
         self._put(FetchResults(self.job_id, self.route, tuple(self._results)))
+        self._transferring = True
         self._enter(State.FETCHING)
 
     def _take(self, decision: TryShared | UseChannel | GiveUp, now: float) -> None:
@@ -410,8 +420,20 @@ class ClientJob:
                 assert_never(decision)
 
     def _leave_shared(self, reason: str, now: float) -> None:
-        self._put(DiscardShared(self.job_id))
+        self._abandon()
         self._take(after_shared_failure(self._preference, reason), now)
+
+    def _lose(self, reason: str) -> None:
+        self._abandon()
+        self._end("lost", reason)
+
+    def _abandon(self) -> None:
+        """Stop the effect that is under way, and undo what nobody will use."""
+        if self.state in SHARED_STATES:
+            self._put(DiscardShared(self.job_id))
+        if self._transferring:
+            self._transferring = False
+            self._put(StopSending())
 
     # ------------------------------------------------------------------ small helpers
 

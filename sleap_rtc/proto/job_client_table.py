@@ -34,47 +34,47 @@ _LIFE: frozenset[type[m.Message]] = frozenset(
     }
 )
 
+_STOPPED: frozenset[type[m.Message]] = frozenset(
+    {
+        m.JobState,  #              no change
+        m.JobFailed,  #             ENDED
+    }
+)
+"""The worker's owner may stop a job as soon as the worker knows its id."""
+
 _NOTHING: frozenset[type[m.Message]] = frozenset()
 
+# In every state: Error ends the job as a lost link does, and Unknown changes nothing.
 EXPECTED: dict[State, frozenset[type[m.Message]]] = {
     #                       message                   -> next state
     State.IDLE: _NOTHING,
     State.PREPARING: _NOTHING,
-    State.PROBING: frozenset(
-        {
-            m.MountProbed,  #       COPYING, or as MountProbeFailed
-            m.MountProbeFailed,  #  SUBMITTING, or ENDED if shared was asked for
-        }
-    ),
-    State.COPYING: _NOTHING,
-    State.CHECKING_INPUT: frozenset(
-        {
-            m.PathValidated,  #     CHECKING_OUTPUT
-            m.PathError,  #         SUBMITTING, or ENDED if shared was asked for
-        }
-    ),
-    State.CHECKING_OUTPUT: frozenset(
-        {
-            m.PathValidated,  #     WAITING
-            m.PathError,  #         SUBMITTING, or ENDED if shared was asked for
-        }
-    ),
-    State.SUBMITTING: frozenset(
-        {
-            m.JobAccepted,  #       SENDING
-            m.JobRejected,  #       ENDED
-        }
-    ),
-    State.SENDING: frozenset(
-        {
-            m.JobState,  #          SENDING; WAITING once it is QUEUED
-            m.JobFailed,  #         ENDED
-        }
-    ),
+    State.PROBING: _STOPPED
+    | {
+        m.MountProbed,  #           COPYING, or as MountProbeFailed
+        m.MountProbeFailed,  #      SUBMITTING, or ENDED if shared was asked for
+    },
+    State.COPYING: _STOPPED,
+    State.CHECKING_INPUT: _STOPPED
+    | {
+        m.PathValidated,  #         CHECKING_OUTPUT
+        m.PathError,  #             SUBMITTING, or ENDED if shared was asked for
+    },
+    State.CHECKING_OUTPUT: _STOPPED
+    | {
+        m.PathValidated,  #         WAITING
+        m.PathError,  #             SUBMITTING, or ENDED if shared was asked for
+    },
+    State.SUBMITTING: _STOPPED
+    | {
+        m.JobAccepted,  #           SENDING
+        m.JobRejected,  #           ENDED
+    },
+    State.SENDING: _STOPPED,  #     also WAITING, by a JobState that says QUEUED
     State.WAITING: _LIFE,  #        WAITING; FETCHING or ENDED after the last one
     State.CANCELLING: _LIFE | {m.JobAccepted, m.JobRejected},  # as WAITING
     State.FETCHING: _NOTHING,
-    State.ENDED: _NOTHING,
+    State.ENDED: _NOTHING,  #       whatever still comes is ignored
 }
 
 STALE = frozenset({m.MountProbed, m.MountProbeFailed, m.PathValidated, m.PathError})

@@ -1,7 +1,6 @@
 """One job as the worker sees it, from the first message to the end of its run."""
 
 from collections import deque
-from enum import Enum, auto
 from typing import Literal
 
 import msgspec
@@ -21,6 +20,7 @@ from sleap_rtc.proto.job_worker_outputs import (
     SendResult,
     StopRun,
 )
+from sleap_rtc.proto.job_worker_table import EARLY, EXPECTED, State
 
 __all__ = [
     "EXPECTED",
@@ -40,101 +40,7 @@ __all__ = [
 ]
 
 
-class State(Enum):
-    """How far a job has come."""
-
-    NEW = auto()
-    PROBING = auto()
-    IDENTIFIED = auto()
-    CHECKING_INPUT = auto()
-    INPUT_VALID = auto()
-    MAKING_OUTPUT = auto()
-    READY = auto()
-    REFUSED = auto()
-    ADMITTING = auto()
-    ADMITTED = auto()
-    RECEIVING = auto()
-    QUEUED = auto()
-    RUNNING = auto()
-    ENDED = auto()
-    DISCARDED = auto()
-
-
-# ---------------------------------------------------------------- transition table
-
-EXPECTED: dict[State, frozenset[type[m.Message]]] = {
-    #                          message                -> next state
-    State.NEW: frozenset(
-        {
-            m.MountProbe,  #       PROBING
-            m.JobIdentity,  #      IDENTIFIED
-            m.JobSubmit,  #        ADMITTING
-        }
-    ),
-    State.PROBING: frozenset(
-        {m.JobSubmit}  #           ADMITTING: the client did not want to wait
-    ),
-    State.IDENTIFIED: frozenset(
-        {
-            m.SharedInputPath,  #  CHECKING_INPUT
-            m.JobSubmit,  #        ADMITTING: the client fell back
-        }
-    ),
-    State.CHECKING_INPUT: frozenset(
-        {
-            m.SharedOutputPath,  # kept until the path is checked
-            m.SharedStorageJob,  # kept, too
-            m.JobSubmit,  #        ADMITTING: the client did not want to wait
-        }
-    ),
-    State.INPUT_VALID: frozenset(
-        {
-            m.SharedOutputPath,  # MAKING_OUTPUT
-            m.JobSubmit,  #        ADMITTING: the client fell back
-        }
-    ),
-    State.MAKING_OUTPUT: frozenset(
-        {
-            m.SharedStorageJob,  # kept until the directory is made
-            m.JobSubmit,  #        ADMITTING: the client did not want to wait
-        }
-    ),
-    State.READY: frozenset(
-        {
-            m.SharedStorageJob,  # QUEUED
-            m.JobSubmit,  #        ADMITTING: the client fell back
-        }
-    ),
-    State.REFUSED: frozenset(
-        {
-            m.SharedInputPath,  #  CHECKING_INPUT: another path
-            m.SharedOutputPath,  # REFUSED: it was sent before the refusal came
-            m.SharedStorageJob,  # REFUSED, too
-            m.JobSubmit,  #        ADMITTING: the client fell back
-        }
-    ),
-    State.ADMITTING: frozenset({m.JobCancel}),  # ENDED
-    State.ADMITTED: frozenset(
-        {
-            m.FileOffer,  #        RECEIVING
-            m.JobCancel,  #        ENDED
-        }
-    ),
-    State.RECEIVING: frozenset({m.JobCancel}),  # ENDED
-    State.QUEUED: frozenset({m.JobCancel}),  # ENDED, when it has left the queue
-    State.RUNNING: frozenset({m.JobCancel}),  # ENDED, when the commands have stopped
-    State.ENDED: frozenset(
-        {
-            m.JobCancel,  #        ENDED: it crossed the end of the job
-            m.FileRequest,  #      ENDED
-            m.ResultsReceived,  #  DISCARDED
-        }
-    ),
-    State.DISCARDED: frozenset({m.JobCancel, m.ResultsReceived}),  # DISCARDED
-}
-
 _QUEUED_OR_LATER = (State.QUEUED, State.RUNNING, State.ENDED, State.DISCARDED)
-_WORKING_ON_A_PATH = (State.PROBING, State.CHECKING_INPUT, State.MAKING_OUTPUT)
 
 
 class WorkerJob:
@@ -155,6 +61,7 @@ class WorkerJob:
         self.route: m.Route = "shared"
         self.cancel_reason = ""
         self._package = ""
+        self._size = 0
         self._output_path = "models"
         self._early: deque[m.Message] = deque()
         self._sequence = 0
@@ -170,8 +77,10 @@ class WorkerJob:
         Raises:
             RemoteProtocolError: If it does not belong here; the state is unchanged.
         """
-        del now
         if isinstance(message, m.Unknown):
+            return
+        if isinstance(message, m.Error):
+            self.connection_lost(now)
             return
         if type(message) not in EXPECTED[self.state]:
             raise RemoteProtocolError(
@@ -181,23 +90,26 @@ class WorkerJob:
         named = getattr(message, "job_id", None)
         if self.job_id and named not in (None, self.job_id):
             raise RemoteProtocolError(f"{type(message).__name__} is for another job")
-        if self.state in _WORKING_ON_A_PATH and not isinstance(message, m.JobSubmit):
+        if type(message) in EARLY.get(self.state, ()):
             self._keep(message)
-        elif self.state is not State.REFUSED or isinstance(
-            message, (m.SharedInputPath, m.JobSubmit)
-        ):
-            self._dispatch(message)
+            return
+        match self.state, message:
+            case State.REFUSED, m.SharedOutputPath() | m.SharedStorageJob():
+                pass
+            case State.DISCARDED, _:
+                pass
+            case _:
+                self._dispatch(message)
 
     def connection_lost(self, now: float) -> None:
         """The link is gone; `now` is part of every machine's contract."""
         del now
         self._connected = False
         if self.state not in _QUEUED_OR_LATER:
-            self._enter(State.DISCARDED)
-            self._put(Discard())
+            self._discard()
 
     def cancel(self, reason: str) -> None:
-        """Stop the job.
+        """Stop the job; one that has ended stays as it is.
 
         Args:
             reason: Who wants it and why, for people.
@@ -211,8 +123,7 @@ class WorkerJob:
                 pass
             case _:
                 self.cancel_reason = reason
-                self._fail(reason, "CANCELLED")
-                self._put(Discard())
+                self._discard(reason, "CANCELLED")
 
     def next_output(self) -> Output | None:
         """Give the next thing to do."""
@@ -230,12 +141,14 @@ class WorkerJob:
         if self._report(State.PROBING):
             self._enter(State.NEW)
             self._send(m.MountProbed(self.job_id, content))
+            self._take_early()
 
     def probe_failed(self, reason: str) -> None:
         """The probe file can't be read."""
         if self._report(State.PROBING):
             self._enter(State.NEW)
-            self._send(m.MountProbeFailed(self.job_id, reason))
+            self._send(m.MountProbeFailed(self.job_id, _clean(reason)))
+            self._take_early()
 
     def input_valid(self) -> None:
         """The package is there, beneath the root, and can be read."""
@@ -256,7 +169,7 @@ class WorkerJob:
         if self._report(State.CHECKING_INPUT, State.MAKING_OUTPUT):
             self._early.clear()
             self._enter(State.REFUSED)
-            self._send(m.PathError(reason))
+            self._send(m.PathError(_clean(reason)))
 
     def admitted(self) -> None:
         """There is room for the package."""
@@ -267,9 +180,8 @@ class WorkerJob:
     def rejected(self, reason: str) -> None:
         """The package can't be taken."""
         if self._report(State.ADMITTING):
-            self._send(m.JobRejected(self.job_id, reason))
-            self._enter(State.DISCARDED)
-            self._put(Discard())
+            self._send(m.JobRejected(self.job_id, _clean(reason)))
+            self._discard()
 
     def package_received(self) -> None:
         """The package lies in the job directory, verified."""
@@ -279,8 +191,7 @@ class WorkerJob:
     def package_failed(self, reason: str) -> None:
         """The package did not arrive."""
         if self._report(State.RECEIVING):
-            self._fail(reason)
-            self._put(Discard())
+            self._discard(reason)
 
     def queue_moved(self, position: int) -> None:
         """So many jobs are ahead."""
@@ -296,7 +207,7 @@ class WorkerJob:
     def output(self, line: int, text: str) -> None:
         """A command printed a line, or printed an earlier one anew."""
         if self._report(State.RUNNING):
-            self._send(m.JobLog(self.job_id, self._sequence, line, text))
+            self._send(m.JobLog(self.job_id, self._sequence, line, _clean(text)))
             self._sequence += 1
 
     def stage_complete(self, stage: Literal["training", "inference"]) -> None:
@@ -314,19 +225,22 @@ class WorkerJob:
                 counts as stopped whatever its commands said last: the trainer's exit
                 status does not tell.
             results: Path, relative to the job directory, and size in bytes of each
-                file that the job made.
+                file that the job made. The client hears of those that messages can
+                carry, and of how many they are not.
         """
         if not self._report(State.QUEUED, State.RUNNING):
             return
-        self._results = dict(results)
+        self._results = _listed(results)
         self._send_results()
+        self._enter(State.ENDED)
         if self.cancel_reason:
-            self._fail(self.cancel_reason, "CANCELLED")
+            self._tell_failure(self.cancel_reason, "CANCELLED")
         elif failure is not None:
-            self._fail(failure)
+            self._tell_failure(failure)
         else:
-            self._enter(State.ENDED)
-            self._tell("COMPLETE")
+            missing = len(results) - len(self._results)
+            detail = f"{missing} files stay on the worker: too many, or badly named"
+            self._tell("COMPLETE", detail=detail if missing else "")
             self._send(m.JobComplete(self.job_id, self._output_path))
 
     # ------------------------------------------------------------------- transitions
@@ -352,12 +266,16 @@ class WorkerJob:
                 self._queue()
             case m.JobSubmit(job_id=job_id, submission=submission):
                 self.job_id, self.route = job_id, "channel"
-                self._package, self._output_path = submission.name, "models"
+                self._package, self._size = submission.name, submission.size
+                self._output_path = "models"
+                self._early.clear()
                 self._enter(State.ADMITTING)
                 self._put(Admit(job_id, submission))
             case m.FileOffer(transfer_id=transfer_id, file=file):
-                if file.name != self._package:
-                    raise RemoteProtocolError(f"{file.name} was not announced")
+                if (file.name, file.size) != (self._package, self._size):
+                    raise RemoteProtocolError(
+                        f"{file.name} of {file.size} bytes was not announced"
+                    )
                 self._enter(State.RECEIVING)
                 self._tell("RECEIVING")
                 self._put(ReceivePackage(transfer_id, file))
@@ -370,9 +288,7 @@ class WorkerJob:
                     reason = f"{path} is no result of this job"
                     self._send(m.FileError(transfer_id, reason))
             case m.ResultsReceived():
-                if self.state is State.ENDED:
-                    self._enter(State.DISCARDED)
-                    self._put(Discard())
+                self._discard()
             case _:
                 raise RemoteProtocolError(
                     f"{type(message).__name__} is not for workers"
@@ -380,22 +296,31 @@ class WorkerJob:
 
     def _keep(self, message: m.Message) -> None:
         """Keep what the client sent without waiting for the answer about a path."""
-        if any(type(kept) is type(message) for kept in self._early):
-            raise RemoteProtocolError(f"{type(message).__name__} came twice")
+        if type(message) not in EARLY[self.state][len(self._early) :][:1]:
+            raise RemoteProtocolError(f"{type(message).__name__} came out of turn")
         self._early.append(message)
 
     def _take_early(self) -> None:
-        """Go on with what was kept, as far as it belongs here."""
-        if self._early and type(self._early[0]) in EXPECTED[self.state]:
+        """Go on with what was kept, until something has to be waited for again."""
+        while self._early and self.state not in EARLY:
             self._dispatch(self._early.popleft())
 
     def _queue(self) -> None:
         self._enter(State.QUEUED)
         self._put(Enqueue(self.job_id, self.route, self._package))
 
-    def _fail(self, reason: str, state: m.JobStateName = "FAILED") -> None:
-        self._enter(State.ENDED)
-        self._tell(state, detail=reason[:1024])
+    def _discard(
+        self, failure: str | None = None, state: m.JobStateName = "FAILED"
+    ) -> None:
+        """Leave nothing behind of a job that did not run, or whose results are home."""
+        self._enter(State.DISCARDED)
+        if failure is not None and self.job_id:
+            self._tell_failure(failure, state)
+        self._put(Discard())
+
+    def _tell_failure(self, reason: str, state: m.JobStateName = "FAILED") -> None:
+        reason = _clean(reason)
+        self._tell(state, detail=reason[:_MAX_DETAIL])
         self._send(m.JobFailed(self.job_id, reason))
 
     def _send_results(self) -> None:
@@ -414,9 +339,7 @@ class WorkerJob:
         """
         if self.state in states:
             return True
-        if self.has_ended or (
-            self.route == "channel" and set(states) <= set(_WORKING_ON_A_PATH)
-        ):
+        if self.has_ended or (self.route == "channel" and set(states) <= EARLY.keys()):
             return False  # it comes too late: the client has gone another way
         raise LocalProtocolError(f"nobody waits for this while {self._doing()}")
 
@@ -435,6 +358,35 @@ class WorkerJob:
 
     def _doing(self) -> str:
         return self.state.name.lower().replace("_", " ")
+
+
+_MAX_DETAIL = 1024
+"""Characters of `JobProgress.detail`."""
+
+_MAX_TEXT = 60 * 1024
+"""Bytes of a text that fit into a message beside its other fields."""
+
+_MAX_PATH = 4096
+"""Characters of a `WirePath`."""
+
+
+def _clean(text: str) -> str:
+    """Make a text fit for a message: no stray surrogates, and not too long."""
+    data = text[:_MAX_TEXT].encode("utf-8", "replace")
+    return data[:_MAX_TEXT].decode("utf-8", "ignore")
+
+
+def _listed(results: dict[str, int]) -> dict[str, int]:
+    """Leave out the files whose paths no message can carry, and those over a limit."""
+    listed: dict[str, int] = {}
+    characters = 0
+    for path, size in results.items():
+        characters += len(path)
+        if len(listed) == m.MAX_RESULT_FILES or characters > m.MAX_RESULT_PATHS:
+            break
+        if 0 < len(path) <= _MAX_PATH and path == _clean(path):
+            listed[path] = size
+    return listed
 
 
 _PAGE_BYTES = m.MAX_MESSAGE_BYTES // 2

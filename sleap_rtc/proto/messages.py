@@ -23,8 +23,8 @@ MAX_JOB_RESULTS = 200
 MAX_RESULT_FILES = 20_000
 """Files in all `JobResults` of a job; a training run makes about ten."""
 
-MAX_RESULT_PATHS = 8 * 1024 * 1024
-"""Bytes of all their paths together: 400 a file, and no burden for the memory."""
+MAX_RESULT_PATHS = 4 * 1024 * 1024
+"""Characters of all their paths together: 200 a file, and no burden for the memory."""
 
 SEPARATOR = "::"
 
@@ -420,7 +420,10 @@ def encode_message(message: Message) -> str:
     values = msgspec.structs.astuple(message)
     fields = [str(value) for value in values]
     if type(message) in _JSON_LAST:
-        fields[-1] = msgspec.json.encode(values[-1]).decode()
+        try:
+            fields[-1] = msgspec.json.encode(values[-1]).decode()
+        except UnicodeEncodeError:
+            raise LocalProtocolError(f"{name} is not valid Unicode") from None
     if any(SEPARATOR in field for field in fields[:-1]):
         raise LocalProtocolError(f"a field of {name} contains '{SEPARATOR}'")
     # A field that ends in ":" would move the border to the field after it.

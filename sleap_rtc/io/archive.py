@@ -1,0 +1,344 @@
+"""Unpack a package without trusting it, and pack a directory into one.
+
+Both block, and are called in worker threads.
+"""
+
+import os
+import stat
+import struct
+import time
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import msgspec
+
+from sleap_rtc.io.archive_plan import (
+    ArchiveError,
+    ArchiveLimits,
+    PlannedEntry,
+    check_clashes,
+    check_size_of_directory,
+    plan_entries,
+)
+from sleap_rtc.io.files import PartFile, require_space, write_at
+from sleap_rtc.io.folder import (
+    Folder,
+    PathValidationError,
+    StoppedError,
+    explain_errors,
+    open_owned,
+)
+from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.paths import check_relative_path_untrusted
+
+_BUFFER = 1024 * 1024
+
+_BROKEN = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    EOFError,
+    NotImplementedError,
+    OverflowError,
+    ValueError,
+)
+"""What `zipfile` raises for bytes that are no zip, besides its own error."""
+
+
+class ExtractedPackage(msgspec.Struct, frozen=True):
+    """What came out of a package.
+
+    Args:
+        names: Paths of the files, relative to the destination, in the zip's order.
+        top_folder: The folder around all files that was left out, or None.
+    """
+
+    names: tuple[str, ...]
+    top_folder: str | None
+
+
+def extract_package(
+    package: Path | int,
+    destination: Path | Folder,
+    *,
+    cancelled: Callable[[], bool],
+    limits: ArchiveLimits | None = None,
+) -> ExtractedPackage:
+    """Unpack a zip into a directory that is there, next to what is in it.
+
+    Every entry is checked before the first byte is written. No file is replaced and no
+    link in the directory is followed. After a failure or a stop, what this call made
+    is removed again, and nothing else.
+
+    Args:
+        package: A path that the owner of this process named, or the file descriptor
+            from `open_beneath` for one that a peer named; it is closed.
+        destination: A directory that the owner named, or an open one.
+        cancelled: Asked between blocks whether to stop.
+        limits: What the zip may be at most.
+
+    Returns:
+        What was made.
+
+    Raises:
+        ArchiveError: If the zip is broken or refused; it names the entry.
+        PathValidationError: If the package is no readable file.
+        InsufficientSpaceError: If it does not fit.
+        SharedStorageError: If the storage failed.
+        StoppedError: If `cancelled` said so.
+    """
+    limits = limits or ArchiveLimits()
+    fd = package if isinstance(package, int) else open_owned(package)
+    with ExitStack() as stack:
+        file = stack.enter_context(os.fdopen(fd, "rb"))
+        with explain_errors("Failed to read the package"), _explain_zip("The package"):
+            check_size_of_directory(file, limits)
+            archive = stack.enter_context(zipfile.ZipFile(file))
+            infos = archive.infolist()
+            entries, top = plan_entries(infos, archive.start_dir, limits)
+        with explain_errors("Failed to unpack the package"):
+            if isinstance(destination, Path):
+                destination = stack.enter_context(Folder.open(destination))
+            needed = sum(entry.info.file_size for entry in entries)
+            require_space(destination, needed, "for the package")
+        unpacking = _Unpacking(archive, destination, cancelled)
+        unpacking.run(entries)
+    names = tuple(entry.path for entry in entries if not entry.is_folder)
+    return ExtractedPackage(names, top)
+
+
+def pack_directory(
+    source: Path,
+    target: Path,
+    *,
+    progress: Callable[[int], None],
+    cancelled: Callable[[], bool],
+) -> None:
+    """Put all that is in a directory into a new zip, without compression.
+
+    Labels and videos are compressed already. Links to files in the directory are
+    packed as those files; nothing is left out silently.
+
+    Args:
+        source: The directory.
+        target: Where the zip appears when it is whole.
+        progress: Called now and then with the bytes packed so far.
+        cancelled: Asked between blocks whether to stop.
+
+    Raises:
+        ArchiveError: If something in it can't be packed; it names what.
+        InsufficientSpaceError: If the zip does not fit.
+        SharedStorageError: If `target` is taken, or the storage failed.
+        StoppedError: If `cancelled` said so.
+    """
+    with explain_errors(f"Failed to pack {source}"):
+        root = source.resolve(strict=True)
+        members = sorted(_members(root, root))
+        check_clashes((name, is_folder) for name, is_folder, _ in members)
+        needed = sum(path.stat().st_size for _, _, path in members)
+        folder = Folder.open(target.resolve().parent)
+        with folder:
+            require_space(folder, needed, f"for {target.name}")
+            part = PartFile(folder, target.name)
+            try:
+                _write_zip(part, members, progress, cancelled)
+                part.publish()
+            finally:
+                part.discard()
+
+
+class _Unpacking:
+    """One run of `extract_package`, and the memory of what it made."""
+
+    def __init__(
+        self,
+        archive: zipfile.ZipFile,
+        destination: Folder,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        self._archive = archive
+        self._destination = destination
+        self._cancelled = cancelled
+        self._made: list[tuple[list[str], bool]] = []
+
+    def run(self, entries: list[PlannedEntry]) -> None:
+        """Make all entries, or none."""
+        whole = False
+        try:
+            for entry in entries:
+                with explain_errors(f"Failed to unpack {entry.path}"):
+                    self._make(entry)
+            whole = True
+        finally:
+            if not whole:
+                self._remove_all()
+
+    def _make(self, entry: PlannedEntry) -> None:
+        names = entry.path.split("/")
+        folders = names if entry.is_folder else names[:-1]
+        try:
+            with self._open_folder(folders, make=True) as folder:
+                if not entry.is_folder:
+                    fd = folder.create_file(names[-1], entry.mode)
+                    self._made.append((names, False))
+                    try:
+                        self._write(entry, fd)
+                    finally:
+                        os.close(fd)
+        except FileExistsError:
+            raise ArchiveError(
+                f"Entry {entry.path!r} refused: something of that name is there"
+            ) from None
+        except PathValidationError as error:
+            raise ArchiveError(f"Entry {entry.path!r} refused: {error}") from None
+
+    def _write(self, entry: PlannedEntry, fd: int) -> None:
+        """Unpack one file; `zipfile` compares the checksum at its end."""
+        size = entry.info.file_size
+        offset = 0
+        with (
+            _explain_zip(f"Entry {entry.path!r}"),
+            self._archive.open(entry.info) as source,
+        ):
+            while data := source.read(_BUFFER):
+                offset += len(data)
+                if offset > size:
+                    break
+                write_at(fd, data, offset - len(data))
+                _stop_if(self._cancelled, "unpacking")
+        if offset != size:
+            raise ArchiveError(f"Entry {entry.path!r} is not as long as it says")
+
+    def _remove_all(self) -> None:
+        """Take back what was made, in reverse order."""
+        for names, is_folder in reversed(self._made):
+            try:
+                with self._open_folder(names[:-1], make=False) as folder:
+                    if is_folder:
+                        folder.remove_folder(names[-1])
+                    else:
+                        folder.unlink(names[-1])
+            except (OSError, PathValidationError):
+                # Somebody else put something there, or took it away: it is theirs.
+                continue
+
+    @contextmanager
+    def _open_folder(self, names: list[str], *, make: bool) -> Iterator[Folder]:
+        """Open a directory beneath the destination."""
+        with ExitStack() as stack:
+            folder = self._destination
+            for depth, name in enumerate(names, 1):
+                if make and folder.make_folder(name):
+                    self._made.append((names[:depth], True))
+                folder = stack.enter_context(folder.open_folder(name))
+            yield folder
+
+
+def _members(root: Path, folder: Path) -> Iterator[tuple[str, bool, Path]]:
+    """Walk a directory of the user: name in the zip, whether a directory, and path."""
+    for path in folder.iterdir():
+        name = path.relative_to(root).as_posix()
+        try:
+            check_relative_path_untrusted(name)
+        except RemoteProtocolError as error:
+            raise ArchiveError(f"{path} can't be packed: {error.reason}") from None
+        mode = path.lstat().st_mode
+        if stat.S_ISDIR(mode):
+            yield name, True, path
+            yield from _members(root, path)
+        elif stat.S_ISLNK(mode):
+            yield name, False, _follow_link(root, path)
+        elif stat.S_ISREG(mode):
+            yield name, False, path
+        else:
+            raise ArchiveError(f"{path} can't be packed: it is no regular file")
+
+
+def _follow_link(root: Path, path: Path) -> Path:
+    """Find the file that a link leads to, which must be in the package itself."""
+    try:
+        real = Path(os.path.realpath(path, strict=True))
+    except OSError as error:
+        raise ArchiveError(f"{path} can't be packed: {error.strerror}") from None
+    if not (real.is_relative_to(root) and real.is_file()):
+        raise ArchiveError(
+            f"{path} can't be packed: it links to {real}, which is no file in the"
+            " package. Put a copy of that file in its place"
+        )
+    return real
+
+
+def _write_zip(
+    part: PartFile,
+    members: list[tuple[str, bool, Path]],
+    progress: Callable[[int], None],
+    cancelled: Callable[[], bool],
+) -> None:
+    packed = 0
+
+    def advance(count: int) -> None:
+        nonlocal packed
+        packed += count
+        progress(packed)
+        _stop_if(cancelled, "packing")
+
+    with (
+        part.use() as fd,
+        os.fdopen(os.dup(fd), "wb") as file,
+        zipfile.ZipFile(file, "w") as archive,
+    ):
+        for name, is_folder, path in members:
+            if is_folder:
+                info = _zip_info(name + "/", path.stat())
+                archive.writestr(info, b"")
+            else:
+                _pack_file(archive, name, path, advance)
+
+
+def _pack_file(
+    archive: zipfile.ZipFile, name: str, path: Path, advance: Callable[[int], None]
+) -> None:
+    try:
+        fd = open_owned(path)
+    except PathValidationError as error:
+        raise ArchiveError(f"{name} can't be packed: {error}") from None
+    with os.fdopen(fd, "rb") as source:
+        info = _zip_info(name, os.fstat(fd))
+        left = info.file_size
+        with archive.open(info, "w") as target:
+            while left and (data := source.read(min(_BUFFER, left))):
+                target.write(data)
+                left -= len(data)
+                advance(len(data))
+        if left or source.read(1):
+            raise ArchiveError(f"{name} changed while it was packed")
+
+
+def _zip_info(name: str, status: os.stat_result) -> zipfile.ZipInfo:
+    """Describe a file or a directory to the zip."""
+    # A zip can write years from 1980 to 2107.
+    changed = time.localtime(status.st_mtime)[:6]
+    changed = min(max(changed, (1980, 1, 1, 0, 0, 0)), (2107, 12, 31, 23, 59, 58))
+    info = zipfile.ZipInfo(name, changed)
+    info.create_system = 3  # Unix: the permissions mean something
+    permissions = 0o755 if status.st_mode & 0o111 else 0o644
+    info.external_attr = (stat.S_IFMT(status.st_mode) | permissions) << 16
+    info.file_size = 0 if info.is_dir() else status.st_size
+    return info
+
+
+def _stop_if(cancelled: Callable[[], bool], what: str) -> None:
+    if cancelled():
+        raise StoppedError(f"The {what} of the package was stopped")
+
+
+@contextmanager
+def _explain_zip(what: str) -> Iterator[None]:
+    """Turn what `zipfile` raises for broken files into `ArchiveError`."""
+    try:
+        yield
+    except _BROKEN as error:
+        raise ArchiveError(f"{what} is broken: {error}") from error

@@ -1,0 +1,92 @@
+"""A link between two peers of one process, which can be cut and can harm frames."""
+
+from collections.abc import Callable
+
+import trio
+
+from sleap_rtc.io.link import Link, LinkClosedError, LinkStatistics
+from sleap_rtc.proto.frames import Frame, FrameDecoder, encode_header
+from sleap_rtc.proto.messages import Message, decode_message_untrusted, encode_message
+
+FRAMES_ON_THE_WAY = 4
+
+
+class MemoryLink(Link):
+    """One end; everything crosses it as the bytes that a network would carry.
+
+    `harm` is called with each frame that is sent, and returns what arrives instead.
+    """
+
+    def __init__(self) -> None:
+        self.harm: Callable[[Frame], list[Frame]] = lambda frame: [frame]
+        self.frames_sent = 0
+        self._cut = False
+        self._reason = ""
+        self._by_peer = False
+        self._message_out, self._message_in = trio.open_memory_channel[str](100)
+        self._frame_out, self._frame_in = trio.open_memory_channel[list[bytes]](
+            FRAMES_ON_THE_WAY
+        )
+        self._peer = self
+
+    @classmethod
+    def pair(cls) -> tuple["MemoryLink", "MemoryLink"]:
+        one, other = cls(), cls()
+        one._peer, other._peer = other, one
+        return one, other
+
+    @property
+    def is_cut(self) -> bool:
+        return self._cut
+
+    def cut(self, reason: str, *, by_peer: bool = False) -> None:
+        """Lose the link at this end, and tell the other."""
+        for end in (self, self._peer):
+            if not end._cut:
+                end._reason, end._by_peer = reason, by_peer and end is not self
+                end._message_out.close()
+                end._frame_out.close()
+                end._message_in.close()
+                end._frame_in.close()
+                end._cut = True
+
+    async def send_message(self, message: Message) -> None:
+        text = encode_message(message)
+        try:
+            await self._message_out.send(text)
+        except (trio.ClosedResourceError, trio.BrokenResourceError):
+            raise self._error() from None
+
+    async def receive_message(self) -> Message:
+        try:
+            return decode_message_untrusted(await self._peer._message_in.receive())
+        except (trio.ClosedResourceError, trio.EndOfChannel):
+            raise self._error() from None
+
+    async def send_frame(self, frame: Frame) -> None:
+        self.frames_sent += 1
+        for arriving in self.harm(frame):
+            parts = [encode_header(arriving.header), bytes(arriving.payload)]
+            try:
+                await self._frame_out.send(parts)
+            except (trio.ClosedResourceError, trio.BrokenResourceError):
+                raise self._error() from None
+
+    async def receive_frame(self) -> Frame:
+        try:
+            parts = await self._peer._frame_in.receive()
+        except (trio.ClosedResourceError, trio.EndOfChannel):
+            raise self._error() from None
+        decoder = FrameDecoder()
+        (frame,) = [f for part in parts for f in decoder.receive_data_untrusted(part)]
+        return frame
+
+    def statistics(self) -> LinkStatistics:
+        return LinkStatistics("tcp", "memory", 0.0, 0, 0, 0, 0)
+
+    async def aclose(self, reason: str = "") -> None:
+        self.cut(reason, by_peer=True)
+        await trio.lowlevel.checkpoint()
+
+    def _error(self) -> LinkClosedError:
+        return LinkClosedError(self._reason, by_peer=self._by_peer)

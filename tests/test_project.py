@@ -1,0 +1,263 @@
+"""What must hold of the tree as a whole: its files, its pins, its documents."""
+
+import ast
+import importlib.metadata
+import re
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+from packaging.markers import default_environment
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from sleap_rtc.config import load_settings
+from sleap_rtc.proto import messages, rendezvous
+
+ROOT = Path(__file__).parent.parent
+MAX_LINES = 600
+
+MADE_BY_TOOLS = {".git", ".venv", "build", "dist", "results", "__pycache__"}
+
+# Written apart, so that this file passes its own test.
+REGISTRY_HOSTS = [
+    ".".join(parts)
+    for parts in (
+        ("pypi", "org"),
+        ("pythonhosted", "org"),
+        ("npmjs", "org"),
+        ("npmjs", "com"),
+        ("deb", "debian", "org"),
+        ("archive", "ubuntu", "com"),
+        ("ghcr", "io"),
+        ("docker", "io"),
+        ("conda", "anaconda", "org"),
+        ("crates", "io"),
+    )
+]
+
+
+def our_files() -> Iterator[Path]:
+    for path in sorted(ROOT.rglob("*")):
+        parts = path.relative_to(ROOT).parts
+        made = any(part in MADE_BY_TOOLS or part.endswith("_cache") for part in parts)
+        if path.is_file() and not made and ".hypothesis" not in parts:
+            yield path
+
+
+def modules() -> list[Path]:
+    return sorted((ROOT / "sleap_rtc").rglob("*.py"))
+
+
+def read_yaml(name: str) -> Any:
+    return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------ the tree
+
+
+def test_no_file_names_the_host_of_a_registry() -> None:
+    pattern = re.compile("|".join(re.escape(host) for host in REGISTRY_HOSTS))
+    found = [
+        f"{path.relative_to(ROOT)}: {match.group()}"
+        for path in our_files()
+        if (match := pattern.search(path.read_bytes().decode("utf-8", "ignore")))
+    ]
+    assert not found
+
+
+def test_every_module_of_the_package_says_what_it_is_for() -> None:
+    silent = [
+        str(path.relative_to(ROOT))
+        for path in modules()
+        if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not silent
+
+
+def test_no_module_is_too_long_to_read() -> None:
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in modules()
+        if (lines := len(path.read_text(encoding="utf-8").splitlines())) > MAX_LINES
+    }
+    assert not long
+
+
+def test_the_installed_package_carries_its_licence() -> None:
+    distribution = importlib.metadata.distribution("sleap-rtc")
+    assert distribution.metadata["License-Expression"] == "BSD-3-Clause"
+    licences = [
+        file.read_text()
+        for file in distribution.files or ()
+        if file.parts[-2:] == ("licenses", "LICENSE")
+    ]
+    assert licences == [(ROOT / "LICENSE").read_text(encoding="utf-8")]
+
+
+# ------------------------------------------------------------------------ the pins
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    found = [Requirement(line) for line in lines if line and line[0] != "#"]
+    return {canonicalize_name(pin.name): str(pin.specifier) for pin in found}
+
+
+PLATFORMS = [
+    {"sys_platform": "linux", "os_name": "posix", "platform_system": "Linux"},
+    {"sys_platform": "darwin", "os_name": "posix", "platform_system": "Darwin"},
+    {"sys_platform": "win32", "os_name": "nt", "platform_system": "Windows"},
+]
+
+
+def needed(environment: dict[str, str]) -> set[str]:
+    """Follow what `.[dev]` needs, as far as it is installed here."""
+    todo = [("sleap-rtc", "dev")]
+    seen = set()
+    while todo:
+        name, extra = todo.pop()
+        if (name, extra) in seen:
+            continue
+        seen.add((name, extra))
+        try:
+            requires = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue  # only other platforms need it
+        for requirement in map(Requirement, requires):
+            marker = requirement.marker
+            if marker and not marker.evaluate({**environment, "extra": extra}):
+                continue
+            for further in ("", *requirement.extras):
+                todo.append((canonicalize_name(requirement.name), further))
+    return {name for name, _ in seen} - {"sleap-rtc"}
+
+
+@pytest.mark.parametrize("platform", PLATFORMS, ids=lambda p: p["sys_platform"])
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
+def test_everything_that_is_installed_is_pinned(
+    python: str, platform: dict[str, str]
+) -> None:
+    environment = {str(k): str(v) for k, v in default_environment().items()}
+    environment |= platform
+    environment |= {"python_version": python, "python_full_version": f"{python}.0"}
+    missing = needed(environment) - pins().keys()
+    assert missing == set()
+
+
+def test_every_pin_is_one_version() -> None:
+    loose = {name for name, version in pins().items() if not version.startswith("==")}
+    assert not loose
+
+
+# -------------------------------------------------------------------- the documents
+
+
+def rows(document: str, columns: int) -> list[list[str]]:
+    """The rows of all tables with so many columns."""
+    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+    return [row for row in cells if len(row) == columns]
+
+
+def test_the_protocol_document_has_a_row_for_every_message() -> None:
+    documented = {row[0].strip("`"): row for row in rows("protocol.md", 5)}
+    for name, cls in messages.TABLE.items():
+        assert name in documented, f"docs/protocol.md has no row for {name}"
+        fields = documented[name][3]
+        count = 0 if fields == "none" else len(fields.split(";"))
+        assert count == len(cls.__struct_fields__), f"the fields of {name}"
+        assert documented[name][4], f"what {name} is answered with"
+
+
+def test_the_protocol_document_knows_every_structured_key() -> None:
+    text = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
+    keys = {
+        key for cls in messages.Json.__subclasses__() for key in cls.__struct_fields__
+    }
+    assert not {key for key in keys if f"`{key}`" not in text}
+
+
+def test_the_protocol_document_has_a_row_for_every_signal() -> None:
+    documented = {row[0].strip("`"): row[2] for row in rows("protocol.md", 4)}
+    for name, cls in rendezvous.TABLE.items():
+        assert name in documented, f"docs/protocol.md has no row for {name}"
+        for field in msgspec.structs.fields(cls):
+            assert f"`{field.encode_name}`" in documented[name], name
+
+
+def test_the_example_configuration_is_valid_and_complete(tmp_path: Path) -> None:
+    text = (ROOT / "config.example.toml").read_text(encoding="utf-8")
+    assert tomllib.loads(text) == {}, "it must change nothing as it is"
+    path = tmp_path / "config.toml"
+    path.write_text(re.sub(r"(?m)^#(?=[a-z\[])", "", text), encoding="utf-8")
+    settings = load_settings({"SLEAP_RTC_CONFIG": str(path)})
+    assert settings.environments.keys() == {"development", "staging", "production"}
+    for table in (settings, settings.worker, *settings.environments.values()):
+        for key in table.__struct_fields__:
+            assert f"\n#{key} = " in text or f"\n#[{key}" in text, key
+
+
+# ------------------------------------------------------------ workflows and compose
+
+WORKFLOWS = sorted(path.name for path in (ROOT / ".github/workflows").glob("*"))
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_a_workflow_has_few_rights_and_ends(name: str) -> None:
+    workflow = read_yaml(f".github/workflows/{name}")
+    assert workflow["permissions"] == {"contents": "read"}
+    assert workflow["concurrency"]["group"]
+    for job in workflow["jobs"].values():
+        assert job["timeout-minutes"] <= 120
+        for action in (step["uses"] for step in job["steps"] if "uses" in step):
+            assert re.fullmatch(r"(actions|docker)/[a-z-]+@v[0-9]+", action)
+
+
+def test_ci_runs_every_python_version_that_the_package_claims() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    claimed = {
+        classifier.rpartition(" ")[2]
+        for classifier in project["project"]["classifiers"]
+        if re.search(r":: 3\.\d+$", classifier)
+    }
+    workflow = read_yaml(".github/workflows/ci.yml")
+    assert set(workflow["jobs"]["test"]["strategy"]["matrix"]["python"]) == claimed
+
+
+def mount_point(service: dict[str, Any], volume: str) -> str:
+    for mount in service["volumes"]:
+        source, _, target = mount.partition(":")
+        if source == volume:
+            return str(target)
+    raise AssertionError(f"{volume} is not mounted")
+
+
+def test_worker_and_client_mount_one_storage_at_two_places() -> None:
+    compose = read_yaml("docker-compose.yml")
+    assert compose["services"].keys() == {"signaling", "worker", "client"}
+    points = []
+    for name in ("worker", "client"):
+        service = compose["services"][name]
+        point = mount_point(service, "shared")
+        assert service["environment"]["SHARED_STORAGE_ROOT"] == point
+        points.append(point)
+    assert points[0] != points[1]
+
+
+def test_the_invite_reaches_a_container_as_a_file_only() -> None:
+    compose = read_yaml("docker-compose.yml")
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    state = re.findall(r"SLEAP_RTC_STATE_DIR=(\S+)", dockerfile)
+    targets = [secret["target"] for secret in compose["services"]["client"]["secrets"]]
+    assert targets == [f"{state[0]}/invite"]
+    for service in compose["services"].values():
+        assert "SLEAP_RTC_INVITE" not in service.get("environment", {})

@@ -244,22 +244,56 @@ async def test_a_slow_reader_slows_the_program_and_loses_nothing(
 
 
 async def test_the_last_output_survives_a_reader_slower_than_the_drain(
-    make_program: MakeProgram, monkeypatch: pytest.MonkeyPatch
+    make_program: MakeProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sleap_rtc.io.process.DRAIN_SECONDS", 0.0)
-    program = make_program("p", "import os\nos.write(1, b'x' * 60000)\n")
-    received = 0
+    monkeypatch.setattr("sleap_rtc.io.process.DRAIN_SECONDS", 0.05)
+    lifeline = Lifeline(tmp_path / "bin" / "alive")
+    program = make_program(
+        "p",
+        HOLD + "import time\nos.write(1, b'first')\n"
+        "while not os.path.exists('go'): time.sleep(0.01)\n"
+        "os.write(1, b'x' * 60000)\n",
+    )
+    received = b""
 
     async def take(data: bytes) -> None:
         nonlocal received
-        received += len(data)
-        await trio.testing.wait_all_tasks_blocked(0.05)
+        received += data
+        if data == b"first":
+            (program.parent / "go").touch()
+            await lifeline.ends()
+            await trio.sleep(0.1)  # longer than the drain
 
     with trio.fail_after(LIMIT):
         await run_command(
             [str(program)], cwd=program.parent, environment={}, on_output=take
         )
-    assert received == 60000
+    assert received == b"first" + b"x" * 60000
+
+
+@pytest.mark.parametrize(
+    "prints",
+    ["time.sleep(0.01); os.write(1, b'.')", "os.write(1, b'.' * 65536)"],
+    ids=["slowly", "quickly"],
+)
+async def test_a_daemon_that_a_program_left_can_not_print_for_ever(
+    make_program: MakeProgram,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    prints: str,
+) -> None:
+    monkeypatch.setattr("sleap_rtc.io.process.DRAIN_SECONDS", 0.2)
+    monkeypatch.setattr("sleap_rtc.io.process.KILL_SECONDS", 0.2)
+    lifeline = Lifeline(tmp_path / "bin" / "alive")
+    program = make_program(
+        "p",
+        HOLD + "import time\n"
+        "if os.fork() == 0:\n"
+        "    os.setsid()\n"
+        f"    while True: {prints}\n",
+    )
+    assert await run(program) == 0
+    await lifeline.ends()
 
 
 # ---------------------------------------------------------------------- cancellation

@@ -54,11 +54,12 @@ class _Race:
                 failed.set()
 
     def _win(self, link: Link, winning: trio.CancelScope) -> None:
-        if self.winner is None:
-            self.winner = link
-            self.settled.set()
+        if self.winner is not None:
+            return
+        self.winner = link
+        self.settled.set()
         for scope in self._scopes:
-            if self.winner is not link or scope is not winning:
+            if scope is not winning:
                 scope.cancel(reason="another address answered first")
 
 

@@ -249,7 +249,10 @@ class QuicSession:
             self._drain_engine(now)
         match self.state:
             case State.HANDSHAKE | State.UNPROVEN if now >= self._proof_deadline:
-                self._end(f"no proof from {self.address} for {HANDSHAKE_TIMEOUT:.0f} s")
+                late = f"for {HANDSHAKE_TIMEOUT:g} s"
+                self._end(
+                    f"no answer from {self.address} {late}", tell=f"no proof {late}"
+                )
             case State.READY if now >= self._ping_at:
                 self._ping(now)
 

@@ -1,0 +1,706 @@
+"""QUIC sessions over a network in memory: no sockets, no event loop, no clock."""
+
+import heapq
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sleap_rtc.io.certificates import Certificate, make_certificate
+from sleap_rtc.io.quic_engine import (
+    DATAGRAM_SIZE,
+    Datagram,
+    QuicEngine,
+    client_engine_untrusted,
+    server_engine,
+)
+from sleap_rtc.io.quic_session import (
+    HANDSHAKE_TIMEOUT,
+    IDLE_TIMEOUT,
+    MAX_REASON_BYTES,
+    MAX_UNREAD,
+    MAX_UNSENT_FRAMES,
+    TRANSITIONS,
+    Established,
+    MessageDecoder,
+    Output,
+    QuicSession,
+    State,
+    Step,
+)
+from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+from sleap_rtc.proto.frames import ChunkHeader, Frame
+from sleap_rtc.proto.messages import (
+    MAX_MESSAGE_BYTES,
+    Auth,
+    Error,
+    JobCancel,
+    JobLog,
+    Message,
+    encode_message,
+)
+
+AUTH = Auth(session="5" * 32, proof="7" * 64)
+CLIENT, SERVER = ("client", 1), ("server", 2)
+MEGABYTE = 1024 * 1024
+
+CERTIFICATE = make_certificate()
+
+
+def judge(auth: Auth) -> str:
+    if auth != AUTH:
+        raise RemoteProtocolError("the proof is wrong, and nobody may learn how")
+    return "ada"
+
+
+def make_frame(index: int, size: int = 10_000) -> Frame:
+    payload = random.Random(index).randbytes(size)
+    return Frame(ChunkHeader(1, index, size, bytes(32)), payload)
+
+
+class Network:
+    """A client and a server session, and the datagrams between them.
+
+    Args:
+        seed: Makes a run repeatable.
+        loss: Share of the datagrams that get lost.
+        delay: Seconds that a datagram takes.
+        jitter: Seconds more that it takes at most; datagrams overtake each other.
+    """
+
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        loss: float = 0.0,
+        delay: float = 0.02,
+        jitter: float = 0.0,
+        shown: Certificate = CERTIFICATE,
+    ) -> None:
+        self.now = 1000.0
+        self.loss = loss
+        self._random = random.Random(seed)
+        self._delay, self._jitter = delay, jitter
+        self._wire: list[tuple[float, int, bool, Datagram]] = []
+        self._sent = 0
+        engine = client_engine_untrusted(
+            CERTIFICATE.certificate_der,
+            idle_timeout=IDLE_TIMEOUT,
+            datagram_size=DATAGRAM_SIZE,
+        )
+        engine.connect(SERVER, self.now)
+        self.client = QuicSession(
+            engine,
+            "server:2",
+            certificate_der=CERTIFICATE.certificate_der,
+            now=self.now,
+        )
+        self.server_engine = server_engine(
+            shown,
+            engine.original_destination_connection_id,
+            idle_timeout=IDLE_TIMEOUT,
+            datagram_size=DATAGRAM_SIZE,
+        )
+        self.client_engine = engine
+        self.server = QuicSession(
+            self.server_engine, "client:1", authenticate=judge, now=self.now
+        )
+        self.outputs: list[Output] = []
+        self._server_started = False
+        self.flush(self.client)
+
+    def flush(self, session: QuicSession) -> None:
+        """Send what a session wants to send, and collect what it says."""
+        to_server = session is self.client
+        if to_server or self._server_started:
+            source = CLIENT if to_server else SERVER
+            for data, _ in session.datagrams_to_send(self.now):
+                self._sent += 1
+                if self._random.random() >= self.loss:
+                    arrival = self.now + self._delay
+                    arrival += self._random.random() * self._jitter
+                    entry = (arrival, self._sent, to_server, (data, source))
+                    heapq.heappush(self._wire, entry)
+        while (output := session.next_output()) is not None:
+            if not to_server:
+                self.outputs.append(output)
+
+    def step(self) -> bool:
+        """Go to the next thing that happens; False if nothing ever will."""
+        sessions = (self.client, self.server)
+        times = [self._wire[0][0]] if self._wire else []
+        times += [d for s in sessions if (d := s.deadline()) is not None]
+        if not times:
+            return False
+        self.now = max(self.now, min(times))
+        while self._wire and self._wire[0][0] <= self.now:
+            _, _, to_server, datagram = heapq.heappop(self._wire)
+            self._server_started |= to_server
+            target = self.server if to_server else self.client
+            target.receive_datagrams([datagram], self.now)
+        for session in sessions:
+            deadline = session.deadline()
+            if deadline is not None and deadline <= self.now:
+                session.handle_timeout(self.now)
+            self.flush(session)
+        return True
+
+    def run_until(self, done: Callable[[], bool], steps: int = 200_000) -> None:
+        """Let time pass until something is true; fail if it never is."""
+        for _ in range(steps):
+            if done():
+                return
+            if not self.step():
+                break
+        assert done(), f"still not so at {self.now}: {self.client.ended}"
+
+    def prove(self) -> None:
+        """Complete the handshake and the proof."""
+        self.run_until(lambda: self.client.state is State.READY)
+        self.client.send_message(AUTH)
+        self.flush(self.client)
+        self.run_until(lambda: self.server.state is State.READY)
+        self.run_until(lambda: self.client.all_acknowledged)
+
+
+@pytest.fixture
+def network() -> Network:
+    made = Network()
+    made.prove()
+    return made
+
+
+def messages_of(session: QuicSession) -> Iterator[Message]:
+    while (message := session.next_message()) is not None:
+        yield message
+
+
+def frames_of(session: QuicSession) -> Iterator[Frame]:
+    while (frame := session.next_frame()) is not None:
+        yield frame
+
+
+# ----------------------------------------------------------------- opening a session
+
+
+def test_a_right_proof_opens_the_session_under_its_name() -> None:
+    network = Network()
+    network.run_until(lambda: network.client.state is State.READY)
+    assert Established("ada") not in network.outputs
+    network.client.send_message(AUTH)
+    network.flush(network.client)
+    network.run_until(lambda: network.server.state is State.READY)
+    assert Established("ada") in network.outputs
+
+
+def refusal(network: Network) -> str:
+    network.run_until(lambda: network.client.ended is not None)
+    network.run_until(lambda: network.server.ended is not None)
+    assert not any(isinstance(output, Established) for output in network.outputs)
+    assert network.client.ended is not None
+    assert network.client.ended.by_peer
+    return network.client.ended.reason
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        Auth(session="5" * 32, proof="8" * 64),
+        Auth(session="6" * 32, proof="7" * 64),
+        JobCancel("job_0123abcd"),
+        Error("let me in"),
+    ],
+)
+def test_anything_but_the_right_proof_is_refused_in_the_same_words(
+    first: Message,
+) -> None:
+    network = Network()
+    network.run_until(lambda: network.client.state is State.READY)
+    network.client.send_message(first)
+    network.client.send_message(AUTH)
+    network.flush(network.client)
+    assert refusal(network) == "refused"
+
+
+def test_a_client_without_a_proof_has_ten_seconds() -> None:
+    network = Network()
+    begin = network.now
+    assert refusal(network) == "no proof for 10 s"
+    assert network.now - begin == pytest.approx(HANDSHAKE_TIMEOUT, abs=1)
+
+
+def test_a_client_without_a_proof_can_leave_only_little_in_memory() -> None:
+    network = Network()
+    network.run_until(lambda: network.client.state is State.READY)
+    for index in range(4):
+        network.client.send_frame(make_frame(index, MEGABYTE))
+    network.flush(network.client)
+    network.run_until(lambda: network.client.ended is not None)
+    assert network.server.bytes_received < 300_000
+
+
+def test_frames_that_overtake_the_proof_are_kept() -> None:
+    network = Network(jitter=0.3)
+    network.run_until(lambda: network.client.state is State.READY)
+    network.client.send_message(AUTH)
+    frames = [make_frame(index, 1000) for index in range(20)]
+    for frame in frames:
+        network.client.send_frame(frame)
+        network.flush(network.client)
+    received: list[Frame] = []
+
+    def done() -> bool:
+        received.extend(frames_of(network.server))
+        return len(received) == 20
+
+    network.run_until(done)
+    assert [frame.payload for frame in received] == [f.payload for f in frames]
+
+
+def test_another_certificate_of_the_same_name_is_refused() -> None:
+    network = Network(shown=make_certificate())
+    network.run_until(lambda: network.client.ended is not None)
+    assert network.client.ended is not None
+    assert "not who it should be" in network.client.ended.reason
+    assert network.client.state is State.ENDED
+
+
+def test_another_certificate_with_the_same_key_is_refused() -> None:
+    key = CERTIFICATE.private_key
+    expected = x509.load_der_x509_certificate(CERTIFICATE.certificate_der)
+    other = (
+        x509.CertificateBuilder()
+        .subject_name(expected.subject)
+        .issuer_name(expected.issuer)
+        .public_key(key.public_key())
+        .serial_number(7)
+        .not_valid_before(expected.not_valid_before_utc)
+        .not_valid_after(expected.not_valid_after_utc)
+        .add_extension(expected.extensions[0].value, False)
+        .sign(key, hashes.SHA256())
+    )
+    shown = Certificate(other.public_bytes(Encoding.DER), key)
+    network = Network(shown=shown)
+    network.run_until(lambda: network.client.ended is not None)
+
+
+def test_a_server_that_never_answers_is_given_up() -> None:
+    network = Network(loss=1.0)
+    begin = network.now
+    network.run_until(lambda: network.client.ended is not None)
+    assert network.now - begin == pytest.approx(10, abs=2)
+    assert network.client.ended is not None
+    assert "server:2" in network.client.ended.reason
+
+
+# ------------------------------------------------------------------- sending things
+
+
+def test_messages_arrive_in_order_both_ways(network: Network) -> None:
+    sent = [JobLog("job_0123abcd", n, n, "x" * (n % 900)) for n in range(500)]
+    for message in sent:
+        network.client.send_message(message)
+        network.server.send_message(message)
+    network.flush(network.client)
+    network.flush(network.server)
+    at_server: list[Message] = []
+    at_client: list[Message] = []
+
+    def done() -> bool:
+        at_server.extend(messages_of(network.server))
+        at_client.extend(messages_of(network.client))
+        return len(at_server) == len(at_client) == 500
+
+    network.run_until(done)
+    assert at_server == at_client == sent
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_bad_network_loses_and_reorders_nothing(seed: int) -> None:
+    network = Network(seed, loss=0.05, delay=0.03, jitter=0.05)
+    network.prove()
+    frames = [make_frame(n, 1 + 7919 * n % 60_000) for n in range(25)]
+    for n, frame in enumerate(frames):
+        for session in (network.client, network.server):
+            session.send_frame(frame)
+            session.send_message(JobLog("job_0123abcd", n, n, "line"))
+            network.flush(session)
+    got: dict[str, list[bytes]] = {"client": [], "server": []}
+    lines: dict[str, list[Message]] = {"client": [], "server": []}
+
+    def done() -> bool:
+        for name, session in (("client", network.client), ("server", network.server)):
+            got[name] += [bytes(frame.payload) for frame in frames_of(session)]
+            lines[name] += messages_of(session)
+        counts = [len(x) for x in got.values()] + [len(x) for x in lines.values()]
+        return counts == [25] * 4
+
+    network.run_until(done)
+    for name in ("client", "server"):
+        assert got[name] == [frame.payload for frame in frames]
+        assert lines[name] == [JobLog("job_0123abcd", n, n, "line") for n in range(25)]
+    assert network.client.packets_lost + network.server.packets_lost > 0
+
+
+def test_a_message_overtakes_the_bulk_that_was_queued_before(network: Network) -> None:
+    for index in range(8):
+        network.client.send_frame(make_frame(index, MEGABYTE))
+    network.client.send_message(JobCancel("job_0123abcd"))
+    network.flush(network.client)
+    network.run_until(lambda: network.server.has_message)
+    assert network.server.bytes_received < MEGABYTE
+
+
+class Flow:
+    """Sends frames to the server as fast as there is room for them."""
+
+    def __init__(self, network: Network, frames: int) -> None:
+        self.sent = 0
+        self._network = network
+        self._frames = frames
+
+    def step(self) -> None:
+        client = self._network.client
+        while client.has_room_for_frame and self.sent < self._frames:
+            client.send_frame(make_frame(self.sent, MEGABYTE))
+            self.sent += 1
+        self._network.step()
+
+
+def test_what_is_granted_to_a_sender_leaves_room_for_messages(
+    network: Network,
+) -> None:
+    flow = Flow(network, 8)
+    while network.server.bytes_received < 8 * MEGABYTE:
+        flow.step()
+    network.client.send_message(JobCancel("job_0123abcd"))
+    network.flush(network.client)
+    network.run_until(lambda: network.server.has_message)
+
+
+def test_unread_frames_hold_the_sender_back_until_they_are_read(
+    network: Network,
+) -> None:
+    flow = Flow(network, 24)
+    while network.now < 1015:
+        flow.step()
+    assert flow.sent < 24
+    assert network.server.bytes_received < MAX_UNREAD * 1.1
+    assert network.server.ended is None
+    read = 0
+    while read < 24:
+        read += len(list(frames_of(network.server)))
+        network.flush(network.server)
+        flow.step()
+        assert network.now < 1060
+
+
+def test_room_for_frames_ends_with_what_is_unacknowledged(network: Network) -> None:
+    network.loss = 1.0
+    count = 0
+    while network.client.has_room_for_frame:
+        network.client.send_frame(make_frame(count, MEGABYTE))
+        count += 1
+    assert count == MAX_UNSENT_FRAMES // MEGABYTE
+    assert not network.client.all_acknowledged
+    network.loss = 0.0
+    network.flush(network.client)
+    network.run_until(lambda: network.client.all_acknowledged)
+    assert network.client.has_room_for_frame
+
+
+def test_a_frame_must_be_what_its_header_says(network: Network) -> None:
+    wrong = Frame(ChunkHeader(1, 0, 5, bytes(32)), b"four")
+    with pytest.raises(LocalProtocolError, match="length"):
+        network.client.send_frame(wrong)
+    assert network.client.all_acknowledged
+
+
+def test_pings_measure_the_round_trip(network: Network) -> None:
+    network.run_until(lambda: network.now > 1010)
+    assert network.client.rtt == pytest.approx(0.04, rel=0.2)
+    assert network.server.rtt == pytest.approx(0.04, rel=0.2)
+
+
+# ------------------------------------------------------------------- ending a session
+
+
+def test_an_idle_session_lives_on(network: Network) -> None:
+    network.run_until(lambda: network.now > 1000 + 3600)
+    assert network.client.ended is None
+    assert network.server.ended is None
+    assert network.client.bytes_sent < 1_000_000
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_dead_peer_is_noticed_in_time(seed: int) -> None:
+    network = Network(seed)
+    network.prove()
+    death = network.now + 3 + random.Random(seed).random() * 3
+    network.run_until(lambda: network.now >= death)
+    network.loss = 1.0
+    network.run_until(lambda: network.client.ended is not None)
+    assert IDLE_TIMEOUT - 2.5 <= network.now - death <= 12.1
+    assert network.client.ended is not None
+    assert network.client.ended.reason == "no answer from server:2 for 10 s"
+    assert not network.client.ended.by_peer
+
+
+def test_a_close_carries_its_reason(network: Network) -> None:
+    network.server.close("time for tea")
+    network.flush(network.server)
+    network.run_until(lambda: network.client.ended is not None)
+    assert network.client.ended is not None
+    assert network.client.ended.reason == "time for tea"
+    assert network.client.ended.by_peer
+    assert network.server.ended is not None
+    assert not network.server.ended.by_peer
+    network.run_until(lambda: network.client.finished and network.server.finished)
+    assert network.client.deadline() is None
+
+
+def test_a_peer_that_missed_the_close_is_told_again(network: Network) -> None:
+    network.loss = 1.0
+    network.server.close("time for tea")
+    network.flush(network.server)
+    network.loss = 0.0
+    network.client.send_message(JobCancel("job_0123abcd"))
+    network.flush(network.client)
+    network.run_until(lambda: network.client.ended is not None)
+    assert network.client.ended is not None
+    assert network.client.ended.reason == "time for tea"
+
+
+@pytest.mark.parametrize("reason", ["x" * 5000, "\N{SNOWMAN}" * 5000, "a\x1b[2Jb\n"])
+def test_any_reason_can_be_told(network: Network, reason: str) -> None:
+    network.client.close(reason)
+    network.flush(network.client)
+    network.run_until(lambda: network.server.ended is not None)
+    assert network.server.ended is not None
+    told = network.server.ended.reason
+    assert told.isprintable()
+    assert 0 < len(told.encode()) <= MAX_REASON_BYTES
+    assert told[0] == reason[0]
+
+
+def test_what_arrived_before_the_close_can_still_be_read(network: Network) -> None:
+    network.client.send_message(JobCancel("job_0123abcd"))
+    network.client.send_frame(make_frame(1))
+    network.flush(network.client)
+    network.run_until(lambda: network.client.all_acknowledged)
+    network.client.close("done")
+    network.flush(network.client)
+    network.run_until(lambda: network.server.ended is not None)
+    assert list(messages_of(network.server)) == [JobCancel("job_0123abcd")]
+    assert len(list(frames_of(network.server))) == 1
+
+
+# ------------------------------------------------------------------------ bad peers
+
+
+def told_to(network: Network) -> str:
+    """Return the reason that the client is given."""
+    network.flush(network.client)
+    network.run_until(lambda: network.client.ended is not None)
+    assert network.client.ended is not None
+    assert network.client.ended.by_peer
+    assert network.server.ended is not None
+    assert network.server.ended.reason.startswith("client:1: ")
+    return network.client.ended.reason
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"\x00\x00\x00\x05hello", "no NAME"),
+        (b"\x00\x00\x00\x02\xff\xff", "UTF-8"),
+        (b"\x00\x01\x00\x01", "too long"),
+        (b"\xff\xff\xff\xff", "too long"),
+        (b"\x00\x00\x00\x00", "no NAME"),
+        (b"\x00\x00\x00\x0fJOB_CANCEL::all", "JOB_CANCEL"),
+    ],
+)
+def test_garbage_among_the_messages_ends_the_session(
+    network: Network, data: bytes, why: str
+) -> None:
+    network.client_engine.send(0, data)
+    assert why in told_to(network)
+
+
+def test_garbage_among_the_frames_ends_the_session(network: Network) -> None:
+    network.client_engine.send(2, bytes(100))
+    assert "frames" in told_to(network)
+
+
+@pytest.mark.parametrize("stream", [4, 6])
+def test_another_stream_ends_the_session(network: Network, stream: int) -> None:
+    network.client_engine.send(stream, b"hello")
+    assert f"no stream {stream}" in told_to(network)
+
+
+@pytest.mark.parametrize("stream", [0, 2])
+def test_the_end_of_a_stream_ends_the_session(network: Network, stream: int) -> None:
+    network.client_engine.send_stream_data(stream, b"", end_stream=True)
+    assert "broken off" in told_to(network)
+
+
+def test_a_reset_stream_ends_the_session(network: Network) -> None:
+    network.client_engine.reset_stream(0, 7)
+    assert "broken off" in told_to(network)
+
+
+def test_a_refused_stream_ends_the_session(network: Network) -> None:
+    network.server.send_frame(make_frame(1))
+    network.flush(network.server)
+    network.run_until(lambda: network.client.has_frame)
+    network.client_engine.stop_stream(3, 7)
+    assert "broken off" in told_to(network)
+
+
+def test_a_gap_that_would_take_much_memory_ends_the_session(network: Network) -> None:
+    # A peer that ignores its window, and sends the far end of a stream first.
+    client = network.client_engine
+    client._remote_max_data = 10**12
+    client.send(2, b"x")
+    sender = client._streams[2].sender
+    client._streams[2].max_stream_data_remote = 10**12
+    sender._buffer_start = sender.highest_offset = 10**11
+    sender._buffer_stop = 10**11 + 1
+    sender._pending.subtract(0, 10**12)
+    sender._pending.add(10**11, 10**11 + 1)
+    network.flush(network.client)
+    network.run_until(lambda: network.server.ended is not None)
+    assert network.server.ended is not None
+    assert "more than it may" in network.server.ended.reason
+
+
+def test_unknown_messages_are_counted_and_skipped(network: Network) -> None:
+    text = b"NEWER_THAN_US::field::field"
+    network.client_engine.send(0, len(text).to_bytes(4) + text)
+    network.client.send_message(JobCancel("job_0123abcd"))
+    network.flush(network.client)
+    network.run_until(lambda: network.server.has_message)
+    assert list(messages_of(network.server)) == [JobCancel("job_0123abcd")]
+    assert network.server.ignored_messages == 1
+
+
+@given(st.lists(st.binary(min_size=1, max_size=1500), max_size=5))
+@settings(max_examples=50, deadline=None)
+def test_garbage_datagrams_change_nothing(garbage: list[bytes]) -> None:
+    network = Network()
+    network.prove()
+    for data in garbage:
+        network.server.receive_datagrams([(data, CLIENT)], network.now)
+        network.client.receive_datagrams([(data, SERVER)], network.now)
+    network.client.send_message(JobCancel("job_0123abcd"))
+    network.flush(network.client)
+    network.run_until(lambda: network.server.has_message)
+    assert network.client.ended is None
+
+
+# ------------------------------------------------------------------ states and pieces
+
+
+def test_every_state_has_a_way_to_its_end_and_none_back() -> None:
+    order = list(State)
+    for (state, step), then in TRANSITIONS.items():
+        assert order.index(then) > order.index(state)
+        assert step is not Step.ENDED or then is State.ENDED
+    ways_out = {state for state, step in TRANSITIONS if step is Step.ENDED}
+    assert ways_out == set(State) - {State.ENDED}
+
+
+def states() -> Iterator[tuple[State, Network]]:
+    yield State.HANDSHAKE, Network()
+    unproven = Network()
+    unproven.run_until(lambda: unproven.server.state is State.UNPROVEN)
+    yield State.UNPROVEN, unproven
+    ready = Network()
+    ready.prove()
+    yield State.READY, ready
+    ended = Network()
+    ended.prove()
+    ended.server.close("over")
+    ended.flush(ended.server)
+    yield State.ENDED, ended
+
+
+def test_only_a_ready_session_sends() -> None:
+    for state, network in states():
+        session = network.server
+        assert session.state is state
+        if state is State.READY:
+            session.send_message(JobCancel("job_0123abcd"))
+            session.send_frame(make_frame(1))
+            continue
+        with pytest.raises(LocalProtocolError, match=state.value):
+            session.send_message(JobCancel("job_0123abcd"))
+        with pytest.raises(LocalProtocolError, match=state.value):
+            session.send_frame(make_frame(1))
+        assert session.state is state
+
+
+def test_a_session_can_be_closed_in_every_state_and_again() -> None:
+    for state, network in states():
+        session = network.client if state is State.HANDSHAKE else network.server
+        before = session.ended
+        session.close("first")
+        session.close("second")
+        assert session.state is State.ENDED
+        assert session.ended is not None
+        assert session.ended == (before or session.ended)
+        assert "second" not in session.ended.reason
+        network.run_until(lambda: session.finished)  # noqa: B023
+
+
+def test_a_timeout_that_is_not_due_changes_nothing() -> None:
+    for state, network in states():
+        session = network.client if state is State.HANDSHAKE else network.server
+        network.flush(session)
+        before = (session.state, session.deadline(), session.bytes_sent)
+        for _ in range(3):
+            session.handle_timeout(network.now)
+        assert session.datagrams_to_send(network.now) == []
+        assert (session.state, session.bytes_sent) == (before[0], before[2])
+
+
+@given(st.binary(max_size=200), st.integers(1, 50))
+def test_a_message_decoder_raises_only_what_it_says(data: bytes, step: int) -> None:
+    decoder = MessageDecoder()
+    for start in range(0, len(data), step):
+        decoder.receive_data(data[start : start + step])
+        try:
+            while decoder.next_message_untrusted() is not None:
+                pass
+        except RemoteProtocolError:
+            return
+
+
+@pytest.mark.parametrize("step", [1, 3, 1000])
+def test_a_message_decoder_takes_any_borders(step: int) -> None:
+    sent = [JobCancel("job_0123abcd"), Error("x" * (MAX_MESSAGE_BYTES - 7))]
+    texts = [encode_message(message).encode() for message in sent]
+    data = b"".join(len(text).to_bytes(4) + text for text in texts)
+    decoder = MessageDecoder()
+    received: list[Message] = []
+    for start in range(0, len(data), step):
+        decoder.receive_data(data[start : start + step])
+        while (decoded := decoder.next_message_untrusted()) is not None:
+            received.append(decoded[0])
+    assert received == sent
+
+
+def test_an_engine_is_refused_what_is_no_certificate() -> None:
+    with pytest.raises(RemoteProtocolError, match="no certificate"):
+        client_engine_untrusted(b"garbage", idle_timeout=1, datagram_size=1200)
+
+
+def test_an_engine_knows_no_certificate_before_the_handshake() -> None:
+    engine: QuicEngine = Network().client_engine
+    assert engine.peer_certificate == b""
+    assert engine.unacknowledged(0) == 0

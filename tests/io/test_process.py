@@ -12,6 +12,7 @@ import trio
 import trio.testing
 
 from sleap_rtc.io.process import (
+    DRAIN_BYTES,
     DRAIN_SECONDS,
     ProgramMissingError,
     ProgramStartError,
@@ -287,12 +288,15 @@ async def test_a_daemon_that_a_program_left_can_not_print_for_ever(
     lifeline = Lifeline(tmp_path / "bin" / "alive")
     program = make_program(
         "p",
-        HOLD + "import time\n"
+        HOLD + "import time\nparent = os.getpid()\n"
         "if os.fork() == 0:\n"
         "    os.setsid()\n"
+        "    while os.getppid() == parent: time.sleep(0.01)\n"
         f"    while True: {prints}\n",
     )
-    assert await run(program) == 0
+    output = Output()
+    assert await run(program, output=output) == 0
+    assert len(output.data) < 4 * DRAIN_BYTES
     await lifeline.ends()
 
 

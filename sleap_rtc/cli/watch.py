@@ -1,0 +1,224 @@
+"""What ``send`` shows while it works: for people, or one JSON object a line."""
+
+import sys
+from types import TracebackType
+from typing import Protocol, Self, assert_never
+
+import msgspec
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from sleap_rtc import client
+from sleap_rtc.cli.console import err, out, plain, print_json
+from sleap_rtc.io.files import human_size
+from sleap_rtc.proto.job_client import StageComplete
+from sleap_rtc.proto.lines import printable
+
+_STEP = 10
+"""Percent between two lines of progress where nothing can be redrawn."""
+
+
+class Watch(Protocol):
+    """Somebody who is told what happens to a job."""
+
+    def __enter__(self) -> Self:
+        """Begin to watch."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Stop, and leave the terminal in order."""
+
+    def __call__(self, event: client.Event) -> None:
+        """Take an event."""
+
+    def summarize(self, result: client.JobResult) -> None:
+        """Say how it ended well."""
+
+
+class TerminalWatch:
+    """Shows a progress bar for the transfer, then the output of the job.
+
+    The last line is redrawn where the terminal allows it; elsewhere a line is printed
+    once it is final.
+    """
+
+    def __init__(self) -> None:
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=err,
+            transient=False,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._told: dict[str, int] = {}
+        self._lines = _Lines()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+        self._lines.finish()
+
+    def __call__(self, event: client.Event) -> None:
+        """Show an event."""
+        if not isinstance(event, client.TransferProgress):
+            self._end_bar()
+        if not isinstance(event, client.LinePrinted):
+            self._lines.finish()
+        match event:
+            case client.WorkerChosen(worker=worker, reason=reason):
+                self._say("Worker", f"{worker.peer_id} ({reason})")
+            case client.LinkOpened(kind=kind, address=address):
+                self._say("Link", f"{kind} to {address}")
+            case client.RouteChosen(route=route, reason=reason):
+                self._say("Route", f"{route} ({reason})")
+            case client.TransferProgress(what=what, done=done, total=total):
+                self._show_progress(what, done, total)
+            case client.StateChanged(progress=progress):
+                if progress.state == "QUEUED":
+                    ahead = progress.position
+                    self._say("Job", f"queued, {ahead} ahead" if ahead else "queued")
+                elif progress.state == "RUNNING":
+                    self._say("Job", "running")
+            case client.LinePrinted(line=line, text=text):
+                self._lines.show(line, printable(text))
+            case StageComplete(stage=stage):
+                self._say("Job", f"{stage} complete")
+            case client.ResultsStored(directory=directory, files=files, size=size):
+                self._say(
+                    "Results", f"{files} files, {human_size(size)}, in {directory}"
+                )
+            case _:
+                assert_never(event)
+
+    def summarize(self, result: client.JobResult) -> None:
+        """Print what took how long, and where the results are."""
+        spent = ", ".join(f"{name} {s:.1f} s" for name, s in result.seconds.items())
+        self._say("Done", f"{result.job_id} ({spent})")
+        if result.output is not None:
+            out.print(str(result.output), markup=False)
+
+    def _show_progress(self, what: str, done: int, total: int) -> None:
+        if not err.is_terminal:
+            self._tell_progress(what, done, total)
+            return
+        if what not in self._tasks:
+            self._bar.start()
+            self._tasks[what] = self._bar.add_task(plain(what), total=total)
+        self._bar.update(self._tasks[what], completed=done)
+
+    def _tell_progress(self, what: str, done: int, total: int) -> None:
+        """Print a line now and then where a bar can't be drawn."""
+        percent = 100 if done >= total else done * 100 // max(total, 1)
+        step = percent // _STEP * _STEP
+        if step > self._told.get(what, -1):
+            self._told[what] = step
+            self._say(what, f"{percent} % ({human_size(done)} of {human_size(total)})")
+
+    def _end_bar(self) -> None:
+        if self._tasks:
+            self._bar.stop()
+            for task in self._tasks.values():
+                self._bar.remove_task(task)
+            self._tasks.clear()
+
+    def _say(self, title: str, text: str) -> None:
+        err.print(f"[bold cyan]{plain(title)}:[/] {plain(text)}")
+
+
+class _Lines:
+    """The output of a job on standard output, with redraws of the last line."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._pending: str | None = None
+        self._redraws = sys.stdout.isatty()
+
+    def show(self, number: int, text: str) -> None:
+        """Show a line; a number that was there before replaces that line.
+
+        Only the last line can be replaced: what is above has scrolled away.
+        """
+        if number < self._number:
+            return
+        if number > self._number:
+            self.finish()
+        self._number, self._pending = number, text
+        if self._redraws:
+            width = max(out.width - 1, 20)
+            sys.stdout.write("\r\x1b[2K" + text[:width])
+            sys.stdout.flush()
+
+    def finish(self) -> None:
+        """Make the last line final."""
+        if self._pending is None:
+            return
+        text, self._pending = self._pending, None
+        sys.stdout.write(f"\r\x1b[2K{text}\n" if self._redraws else f"{text}\n")
+        sys.stdout.flush()
+
+
+class JsonWatch:
+    """Prints each event as one JSON object on a line."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        sys.stdout.flush()
+
+    def __call__(self, event: client.Event) -> None:
+        """Print an event."""
+        match event:
+            case client.WorkerChosen(worker=worker, reason=reason):
+                print_json("worker", worker=worker.peer_id, reason=reason)
+            case client.LinkOpened(kind=kind, address=address):
+                print_json("link", kind=kind, address=address)
+            case client.RouteChosen(route=route, reason=reason):
+                print_json("route", route=route, reason=reason)
+            case client.TransferProgress(what=what, done=done, total=total):
+                print_json("progress", what=what, done=done, total=total)
+            case client.StateChanged(progress=progress):
+                print_json("state", **msgspec.to_builtins(progress))
+            case client.LinePrinted(line=line, text=text):
+                print_json("line", line=line, text=text)
+            case StageComplete(stage=stage):
+                print_json("stage_complete", stage=stage)
+            case client.ResultsStored(directory=directory, files=files, size=size):
+                print_json("results", directory=directory, files=files, size=size)
+            case _:
+                assert_never(event)
+
+    def summarize(self, result: client.JobResult) -> None:
+        """Print the last object."""
+        print_json(
+            "done",
+            job_id=result.job_id,
+            output=None if result.output is None else str(result.output),
+            seconds={name: round(s, 3) for name, s in result.seconds.items()},
+        )

@@ -1,0 +1,160 @@
+"""Look for what could keep this machine from sending or running jobs."""
+
+import os
+import platform
+import socket
+from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import trio
+
+from sleap_rtc import client
+from sleap_rtc.config import SHARED_STORAGE_VARIABLE, SharedStorageConfig
+from sleap_rtc.errors import UserError
+from sleap_rtc.io.files import human_size
+from sleap_rtc.io.machine import describe_machine
+from sleap_rtc.io.probe import probe_storage
+from sleap_rtc.io.quic_socket import BUFFER_SIZE
+
+STORAGE_TIMEOUT = 10.0
+"""Seconds after which storage counts as hanging."""
+
+SIGNALING_TIMEOUT = 5.0
+"""Seconds to enter the room."""
+
+Verdict = Literal["ok", "note", "failed"]
+
+
+class Check(msgspec.Struct, frozen=True):
+    """One finding.
+
+    Args:
+        name: What was looked at.
+        verdict: ``failed`` needs a remedy; ``note`` is fine for many, not for all.
+        found: What was found.
+        advice: What to do about it.
+    """
+
+    name: str
+    verdict: Verdict
+    found: str
+    advice: str = ""
+
+
+async def examine(
+    shared_storage_root: Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> AsyncIterator[Check]:
+    """Check one thing after the other.
+
+    Args:
+        shared_storage_root: What the command line said.
+        environ: Environment variables.
+
+    Yields:
+        The findings, as they come.
+    """
+    yield _check_python()
+    yield await _check_room(environ)
+    yield await _check_storage(shared_storage_root)
+    yield _check_udp()
+    machine = await trio.to_thread.run_sync(describe_machine, Path.home())
+    if machine.sleap_nn:
+        yield Check("sleap-nn", "ok", f"version {machine.sleap_nn} on the PATH")
+    else:
+        yield Check(
+            "sleap-nn",
+            "note",
+            "not on the PATH",
+            "A worker needs it: start the worker from the environment that has it. "
+            "A machine that only sends jobs does not.",
+        )
+    if machine.gpus:
+        models = ", ".join(
+            f"{gpu.model} ({human_size(gpu.memory_mb * 1024**2)})"
+            for gpu in machine.gpus
+        )
+        yield Check("GPU", "ok", models)
+    else:
+        yield Check(
+            "GPU",
+            "note",
+            "no NVIDIA GPU was found",
+            "Jobs run here on the CPU. If there is a GPU, install its driver "
+            "(`nvidia-smi` must list it; in a container it needs --gpus all).",
+        )
+
+
+def _check_python() -> Check:
+    found = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    return Check("Python", "ok", found)
+
+
+async def _check_room(environ: Mapping[str, str]) -> Check:
+    try:
+        workers = await client.list_workers(timeout=SIGNALING_TIMEOUT, environ=environ)
+    except UserError as error:
+        return Check("Signaling", "failed", error.message, error.hint)
+    if not workers:
+        return Check(
+            "Signaling",
+            "note",
+            "reached, but no worker is in the room",
+            "Start one: sleap-rtc daemon --role worker",
+        )
+    names = ", ".join(worker.peer_id for worker in workers)
+    return Check("Signaling", "ok", f"reached; workers: {names}")
+
+
+async def _check_storage(shared_storage_root: Path | None) -> Check:
+    name = "Shared storage"
+    try:
+        root = await trio.to_thread.run_sync(
+            SharedStorageConfig.get_shared_storage_root,
+            shared_storage_root,
+            abandon_on_cancel=True,
+        )
+    except UserError as error:
+        return Check(name, "failed", error.message, error.hint)
+    if root is None:
+        return Check(
+            name,
+            "note",
+            "Shared storage not configured, will use RTC transfer",
+            f"If this machine and the worker mount the same storage, set "
+            f"{SHARED_STORAGE_VARIABLE} on both: packages are then only copied there.",
+        )
+    health = await probe_storage(root, STORAGE_TIMEOUT)
+    if not health.ok:
+        return Check(
+            name,
+            "failed",
+            health.reason,
+            "Check the mount (`mount`, `df`) and that this user may write there.",
+        )
+    return Check(
+        name,
+        "ok",
+        f"{root}: {human_size(health.free_bytes)} of "
+        f"{human_size(health.total_bytes)} free, a small write takes "
+        f"{health.write_seconds * 1000:.1f} ms",
+    )
+
+
+def _check_udp() -> Check:
+    """See how large a socket buffer the system gives."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+        udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_SIZE)
+        given = udp.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+    found = f"socket buffer of {human_size(given)}"
+    if given < BUFFER_SIZE:
+        return Check(
+            "UDP",
+            "note",
+            f"{found}; {human_size(BUFFER_SIZE)} is faster over long distances",
+            f"As root: sysctl -w net.core.rmem_max={BUFFER_SIZE} "
+            f"net.core.wmem_max={BUFFER_SIZE}",
+        )
+    return Check("UDP", "ok", found)

@@ -1,0 +1,189 @@
+"""How a client and a worker get from a shared room to a link of their own.
+
+The sealed texts and their checks are in `sleap_rtc.proto.envelope`; this module gives
+them entropy and the time, and carries them through the room.
+"""
+
+import secrets
+import time
+from collections.abc import Callable
+
+import msgspec
+import structlog
+
+from sleap_rtc.errors import NoWorkerError, RefusedError
+from sleap_rtc.io.signaling import PeerUnreachableError, Room
+from sleap_rtc.proto.envelope import (
+    AEAD_NONCE_BYTES,
+    NONCE_BYTES,
+    SEAL_LIFETIME,
+    Address,
+    Answer,
+    Offer,
+    OfferLedger,
+    link_proof,
+    open_answer_untrusted,
+    open_offer_untrusted,
+    seal_answer,
+    seal_offer,
+    worker_nonce_untrusted,
+)
+from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.invite import RoomKeys
+from sleap_rtc.proto.messages import Auth
+from sleap_rtc.proto.workers import Candidate
+
+
+class Introduction(msgspec.Struct, frozen=True):
+    """All that a client needs to open a link to a worker."""
+
+    answer: Answer
+    auth: Auth
+
+
+async def ask_worker(room: Room, keys: RoomKeys, worker: Candidate) -> Introduction:
+    """Offer a link to a worker, and open its answer.
+
+    The caller sets the deadline.
+
+    Args:
+        room: The room that both are in.
+        keys: The room's.
+        worker: Whom to ask.
+
+    Raises:
+        NoWorkerError: If it has left the room.
+        RefusedError: If what came back is not from a holder of the room secret.
+    """
+    offer_nonce = secrets.token_bytes(NONCE_BYTES)
+    try:
+        sealed = seal_offer(
+            keys,
+            Offer(kinds=("quic",)),
+            sender=room.peer_id,
+            target=worker.peer_id,
+            nonce=offer_nonce,
+            worker_nonce=worker_nonce_untrusted({"nonce": worker.card.nonce}),
+            aead_nonce=secrets.token_bytes(AEAD_NONCE_BYTES),
+            expires=time.time() + SEAL_LIFETIME,
+        )
+        text = await room.exchange(worker.peer_id, sealed)
+        opened = open_answer_untrusted(
+            keys,
+            text,
+            sender=worker.peer_id,
+            target=room.peer_id,
+            offer_nonce=offer_nonce,
+            now=time.time(),
+        )
+    except PeerUnreachableError:
+        raise NoWorkerError(
+            f"The worker {worker.peer_id} has left the room.",
+            "Try again: it may come back. `sleap-rtc workers` lists who is there.",
+        ) from None
+    except RemoteProtocolError:
+        raise RefusedError(
+            f"The answer of {worker.peer_id} could not be verified.",
+            "Check that both clocks are right within two minutes, and that both sides "
+            "hold the same invite (`sleap-rtc invite`).",
+        ) from None
+    session = offer_nonce.hex()
+    proof = link_proof(
+        keys,
+        session=session,
+        answer_nonce=opened.nonce,
+        client=room.peer_id,
+        worker=worker.peer_id,
+        certificate=opened.answer.certificate,
+    )
+    return Introduction(opened.answer, Auth(session, proof))
+
+
+class Doorkeeper:
+    """Answers the offers that reach a worker, and checks who comes through the door.
+
+    Args:
+        keys: The room's.
+        peer_id: The worker's.
+        certificate: What its links show, DER.
+        log: Where refusals are noted.
+    """
+
+    def __init__(
+        self,
+        keys: RoomKeys,
+        peer_id: str,
+        certificate: bytes,
+        log: structlog.typing.FilteringBoundLogger,
+    ) -> None:
+        self.nonce = secrets.token_bytes(NONCE_BYTES)
+        """What the worker publishes, so that no offer outlives this process."""
+
+        self._keys = keys
+        self._peer_id = peer_id
+        self._certificate = certificate
+        self._log = log
+        self._ledger = OfferLedger(keys, peer_id, certificate)
+
+    async def answer_offers(
+        self, room: Room, addresses: Callable[[], tuple[Address, ...]]
+    ) -> None:
+        """Answer every good offer until cancelled; the others are noted and dropped.
+
+        Args:
+            room: Where the offers come from.
+            addresses: Says where the worker's links can be reached at present.
+        """
+        async for sender, text in room.offers:
+            try:
+                sealed = self._answer(sender, text, addresses())
+            except RemoteProtocolError as error:
+                self._log.warning(
+                    "offer refused: wrong secret, replayed, altered or too old",
+                    peer=sender,
+                    reason=error.reason,
+                )
+                continue
+            await room.answer(sender, sealed)
+
+    def authenticate(self, auth: Auth) -> str:
+        """Check the proof on a new link.
+
+        Returns:
+            The client's peer id.
+
+        Raises:
+            RemoteProtocolError: If it proves nothing.
+        """
+        try:
+            return self._ledger.check_proof_untrusted(
+                auth.session, auth.proof, time.time()
+            )
+        except RemoteProtocolError:
+            self._log.warning("link refused: it did not prove the room secret")
+            raise
+
+    def _answer(self, sender: str, text: str, addresses: tuple[Address, ...]) -> str:
+        now = time.time()
+        opened = open_offer_untrusted(
+            self._keys,
+            text,
+            sender=sender,
+            target=self._peer_id,
+            worker_nonce=self.nonce,
+            now=now,
+        )
+        self._ledger.accept(opened.nonce, opened.expires, now)
+        answer_nonce = secrets.token_bytes(NONCE_BYTES)
+        expires = now + SEAL_LIFETIME
+        self._ledger.expect(opened.nonce.hex(), answer_nonce, sender, expires)
+        return seal_answer(
+            self._keys,
+            Answer(addresses, self._certificate, ("quic",)),
+            sender=self._peer_id,
+            target=sender,
+            nonce=answer_nonce,
+            offer_nonce=opened.nonce,
+            aead_nonce=secrets.token_bytes(AEAD_NONCE_BYTES),
+            expires=expires,
+        )

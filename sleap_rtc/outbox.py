@@ -1,0 +1,58 @@
+"""What waits to be sent on a link: order kept, memory bounded, nobody blocked."""
+
+import trio
+
+from sleap_rtc.io.link import Link, LinkClosedError
+from sleap_rtc.proto.messages import JobLog, Message
+
+MAX_WAITING_LINES = 5000
+"""Lines of output that wait for a slow peer, a megabyte or so. What comes on top is
+left out of the live view; the log file of the job has it."""
+
+
+class Outbox:
+    """Messages for one peer, sent by one task.
+
+    Whoever produces messages never waits: a job must not stand still because the
+    laptop that watches it sleeps.
+
+    Args:
+        link: Where they go.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._waiting: list[Message] = []
+        self._changed = trio.Event()
+        self._idle = trio.Event()
+        self._idle.set()
+        self.lines_left_out = 0
+
+    def put(self, message: Message) -> None:
+        """Send this after everything that was put before."""
+        if isinstance(message, JobLog) and len(self._waiting) >= MAX_WAITING_LINES:
+            self.lines_left_out += 1
+            return
+        self._waiting.append(message)
+        self._idle = trio.Event() if self._idle.is_set() else self._idle
+        self._changed.set()
+
+    async def flush(self) -> None:
+        """Wait until everything that was put has been handed to the link."""
+        await self._idle.wait()
+
+    async def run(self) -> None:
+        """Send, until cancelled or until the link is gone."""
+        try:
+            while True:
+                await self._changed.wait()
+                self._changed = trio.Event()
+                messages, self._waiting = self._waiting, []
+                for message in messages:
+                    await self._link.send_message(message)
+                if not self._waiting:
+                    self._idle.set()
+        except LinkClosedError:
+            return  # whoever receives from the link notices, and ends what is due
+        finally:
+            self._idle.set()

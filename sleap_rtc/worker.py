@@ -1,0 +1,351 @@
+"""The worker role: be found in the room, accept links, own jobs.
+
+``python -m sleap_rtc.worker ...`` is ``sleap-rtc daemon --role worker ...``.
+"""
+
+import errno
+import re
+import secrets
+import shutil
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import msgspec
+import structlog
+import trio
+
+import sleap_rtc
+from sleap_rtc.config import (
+    ConfigError,
+    Settings,
+    SharedStorageConfig,
+    load_settings,
+    make_state_directory,
+)
+from sleap_rtc.errors import RefusedError, UsageError
+from sleap_rtc.introductions import Doorkeeper
+from sleap_rtc.io.certificates import make_certificate
+from sleap_rtc.io.machine import MachineInfo, describe_machine
+from sleap_rtc.io.nursery import open_background_nursery
+from sleap_rtc.io.quic import QuicListener, open_quic_listener
+from sleap_rtc.io.signaling import RegistrationRefusedError, Room, open_room
+from sleap_rtc.proto.envelope import Address
+from sleap_rtc.proto.invite import Invite, RoomKeys
+from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting
+from sleap_rtc.proto.rendezvous import Metadata
+from sleap_rtc.proto.script import DEFAULT_PROGRAMS
+from sleap_rtc.proto.workers import WorkerCard
+from sleap_rtc.rooms import (
+    LOOPBACK,
+    Hosting,
+    bind_problem,
+    host_room,
+    hosting,
+    load_invite,
+    parse_listen_address,
+    room_elsewhere,
+)
+from sleap_rtc.signaling import run_signaling
+from sleap_rtc.slots import SlotQueue
+from sleap_rtc.worker_session import JobsHome, serve_link
+
+STATUS_INTERVAL = 30.0
+"""Seconds after which the room is told anew how much disk is free."""
+
+TAGS = ("sleap-rtc", "training-worker", "inference-worker")
+"""By which SLEAP peers look for workers."""
+
+OnReady = Callable[[Invite, bool], None]
+
+
+class WorkerOptions(msgspec.Struct, frozen=True):
+    """What a worker needs to know.
+
+    Args:
+        environ: Environment variables; they say where the state directory is.
+        settings: The configuration file and the environment.
+        shared_root: Where this machine mounts the shared storage, if anywhere.
+        slots: Jobs at the same time; None for one per GPU.
+        gpus: Numbers of the GPUs that jobs may use; None for all.
+        programs: Programs that jobs may run.
+        name: What the worker is called in lists.
+        port: UDP port of the links; 0 takes a free one.
+        listen: Where its own signaling server listens, if the user said so.
+        public_url: How others reach that server, if the user said so.
+    """
+
+    environ: Mapping[str, str]
+    settings: Settings
+    shared_root: Path | None
+    slots: int | None
+    gpus: tuple[int, ...] | None
+    programs: frozenset[str]
+    name: str
+    port: int
+    listen: Hosting | None
+    public_url: str | None
+
+
+def read_options(
+    environ: Mapping[str, str],
+    *,
+    listen: str | None = None,
+    public_url: str | None = None,
+    shared_storage_root: Path | None = None,
+    slots: int | None = None,
+    allow: tuple[str, ...] = (),
+    name: str | None = None,
+    port: int | None = None,
+) -> WorkerOptions:
+    """Put the command line over the settings.
+
+    Raises:
+        ConfigError: If the configuration can't be used.
+        UsageError: If an option can't.
+    """
+    settings = load_settings(environ)
+    mine = settings.worker
+    return WorkerOptions(
+        environ=environ,
+        settings=settings,
+        shared_root=SharedStorageConfig.get_shared_storage_root(shared_storage_root),
+        slots=slots or mine.slots,
+        gpus=mine.gpus,
+        programs=DEFAULT_PROGRAMS | frozenset(mine.allow) | frozenset(allow),
+        name=name or mine.name or socket.gethostname(),
+        port=mine.link_port if port is None else port,
+        listen=parse_listen_address(listen) if listen else None,
+        public_url=public_url,
+    )
+
+
+async def run_worker(
+    options: WorkerOptions, *, on_ready: OnReady | None = None
+) -> None:
+    """Run a worker until it is cancelled or told to end by a signal.
+
+    Args:
+        options: What it needs to know.
+        on_ready: Is told once the worker is in its room: the invite, and whether the
+            worker serves the room's signaling itself.
+
+    Raises:
+        ConfigError: If a port or the state directory can't be used.
+        RefusedError: If the signaling server does not let it in.
+    """
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_end_on_signal, nursery.cancel_scope)
+        directory = make_state_directory(options.environ)
+        machine = await trio.to_thread.run_sync(describe_machine, directory)
+        await Worker(options, machine).run(on_ready)
+        nursery.cancel_scope.cancel(reason="the worker has ended")
+
+
+async def _end_on_signal(
+    scope: trio.CancelScope,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """End in order on Ctrl-C and on SIGTERM."""
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as arrived:
+        task_status.started()
+        async for number in arrived:
+            structlog.get_logger().info("ending", signal=signal.Signals(number).name)
+            scope.cancel(reason="a signal asked for the end")
+
+
+class Worker:
+    """One worker, from its certificate to its last job.
+
+    Args:
+        options: What it needs to know.
+        machine: What it runs on.
+    """
+
+    def __init__(self, options: WorkerOptions, machine: MachineInfo) -> None:
+        gpus = tuple(range(len(machine.gpus))) if options.gpus is None else options.gpus
+        self._options = options
+        self._machine = machine
+        self._peer_id = f"worker-{_slug(options.name)}-{secrets.token_hex(3)}"
+        self._log = structlog.get_logger().bind(worker=self._peer_id)
+        self._jobs = make_state_directory(options.environ) / "jobs"
+        self._queue = SlotQueue(options.slots or max(1, len(gpus)), gpus)
+        self._changed = trio.Event()
+
+    async def run(self, on_ready: OnReady | None) -> None:
+        """Serve until cancelled."""
+        async with open_background_nursery() as servants:
+            invite, hosted = await self._find_room(servants)
+            certificate = make_certificate()
+            keys = RoomKeys.from_secret(invite.secret)
+            doorkeeper = Doorkeeper(
+                keys, self._peer_id, certificate.certificate_der, self._log
+            )
+            # The links need to be reachable from no further than the room itself.
+            host = LOOPBACK if invite.is_loopback else ""
+            async with AsyncExitStack() as stack:
+                try:
+                    listener = await stack.enter_async_context(
+                        open_quic_listener(
+                            host,
+                            self._options.port,
+                            certificate,
+                            doorkeeper.authenticate,
+                        )
+                    )
+                except OSError as error:
+                    raise ConfigError(
+                        f"UDP port {self._options.port} can't be used: "
+                        f"{error.strerror}. Choose another with --port."
+                    ) from None
+                room = await stack.enter_async_context(
+                    open_room(
+                        invite.url,
+                        keys,
+                        peer_id=self._peer_id,
+                        role="worker",
+                        metadata=Metadata(
+                            TAGS, msgspec.to_builtins(self._card(doorkeeper))
+                        ),
+                        log=self._log,
+                    )
+                )
+                try:
+                    await room.wait_registered()
+                except RegistrationRefusedError as error:
+                    raise RefusedError(
+                        f"The signaling server at {invite.url} refused this worker: "
+                        f"{error.reason}."
+                    ) from None
+                self._log.info(
+                    "worker ready",
+                    room=invite.url,
+                    port=listener.port,
+                    slots=self._queue.slots,
+                    gpus=len(self._machine.gpus),
+                    sleap_nn=self._machine.sleap_nn or "not found",
+                    shared_storage=str(self._options.shared_root or "not configured"),
+                )
+                if on_ready is not None:
+                    on_ready(invite, hosted)
+                servants.start_soon(
+                    doorkeeper.answer_offers, room, lambda: _addresses(listener)
+                )
+                servants.start_soon(self._tell_room, room, doorkeeper)
+                await self._serve_links(listener)
+
+    # ----------------------------------------------------------------------- the room
+
+    async def _find_room(self, servants: trio.Nursery) -> tuple[Invite, bool]:
+        """Find the room, and serve its signaling if nobody else does.
+
+        Returns:
+            The invite, and whether this worker serves the room.
+        """
+        options = self._options
+        elsewhere = room_elsewhere(options.settings, options.environ)
+        if elsewhere is not None and options.listen is not None:
+            raise UsageError(
+                f"This machine's room is at {elsewhere.url}, so the worker runs no "
+                "signaling server and --listen has no meaning.",
+                "Leave it out. To start a room of its own instead, remove the stored "
+                "invite (`sleap-rtc config show` names the state directory) and the "
+                "configured signaling_websocket.",
+            )
+        if elsewhere is not None:
+            return elsewhere, False
+        known = hosting(options.environ)
+        where = options.listen or known or Hosting(LOOPBACK, 0)
+        try:
+            port = await servants.start(run_signaling, where.host, where.port)
+        except OSError as error:
+            invite = load_invite(options.environ)
+            if error.errno == errno.EADDRINUSE and where == known and invite:
+                self._log.info("another worker of this user serves the room")
+                return invite, False
+            raise bind_problem(where, error) from None
+        bound = Hosting(where.host, port)
+        return host_room(bound, options.environ, options.public_url), True
+
+    def _card(self, doorkeeper: Doorkeeper) -> WorkerCard:
+        """Describe the worker as it is at present."""
+        gpus = self._machine.gpus
+        largest = max(gpus, key=lambda gpu: gpu.memory_mb, default=None)
+        return WorkerCard(
+            hostname=self._machine.hostname,
+            gpu_model=largest.model if largest else "CPU",
+            gpu_memory_mb=largest.memory_mb if largest else 0,
+            status="available" if self._queue.free else "busy",
+            name=self._options.name,
+            sleap_nn_version=self._machine.sleap_nn,
+            version=sleap_rtc.__version__,
+            slots=self._queue.slots,
+            slots_free=self._queue.free,
+            queued=self._queue.waiting,
+            disk_free=_free_bytes(self._jobs),
+            shared_storage=self._options.shared_root is not None,
+            nonce=doorkeeper.nonce.hex(),
+        )
+
+    async def _tell_room(self, room: Room, doorkeeper: Doorkeeper) -> None:
+        """Keep what the room knows of this worker true."""
+        while True:
+            with trio.move_on_after(STATUS_INTERVAL):
+                await self._changed.wait()
+            self._changed = trio.Event()
+            card = await trio.to_thread.run_sync(self._card, doorkeeper)
+            await room.update_metadata(msgspec.to_builtins(card))
+
+    # ---------------------------------------------------------------------- the links
+
+    async def _serve_links(self, listener: QuicListener) -> None:
+        """Accept clients for ever."""
+        async with trio.open_nursery() as nursery:
+            home = JobsHome(
+                directory=self._jobs,
+                shared_root=self._options.shared_root,
+                programs=self._options.programs,
+                queue=self._queue,
+                nursery=nursery,
+                greet=self._greet,
+                changed=lambda: self._changed.set(),
+                log=self._log,
+            )
+            while True:
+                nursery.start_soon(serve_link, home, await listener.accept())
+
+    def _greet(self) -> Greeting:
+        return Greeting(
+            protocol=PROTOCOL_VERSION,
+            version=sleap_rtc.__version__,
+            role="worker",
+            hostname=self._machine.hostname,
+            shared_storage=self._options.shared_root is not None,
+            disk_free=_free_bytes(self._jobs),
+            slots=self._queue.slots,
+            gpus=self._machine.gpus,
+            sleap_nn=self._machine.sleap_nn,
+        )
+
+
+def _addresses(listener: QuicListener) -> tuple[Address, ...]:
+    return tuple(Address(host, port) for host, port in listener.local_addresses())
+
+
+def _free_bytes(directory: Path) -> int:
+    directory = directory if directory.exists() else directory.parent
+    return shutil.disk_usage(directory).free
+
+
+def _slug(name: str) -> str:
+    """Make a part of a peer id out of a name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:32] or "machine"
+
+
+if __name__ == "__main__":
+    from sleap_rtc.cli import main
+
+    main(["daemon", "--role", "worker", *sys.argv[1:]])

@@ -6,7 +6,6 @@ PYTEST_ARGS ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
-SOURCES := sleap_rtc tests bench examples
 
 .PHONY: help demo test lint format clean
 
@@ -38,7 +37,7 @@ test: lint
 
 lint: $(READY)
 	@echo "== black"
-	@$(BIN)/black --check --quiet $(SOURCES) || $(BIN)/black --check $(SOURCES)
+	@$(BIN)/black --check .
 	@echo "== ruff"
 	@$(BIN)/ruff check --quiet .
 	@echo "== mypy"
@@ -58,9 +57,9 @@ lint: $(READY)
 
 format: $(READY)
 	@$(BIN)/ruff check --fix --quiet .
-	@$(BIN)/black --quiet $(SOURCES)
+	@$(BIN)/black --quiet .
 
 clean:
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	rm -rf .hypothesis build dist
-	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

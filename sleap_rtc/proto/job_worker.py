@@ -109,7 +109,7 @@ class WorkerJob:
             self._discard()
 
     def cancel(self, reason: str) -> None:
-        """Stop the job; one that has ended stays as it is.
+        """Stop the job; does nothing before the client has named it, or after its end.
 
         Args:
             reason: Who wants it and why, for people.
@@ -121,7 +121,7 @@ class WorkerJob:
                     self._put(StopRun())
             case State.ENDED | State.DISCARDED:
                 pass
-            case _:
+            case _ if self.job_id:
                 self.cancel_reason = reason
                 self._discard(reason, "CANCELLED")
 
@@ -314,7 +314,7 @@ class WorkerJob:
     ) -> None:
         """Leave nothing behind of a job that did not run, or whose results are home."""
         self._enter(State.DISCARDED)
-        if failure is not None and self.job_id:
+        if failure is not None:
             self._tell_failure(failure, state)
         self._put(Discard())
 

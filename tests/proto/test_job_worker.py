@@ -287,8 +287,9 @@ def test_the_owner_can_cancel_in_every_state(route: str, state: State) -> None:
     job = job_at(route, state)
     job.cancel("the owner said so")
     outputs = drain(job)
-    if state in (State.ENDED, State.DISCARDED):
+    if state in (State.NEW, State.ENDED, State.DISCARDED):
         assert outputs == []
+        assert job.state is state
     elif state in (State.QUEUED, State.RUNNING):
         assert outputs == [StopRun()]
         job.cancel("once more")
@@ -296,8 +297,7 @@ def test_the_owner_can_cancel_in_every_state(route: str, state: State) -> None:
         job.run_ended("killed by a signal", {})
         assert sent(drain(job)) == CANCELLED
     else:
-        # A client that has not named its job can't be told how it ended.
-        assert sent(outputs) == (CANCELLED if job.job_id else [])
+        assert sent(outputs) == CANCELLED
         assert outputs[-1] == Discard()
         assert job.state is State.DISCARDED
         for report in REPORTS.values():
@@ -318,6 +318,18 @@ def test_a_client_that_goes_away_takes_only_an_unqueued_job_with_it(
         assert job.state is State.DISCARDED
         assert drain(job) == [Discard()]
     job.connection_lost(0.0)
+    assert drain(job) == []
+
+
+def test_the_owner_can_cancel_between_the_probe_and_the_paths() -> None:
+    job = WorkerJob()
+    receive(m.MountProbe)(job)
+    job.probe_read(CONTENT)
+    drain(job)
+    job.cancel("the owner said so")
+    assert sent(drain(job)) == CANCELLED
+    for kind in FLOW:
+        receive(kind)(job)
     assert drain(job) == []
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import trio
 
 from sleap_rtc.io.files import (
+    PartFile,
     file_identity,
     read_at,
     start_part_file,
@@ -66,6 +67,7 @@ def copy_file(
     *,
     progress: Callable[[int], None],
     cancelled: Callable[[], bool],
+    replace: bool = False,
 ) -> Path:
     """Copy a file to a new one beneath a root, in the calling thread.
 
@@ -78,6 +80,7 @@ def copy_file(
         relative: Where beneath it the copy goes; missing directories are made.
         progress: Called now and then with the bytes copied so far.
         cancelled: Asked between calls to the system whether to stop.
+        replace: Take the place of a file of that name, instead of refusing.
 
     Returns:
         The path of the copy.
@@ -89,10 +92,22 @@ def copy_file(
             storage failed.
         StoppedError: If `cancelled` said so.
     """
+    _stop_if(cancelled)
     fd = open_owned(source)
     try:
         with explain_errors(f"Failed to copy {source.name}"):
-            return _copy_open_file(fd, root, relative, progress, cancelled)
+            part = start_part_file(
+                root,
+                split_path(relative),
+                needed=os.fstat(fd).st_size * SPACE_PERCENT // 100,
+                where="on shared storage",
+                replace=replace,
+            )
+            try:
+                _fill(part, fd, progress, cancelled)
+                return part.publish()
+            finally:
+                part.discard()
     finally:
         os.close(fd)
 
@@ -185,40 +200,28 @@ def _size_of(path: Path) -> int:
         return 0  # copy_file() will say what is wrong with it
 
 
-def _copy_open_file(
+def _fill(
+    part: PartFile,
     source: int,
-    root: Path,
-    relative: str,
     progress: Callable[[int], None],
     cancelled: Callable[[], bool],
-) -> Path:
-    _stop_if(cancelled, relative)
+) -> None:
+    """Copy all of an open file."""
     before = file_identity(source)
-    size = before[0]
-    part = start_part_file(
-        root,
-        split_path(relative),
-        needed=size * SPACE_PERCENT // 100,
-        where="on shared storage",
-    )
-    try:
-        with part.use() as target:
-            copied = 0
-            for rung in _RUNGS:
-                for offset in rung(source, target, copied, size):
-                    copied = offset
-                    progress(copied)
-                    _stop_if(cancelled, relative)
-        if file_identity(source) != before:
-            raise SharedStorageError(f"{relative} changed while it was copied")
-        return part.publish()
-    finally:
-        part.discard()
+    copied = 0
+    with part.use() as target:
+        for rung in _RUNGS:
+            for offset in rung(source, target, copied, before[0]):
+                copied = offset
+                progress(copied)
+                _stop_if(cancelled)
+    if file_identity(source) != before:
+        raise SharedStorageError(f"{part.path.name} changed while it was copied")
 
 
-def _stop_if(cancelled: Callable[[], bool], relative: str) -> None:
+def _stop_if(cancelled: Callable[[], bool]) -> None:
     if cancelled():
-        raise StoppedError(f"The copy of {relative} was stopped")
+        raise StoppedError("The copy was stopped")
 
 
 def _copy_in_kernel(source: int, target: int, offset: int, size: int) -> Iterator[int]:

@@ -41,15 +41,17 @@ class PartFile:
 
     Args:
         folder: Where it is written; closed together with the part file.
-        name: A checked name, which must be free.
+        name: A checked name.
+        replace: Take the place of a file of that name, instead of refusing.
 
     Raises:
-        FileExistsError: If it is not.
+        FileExistsError: If the name is taken.
         OSError: If the file can't be created.
     """
 
-    def __init__(self, folder: Folder, name: str) -> None:
-        if folder.exists(name):
+    def __init__(self, folder: Folder, name: str, *, replace: bool = False) -> None:
+        self._replace = replace
+        if not replace and folder.exists(name):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
         self._folder = folder
         self._name = name
@@ -83,7 +85,8 @@ class PartFile:
             os.fsync(fd)
         # Network file systems report a full quota as late as here.
         self._handle.close()
-        self._folder.rename_new(self._part, self._name)
+        rename = self._folder.rename if self._replace else self._folder.rename_new
+        rename(self._part, self._name)
         self._folder.sync()
         self._finish()
         return self.path
@@ -106,7 +109,7 @@ class PartFile:
 
 
 def start_part_file(
-    root: Path, names: list[str], *, needed: int, where: str
+    root: Path, names: list[str], *, needed: int, where: str, replace: bool = False
 ) -> PartFile:
     """Make a part file beneath a root, if there is space.
 
@@ -115,6 +118,7 @@ def start_part_file(
         names: The checked names of the path; missing directories are made.
         needed: Bytes that must be free.
         where: How a message names the storage, such as ``on shared storage``.
+        replace: Take the place of a file of that name, instead of refusing.
 
     Raises:
         PathValidationError: If the path leads through a link or a file.
@@ -124,7 +128,7 @@ def start_part_file(
     folder = open_folder_beneath(root, names[:-1], create=True)
     try:
         require_space(folder, needed, where)
-        return PartFile(folder, names[-1])
+        return PartFile(folder, names[-1], replace=replace)
     except (OSError, InsufficientSpaceError):
         folder.close()
         raise

@@ -47,7 +47,7 @@ _KINDS = {
 }
 
 
-class PathValidationError(Exception):
+class PathValidationError(ValueError):
     """A path leads out of its root, or to something that is no readable file."""
 
 
@@ -244,6 +244,12 @@ class Folder:
             os.rename(source, target, src_dir_fd=fd, dst_dir_fd=fd)
             return
         os.unlink(source, dir_fd=fd)
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a file another name; a file that has it is replaced at once."""
+        source, fd = self._at(old)
+        target, _ = self._at(new)
+        os.replace(source, target, src_dir_fd=fd, dst_dir_fd=fd)
 
     def sync(self) -> None:
         """Make names that were created or changed here survive a power cut."""

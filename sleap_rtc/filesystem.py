@@ -159,7 +159,8 @@ def validate_path_in_root(
         raise PathValidationError(f"Path refused: {error}") from None
     if not found.is_relative_to(base):
         raise PathValidationError(
-            f"Path outside shared storage: {os.fspath(path)!r} is not beneath the root {root}"
+            f"Path outside shared storage: {os.fspath(path)!r} is not beneath"
+            f" the root {root}"
         )
     return found
 

@@ -58,9 +58,12 @@ def encode_header(header: ChunkHeader) -> bytes:
     """
     if not 0 < header.length <= MAX_PAYLOAD or len(header.hash) != 32:
         raise LocalProtocolError(f"not a chunk: {header}")
-    return _HEADER.pack(
-        MAGIC, header.transfer_id, header.index, header.length, header.hash
-    )
+    try:
+        return _HEADER.pack(
+            MAGIC, header.transfer_id, header.index, header.length, header.hash
+        )
+    except struct.error:  # a number of more than 32 bits
+        raise LocalProtocolError(f"not a chunk: {header}") from None
 
 
 class FrameDecoder:
@@ -137,7 +140,9 @@ class FrameDecoder:
         if magic != MAGIC:
             self._error = RemoteProtocolError("a bulk stream does not hold frames")
         elif not 0 < length <= self._max_payload:
-            self._error = RemoteProtocolError(f"a frame of {length} bytes is too long")
+            self._error = RemoteProtocolError(
+                f"a frame of {length} bytes is not within 1 and {self._max_payload}"
+            )
         if self._error is not None:
             raise self._error
         return ChunkHeader(transfer_id, index, length, digest)

@@ -452,15 +452,15 @@ def decode_message_untrusted(data: bytes | str) -> Message:
         RemoteProtocolError: For anything else; it names the message and the field.
     """
     text = _text_untrusted(data)
-    name, _, rest = text.partition(SEPARATOR)
+    name, separator, rest = text.partition(SEPARATOR)
     if not _is_name(name):
         raise RemoteProtocolError("not a control message: it has no NAME")
     cls = TABLE.get(name)
     if cls is None:
         return Unknown(name)
     keys = cls.__struct_fields__
-    parts = rest.split(SEPARATOR, len(keys) - 1) if keys else []
-    if len(parts) != len(keys) or (not keys and SEPARATOR in text):
+    parts = rest.split(SEPARATOR, max(len(keys) - 1, 0)) if separator else []
+    if len(parts) != len(keys):
         raise RemoteProtocolError(f"{name} has {len(keys)} fields: {', '.join(keys)}")
     values: dict[str, object] = dict(zip(keys, parts, strict=True))
     try:
@@ -473,13 +473,14 @@ def decode_message_untrusted(data: bytes | str) -> Message:
 
 def _text_untrusted(data: bytes | str) -> str:
     """Check the length and the encoding of what arrived."""
-    if len(data) > MAX_MESSAGE_BYTES:
-        raise RemoteProtocolError(f"a control message of {len(data)} bytes is too long")
-    if isinstance(data, str):
-        return data
     try:
-        return data.decode()
-    except UnicodeDecodeError:
+        encoded = data.encode() if isinstance(data, str) else data
+        if len(encoded) > MAX_MESSAGE_BYTES:
+            raise RemoteProtocolError(
+                f"a control message of {len(encoded)} bytes is too long"
+            )
+        return encoded.decode()
+    except UnicodeError:
         raise RemoteProtocolError("a control message is not valid UTF-8") from None
 
 

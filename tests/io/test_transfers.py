@@ -10,13 +10,16 @@ import pytest
 import trio
 from blake3 import blake3
 
+from sleap_rtc.io.certificates import make_certificate
 from sleap_rtc.io.files import Buffer, ChunkReader, ChunkWriter
 from sleap_rtc.io.folder import SharedStorageError
 from sleap_rtc.io.link import Link, LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
+from sleap_rtc.io.quic import dial_quic, open_quic_listener
 from sleap_rtc.io.transfers import TransferError, Transfers
 from sleap_rtc.proto.frames import ChunkHeader, Frame
 from sleap_rtc.proto.messages import (
+    Auth,
     ChunkGrant,
     FileError,
     FileOffer,
@@ -342,6 +345,30 @@ async def test_a_lost_link_ends_both_sides_and_leaves_nothing(tmp_path: Path) ->
         assert isinstance(job.errors[side], LinkClosedError)
         assert str(job.errors[side]) == "the network is gone"
     job.check_nothing_left()
+
+
+async def test_a_file_arrives_over_quic(tmp_path: Path) -> None:
+    job = Job(tmp_path, 40 * CHUNK_SIZE + 1)
+    certificate = make_certificate()
+    auth = Auth(session="5" * 32, proof="7" * 64)
+    with trio.fail_after(DEADLINE):
+        async with (
+            open_quic_listener(
+                "127.0.0.1", 0, certificate, lambda auth: auth.session
+            ) as listener,
+            dial_quic(
+                "127.0.0.1",
+                listener.port,
+                certificate_der=certificate.certificate_der,
+                auth=auth,
+            ) as link,
+            open_background_nursery() as nursery,
+        ):
+            sender, receiver = Side(link), Side(await listener.accept())
+            nursery.start_soon(sender.run)
+            nursery.start_soon(receiver.run)
+            await send_and_receive(job, sender, receiver)
+    job.check_arrived()
 
 
 # ----------------------------------------------------------------- hostile peers

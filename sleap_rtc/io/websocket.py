@@ -83,6 +83,7 @@ class WebSocket:
         self._queued_bytes = 0
         self._wake = trio.Event()
         self._scope = trio.CancelScope()
+        self._write_scope = trio.CancelScope()
         self._reason: str | None = None
 
     @classmethod
@@ -140,6 +141,7 @@ class WebSocket:
     def _abort(self, reason: str) -> None:
         """Let `run` end at once: nothing more gets through."""
         self._finish(reason)
+        self._write_scope.cancel()
         self._scope.cancel()
 
     def _send(self, event: Event) -> None:
@@ -178,13 +180,13 @@ class WebSocket:
             data = b"".join(self._queue)
             self._queue.clear()
             self._queued_bytes = 0
-            with trio.CancelScope(shield=True) as scope:
-                scope.deadline = trio.current_time() + WRITE_SECONDS
+            with trio.CancelScope(shield=True) as self._write_scope:
+                self._write_scope.deadline = trio.current_time() + WRITE_SECONDS
                 try:
                     await self._stream.send_all(data)
                 except (trio.BrokenResourceError, trio.ClosedResourceError):
                     self._abort(_GONE)
-            if scope.cancelled_caught:
+            if self._write_scope.cancelled_caught:
                 self._abort("it does not read what it is sent")
             await trio.lowlevel.checkpoint_if_cancelled()
         if isinstance(self._stream, trio.SocketStream):

@@ -1,0 +1,558 @@
+"""The signaling server, without a network."""
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sleap_rtc.proto.errors import LocalProtocolError
+from sleap_rtc.proto.invite import RoomKeys
+from sleap_rtc.proto.rendezvous import (
+    MAX_METADATA_BYTES,
+    MAX_PEERS_PER_ROOM,
+    MAX_SIGNAL_BYTES,
+    AnswerSignal,
+    Challenge,
+    Comparison,
+    Condition,
+    DiscoverPeers,
+    ErrorSignal,
+    Filters,
+    Metadata,
+    MetadataChange,
+    MetadataUpdated,
+    OfferSignal,
+    PeerInfo,
+    PeerList,
+    PeerMessage,
+    Property,
+    Register,
+    RegisteredAuth,
+    Signal,
+    UpdateMetadata,
+    decode_signal_untrusted,
+    encode_signal,
+)
+from sleap_rtc.proto.room_server import (
+    IDLE_SECONDS,
+    MAX_CONNECTIONS,
+    MAX_ROOMS,
+    MESSAGE_BURST,
+    MESSAGES_PER_SECOND,
+    PING_SECONDS,
+    REGISTRATION_SECONDS,
+    Deliver,
+    Drop,
+    PeerJoined,
+    PeerLeft,
+    Ping,
+    Refused,
+    RoomServer,
+    ServerOutput,
+    matches,
+)
+
+KEYS = RoomKeys.from_secret(b"k" * 32)
+OTHER = RoomKeys.from_secret(b"o" * 32)
+NOW = 1000.0
+NONCE = b"n" * 16
+Outputs = list[ServerOutput]
+
+
+class World:
+    """A server and what it did."""
+
+    def __init__(self) -> None:
+        self.server = RoomServer()
+
+    def drain(self) -> Outputs:
+        outputs: Outputs = []
+        while (output := self.server.next_output()) is not None:
+            outputs.append(output)
+        return outputs
+
+    def open(self, connection: int, now: float = NOW) -> Outputs:
+        self.server.connection_opened(
+            connection, NONCE + bytes([connection % 256]), now
+        )
+        return self.drain()
+
+    def send(self, connection: int, signal: Signal, now: float = NOW) -> Outputs:
+        self.server.receive_text_untrusted(connection, encode_signal(signal), now)
+        return self.drain()
+
+    def join(
+        self,
+        connection: int,
+        peer_id: str,
+        role: str = "client",
+        metadata: Metadata = Metadata(),  # noqa: B008
+        keys: RoomKeys = KEYS,
+    ) -> Outputs:
+        self.open(connection)
+        return self.send(
+            connection, registration(connection, peer_id, role, metadata, keys)
+        )
+
+
+def registration(
+    connection: int,
+    peer_id: str,
+    role: str = "client",
+    metadata: Metadata = Metadata(),  # noqa: B008
+    keys: RoomKeys = KEYS,
+) -> Register:
+    signature = keys.sign_registration(NONCE + bytes([connection % 256]), peer_id)
+    return Register(peer_id, keys.room_id, role, keys.public_key, signature, metadata)
+
+
+def heard(outputs: Outputs, connection: int) -> list[Signal]:
+    """What a connection was sent."""
+    return [
+        decode_signal_untrusted(output.text, 10**6)
+        for output in outputs
+        if isinstance(output, Deliver) and output.connection == connection
+    ]
+
+
+def codes(outputs: Outputs, connection: int) -> list[str]:
+    return [
+        signal.code
+        for signal in heard(outputs, connection)
+        if isinstance(signal, ErrorSignal)
+    ]
+
+
+def dropped(outputs: Outputs) -> list[int]:
+    return [output.connection for output in outputs if isinstance(output, Drop)]
+
+
+# --------------------------------------------------------------------- registration
+
+
+def test_a_connection_is_challenged() -> None:
+    world = World()
+    assert heard(world.open(1), 1) == [Challenge(NONCE + b"\x01")]
+    with pytest.raises(LocalProtocolError):
+        world.open(1)
+
+
+def test_a_peer_with_the_secret_gets_in() -> None:
+    outputs = World().join(1, "me", "worker")
+    assert heard(outputs, 1) == [RegisteredAuth(KEYS.room_id, "me")]
+    assert PeerJoined(KEYS.room_id, "me", "worker") in outputs
+
+
+def test_a_signature_for_another_connection_is_refused() -> None:
+    world = World()
+    world.open(1)
+    world.open(2)
+    outputs = world.send(2, registration(1, "me"))
+    assert codes(outputs, 2) == ["REGISTRATION_REFUSED"]
+    assert dropped(outputs) == [2]
+
+
+def test_a_signature_by_another_key_is_refused() -> None:
+    world = World()
+    world.open(1)
+    forged = registration(1, "me", keys=OTHER)
+    claimed = Register("me", KEYS.room_id, "client", KEYS.public_key, forged.signature)
+    outputs = world.send(1, claimed)
+    assert codes(outputs, 1) == ["REGISTRATION_REFUSED"]
+    assert dropped(outputs) == [1]
+    assert not [output for output in outputs if isinstance(output, PeerJoined)]
+
+
+def test_registering_again_replaces_the_metadata() -> None:
+    world = World()
+    world.join(1, "me", "worker", Metadata((), {"a": 1}))
+    world.join(2, "you")
+    outputs = world.send(1, registration(1, "me", "worker", Metadata((), {"b": 2})))
+    assert heard(outputs, 1) == [RegisteredAuth(KEYS.room_id, "me")]
+    assert not [output for output in outputs if isinstance(output, PeerJoined)]
+    [listed] = heard(world.send(2, DiscoverPeers("you")), 2)
+    assert isinstance(listed, PeerList)
+    assert listed.peers == (PeerInfo("me", "worker", Metadata((), {"b": 2})),)
+
+
+def test_a_connection_keeps_its_name_and_room() -> None:
+    world = World()
+    world.join(1, "me")
+    assert codes(world.send(1, registration(1, "you")), 1) == ["NOT_YOU"]
+    other = registration(1, "me", keys=OTHER)
+    assert codes(world.send(1, other), 1) == ["NOT_YOU"]
+
+
+@pytest.mark.parametrize("with_others", [False, True])
+def test_a_peer_that_comes_back_replaces_itself(with_others: bool) -> None:
+    world = World()
+    if with_others:
+        world.join(9, "bystander")
+    world.join(1, "me")
+    outputs = world.join(2, "me")
+    assert dropped(outputs) == [1]
+    assert heard(outputs, 2) == [RegisteredAuth(KEYS.room_id, "me")]
+    # What the old socket still reports changes nothing.
+    world.server.connection_lost(1, "gone")
+    assert world.drain() == []
+    assert world.send(1, DiscoverPeers("me")) == []
+    assert heard(world.send(2, DiscoverPeers("me")), 2)
+
+
+def test_nothing_else_works_before_the_registration() -> None:
+    world = World()
+    world.open(1)
+    for signal in ADDRESSED:
+        outputs = world.send(1, signal)
+        assert codes(outputs, 1) == ["NOT_IN_ROOM"]
+        assert dropped(outputs) == []
+
+
+# ------------------------------------------------------------------------ messages
+
+ADDRESSED: list[Signal] = [
+    OfferSignal("me", "you", "sealed"),
+    AnswerSignal("me", "you", "sealed"),
+    PeerMessage("me", "you", msgspec.Raw(b'{"x":1}')),
+    DiscoverPeers("me"),
+    UpdateMetadata("me", MetadataChange({"a": 1})),
+]
+
+
+@pytest.mark.parametrize("signal", ADDRESSED[:3])
+def test_messages_reach_their_target_only(signal: Signal) -> None:
+    world = World()
+    world.join(1, "me")
+    world.join(2, "you")
+    world.join(3, "them")
+    world.join(4, "you", keys=OTHER)
+    assert world.send(1, signal) == [Deliver(2, encode_signal(signal))]
+
+
+@pytest.mark.parametrize("signal", ADDRESSED)
+def test_speaking_for_somebody_else_is_refused(signal: Signal) -> None:
+    world = World()
+    world.join(1, "me")
+    world.join(2, "you")
+    world.join(3, "mallory")
+    outputs = world.send(3, signal)
+    assert codes(outputs, 3) == ["NOT_YOU"]
+    assert {output.connection for output in outputs if isinstance(output, Deliver)} == {
+        3
+    }
+
+
+@pytest.mark.parametrize("signal", ADDRESSED[:3])
+def test_an_absent_target_is_reported(signal: Signal) -> None:
+    world = World()
+    world.join(1, "me")
+    world.join(2, "you", keys=OTHER)
+    [error] = heard(world.send(1, signal), 1)
+    assert isinstance(error, ErrorSignal)
+    assert (error.code, error.target) == ("PEER_NOT_FOUND", "you")
+    assert error.reason
+
+
+def test_an_update_merges_properties_and_keeps_tags() -> None:
+    world = World()
+    world.join(1, "me", metadata=Metadata(("t",), {"a": 1, "b": 2}))
+    change = MetadataChange({"b": 3, "c": 4})
+    assert heard(world.send(1, UpdateMetadata("me", change)), 1) == [
+        MetadataUpdated("me", Metadata(("t",), {"a": 1, "b": 3, "c": 4}))
+    ]
+    change = MetadataChange({}, ())
+    assert heard(world.send(1, UpdateMetadata("me", change)), 1) == [
+        MetadataUpdated("me", Metadata((), {"a": 1, "b": 3, "c": 4}))
+    ]
+
+
+@pytest.mark.parametrize(
+    "signal",
+    [
+        Challenge(NONCE),
+        RegisteredAuth(KEYS.room_id, "me"),
+        PeerList("me", (), 0),
+        MetadataUpdated("me", Metadata()),
+        ErrorSignal("X", "y"),
+    ],
+)
+def test_what_only_servers_send_is_ignored(signal: Signal) -> None:
+    world = World()
+    world.join(1, "me")
+    assert world.send(1, signal) == []
+
+
+def test_a_message_of_tomorrow_is_ignored() -> None:
+    world = World()
+    world.join(1, "me")
+    world.server.receive_text_untrusted(1, '{"type":"ping"}', NOW)
+    assert world.drain() == []
+
+
+@given(st.text(max_size=50))
+def test_garbage_ends_its_connection_only(text: str) -> None:
+    world = World()
+    world.join(1, "me")
+    world.join(2, "you")
+    world.server.receive_text_untrusted(1, text, NOW)
+    outputs = world.drain()
+    assert codes(outputs, 1) == ["INVALID_MESSAGE"]
+    assert dropped(outputs) == [1]
+    assert heard(world.send(2, DiscoverPeers("you")), 2) == [PeerList("you", (), 0)]
+
+
+# ----------------------------------------------------------------------- discovery
+
+
+PEER = PeerInfo(
+    "w", "worker", Metadata(("a", "b"), {"n": 5, "f": 1.5, "s": "x", "t": True})
+)
+
+
+@pytest.mark.parametrize(
+    ("filters", "found"),
+    [
+        (Filters(), True),
+        (Filters(role="worker"), True),
+        (Filters(role="client"), False),
+        (Filters(tags=("b", "c")), True),
+        (Filters(tags=("c",)), False),
+        (Filters(role="worker", tags=("a",), properties={"n": 5}), True),
+        (Filters(role="client", tags=("a",), properties={"n": 5}), False),
+    ],
+)
+def test_filters(filters: Filters, found: bool) -> None:
+    assert matches(PEER, filters) is found
+
+
+@pytest.mark.parametrize(
+    ("key", "condition", "found"),
+    [
+        ("n", 5, True),
+        ("n", 5.0, True),
+        ("n", 6, False),
+        ("n", "5", False),
+        ("s", "x", True),
+        ("t", True, True),
+        ("t", 1, False),
+        ("missing", None, False),
+        ("missing", Comparison(), False),
+        ("n", Comparison(), True),
+        ("n", Comparison(at_least=5), True),
+        ("n", Comparison(at_least=5.1), False),
+        ("n", Comparison(at_most=5), True),
+        ("n", Comparison(at_most=4), False),
+        ("n", Comparison(at_least=4, at_most=6), True),
+        ("n", Comparison(at_least=4, at_most=6, equal=4), False),
+        ("f", Comparison(at_least=1), True),
+        ("s", Comparison(equal="x"), True),
+        ("s", Comparison(at_least=0), False),
+        ("s", Comparison(at_most=0), False),
+        ("t", Comparison(at_least=0), False),
+        ("t", Comparison(equal=1), False),
+    ],
+)
+def test_property_conditions(key: str, condition: Condition, found: bool) -> None:
+    assert matches(PEER, Filters(properties={key: condition})) is found
+
+
+def test_discovery_lists_the_others_of_the_own_room() -> None:
+    world = World()
+    world.join(1, "me", "worker")
+    world.join(2, "you", "worker")
+    world.join(3, "them", "worker", keys=OTHER)
+    info = PeerInfo("you", "worker", Metadata())
+    assert heard(world.send(1, DiscoverPeers("me")), 1) == [PeerList("me", (info,), 1)]
+
+
+def test_a_peer_is_gone_with_its_socket() -> None:
+    world = World()
+    world.join(1, "me")
+    world.join(2, "you")
+    world.server.connection_lost(2, "it went away")
+    assert world.drain() == [PeerLeft(KEYS.room_id, "you", "it went away")]
+    assert heard(world.send(1, DiscoverPeers("me")), 1) == [PeerList("me", (), 0)]
+
+
+# -------------------------------------------------------------------------- limits
+
+
+def test_a_message_over_the_limit_ends_the_connection() -> None:
+    world = World()
+    world.join(1, "me")
+    world.server.receive_text_untrusted(1, " " * (MAX_SIGNAL_BYTES + 1), NOW)
+    assert dropped(world.drain()) == [1]
+
+
+def test_too_many_messages_end_the_connection() -> None:
+    world = World()
+    world.open(1)
+    for _ in range(int(MESSAGE_BURST)):
+        assert dropped(world.send(1, DiscoverPeers("me"))) == []
+    outputs = world.send(1, DiscoverPeers("me"))
+    assert codes(outputs, 1) == ["TOO_MANY_MESSAGES"]
+    assert dropped(outputs) == [1]
+
+
+def test_a_steady_rate_is_fine_for_ever() -> None:
+    world = World()
+    world.join(1, "me")
+    now = NOW
+    for _ in range(500):
+        now += 1.0 / MESSAGES_PER_SECOND
+        assert dropped(world.send(1, DiscoverPeers("me"), now)) == []
+
+
+def test_pings_count_as_messages() -> None:
+    world = World()
+    world.join(1, "me")
+    alive = [world.server.heard_from(1, NOW) for _ in range(int(MESSAGE_BURST) + 1)]
+    assert alive[0]
+    assert not alive[-1]
+    assert dropped(world.drain()) == [1]
+
+
+def test_connections_are_limited() -> None:
+    world = World()
+    for connection in range(MAX_CONNECTIONS):
+        assert dropped(world.open(connection)) == []
+    outputs = world.open(MAX_CONNECTIONS)
+    assert codes(outputs, MAX_CONNECTIONS) == ["SERVER_FULL"]
+    assert dropped(outputs) == [MAX_CONNECTIONS]
+    world.server.connection_lost(0, "gone")
+    assert dropped(world.open(MAX_CONNECTIONS + 1)) == []
+
+
+def test_peers_of_a_room_are_limited() -> None:
+    world = World()
+    for number in range(MAX_PEERS_PER_ROOM):
+        world.join(number, f"peer-{number}")
+    outputs = world.join(200, "one-more")
+    assert codes(outputs, 200) == ["ROOM_FULL"]
+    assert dropped(outputs) == [200]
+    # One that comes back takes its own place.
+    assert dropped(world.join(201, "peer-3")) == [3]
+    world.server.connection_lost(4, "gone")
+    world.drain()
+    assert dropped(world.join(202, "one-more")) == []
+
+
+def test_rooms_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert MAX_ROOMS < MAX_CONNECTIONS
+    monkeypatch.setattr("sleap_rtc.proto.room_server.MAX_ROOMS", 2)
+    world = World()
+    for number in range(2):
+        world.join(number, "peer", keys=RoomKeys.from_secret(bytes([number]) * 32))
+    outputs = world.join(5, "peer")
+    assert codes(outputs, 5) == ["SERVER_FULL"]
+    assert dropped(outputs) == [5]
+    # A room ends with its last peer.
+    world.server.connection_lost(0, "gone")
+    world.drain()
+    assert dropped(world.join(6, "peer")) == []
+
+
+def test_metadata_is_limited() -> None:
+    big: dict[str, Property] = {"x": "y" * MAX_METADATA_BYTES}
+    world = World()
+    outputs = world.join(1, "me", metadata=Metadata((), big))
+    assert codes(outputs, 1) == ["METADATA_TOO_LARGE"]
+    world.join(2, "you", metadata=Metadata((), {"a": 1}))
+    change = MetadataChange(big)
+    assert codes(world.send(2, UpdateMetadata("you", change)), 2) == [
+        "METADATA_TOO_LARGE"
+    ]
+    [same] = heard(world.send(2, UpdateMetadata("you", MetadataChange())), 2)
+    assert same == MetadataUpdated("you", Metadata((), {"a": 1}))
+
+
+# ---------------------------------------------------------------------------- time
+
+
+def test_who_does_not_register_is_dropped() -> None:
+    world = World()
+    assert world.server.deadline() is None
+    world.open(1)
+    assert world.server.deadline() == NOW + REGISTRATION_SECONDS
+    world.send(1, DiscoverPeers("me"), NOW + 1)
+    world.server.handle_timeout(NOW + REGISTRATION_SECONDS - 0.1)
+    assert world.drain() == []
+    world.server.handle_timeout(NOW + REGISTRATION_SECONDS)
+    assert dropped(world.drain()) == [1]
+    assert world.server.deadline() is None
+
+
+def test_silent_peers_are_pinged_and_then_dropped() -> None:
+    world = World()
+    world.join(1, "me")
+    pings = 0
+    while (deadline := world.server.deadline()) is not None:
+        world.server.handle_timeout(deadline)
+        pings += world.drain().count(Ping(1))
+    assert pings == int(IDLE_SECONDS // PING_SECONDS)
+    assert world.send(1, DiscoverPeers("me")) == []
+
+
+def test_a_sign_of_life_keeps_a_peer() -> None:
+    world = World()
+    world.join(1, "me")
+    for step in range(1, 20):
+        now = NOW + step * IDLE_SECONDS / 2
+        world.server.handle_timeout(now)
+        assert dropped(world.drain()) == []
+        assert world.server.heard_from(1, now)
+
+
+def test_asking_for_the_deadline_changes_nothing() -> None:
+    world = World()
+    world.join(1, "me")
+    deadlines = {world.server.deadline() for _ in range(3)}
+    assert len(deadlines) == 1
+    world.server.handle_timeout(NOW)
+    assert world.drain() == []
+
+
+def test_refusals_are_events_without_secrets() -> None:
+    world = World()
+    world.open(1)
+    [event] = [
+        output
+        for output in world.send(1, registration(2, "me"))
+        if isinstance(output, Refused)
+    ]
+    assert event.connection == 1
+    assert event.code == "REGISTRATION_REFUSED"
+
+
+# ------------------------------------------------------- every state by every input
+
+
+@pytest.mark.parametrize("state", ["never opened", "challenged", "registered", "lost"])
+@pytest.mark.parametrize("call", ["text", "heard", "lost", "timeout"])
+def test_every_input_is_harmless_in_every_state(state: str, call: str) -> None:
+    world = World()
+    world.join(2, "witness")
+    if state != "never opened":
+        world.open(1)
+    if state in ("registered", "lost"):
+        world.send(1, registration(1, "me"))
+    if state == "lost":
+        world.server.connection_lost(1, "gone")
+        world.drain()
+    match call:
+        case "text":
+            outputs = world.send(1, DiscoverPeers("me"))
+            expected = {"challenged": "ErrorSignal", "registered": "PeerList"}
+            answers = [type(signal).__name__ for signal in heard(outputs, 1)]
+            assert answers == [expected[state]] if state in expected else not answers
+        case "heard":
+            alive = world.server.heard_from(1, NOW)
+            assert alive is (state in ("challenged", "registered"))
+        case "lost":
+            world.server.connection_lost(1, "gone")
+            left = [type(output) for output in world.drain()]
+            assert left == ([PeerLeft] if state == "registered" else [])
+        case "timeout":
+            world.server.handle_timeout(NOW)
+            assert world.drain() == []
+    assert heard(world.send(2, DiscoverPeers("witness")), 2)

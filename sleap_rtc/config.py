@@ -2,7 +2,8 @@
 
 import difflib
 import os
-import sys
+import stat
+import tempfile
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,21 +139,21 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         ConfigError: If the file can't be read, is no TOML, or has an unknown key or
             a bad value. A file that was named in the environment must exist.
     """
-    path = config_path(environ)
-    settings = Settings()
-    if path.exists() or environ.get(CONFIG_VARIABLE):
-        settings = _read_file(path)
+    required = bool(environ.get(CONFIG_VARIABLE))
+    settings = _read_file(config_path(environ), required=required)
     root = environ.get(SHARED_STORAGE_VARIABLE)
     if root:
         settings = msgspec.structs.replace(settings, shared_storage_root=root)
     return settings
 
 
-def _read_file(path: Path) -> Settings:
+def _read_file(path: Path, *, required: bool) -> Settings:
     try:
         with path.open("rb") as file:
             document = tomllib.load(file)
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and not required:
+            return Settings()
         raise ConfigError(
             f"The configuration file {path} can't be read: {error.strerror}."
         ) from None
@@ -262,16 +263,27 @@ class SharedStorageConfig:
         if not value:
             value = load_settings().shared_storage_root
             source = str(config_path())
-        return _checked_root(Path(value).expanduser(), source) if value else None
+        return _checked_root(value, source) if value else None
 
 
-def _checked_root(path: Path, source: str) -> Path:
-    where = f"The shared storage root {path} (from {source})"
-    if not path.exists():
+def _checked_root(value: str, source: str) -> Path:
+    where = f"The shared storage root {value} (from {source})"
+    try:
+        path = Path(value).expanduser()
+        is_directory = stat.S_ISDIR(path.stat().st_mode)
+    except FileNotFoundError:
         raise SharedStorageConfigError(
             f"{where} does not exist. Mount the storage, or correct the path."
-        )
-    if not path.is_dir():
+        ) from None
+    except OSError as error:
+        raise SharedStorageConfigError(
+            f"{where} can't be used: {error.strerror}. Correct the path."
+        ) from None
+    except (ValueError, RuntimeError) as error:  # a NUL, or an unknown "~user"
+        raise SharedStorageConfigError(
+            f"{where} can't be used: {error}. Correct the path."
+        ) from None
+    if not is_directory:
         raise SharedStorageConfigError(f"{where} is not a directory.")
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         raise SharedStorageConfigError(
@@ -294,8 +306,9 @@ def load_invite_text(environ: Mapping[str, str] = os.environ) -> str | None:
     Raises:
         ConfigError: If the file is there but can't be read.
     """
-    if environ.get(INVITE_VARIABLE):
-        return environ[INVITE_VARIABLE].strip()
+    named = environ.get(INVITE_VARIABLE, "").strip()
+    if named:
+        return named
     path = invite_path(environ)
     try:
         return path.read_text(encoding="ascii").strip() or None
@@ -319,16 +332,19 @@ def save_invite_text(text: str, environ: Mapping[str, str] = os.environ) -> Path
         ConfigError: If it can't be written.
     """
     path = make_state_directory(environ) / "invite"
-    fresh = path.with_name(f".invite.{os.getpid()}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
+    fresh: Path | None = None
     try:
-        with os.fdopen(os.open(fresh, flags, 0o600), "w", encoding="ascii") as file:
+        # A file made by mkstemp is new, and nobody else's to read from the start.
+        descriptor, name = tempfile.mkstemp(prefix=".invite.", dir=path.parent)
+        fresh = Path(name)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(text + "\n")
-        if sys.platform != "win32":
-            fresh.chmod(0o600)
         fresh.replace(path)
     except OSError as error:
         raise ConfigError(
             f"The invite can't be written to {path}: {error.strerror}."
         ) from None
+    finally:
+        if fresh is not None:
+            fresh.unlink(missing_ok=True)  # it is still there only after an error
     return path

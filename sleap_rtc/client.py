@@ -187,7 +187,8 @@ async def submit(
     """
     invite = require_invite(environ)
     root = SharedStorageConfig.get_shared_storage_root(request.shared_storage_root)
-    submission = _Submission(request, root, on_event, cancel_asked or trio.Event())
+    wish = trio.Event() if cancel_asked is None else cancel_asked
+    submission = _Submission(request, root, on_event, wish)
     async with _as_file(request.package) as package:
         return await submission.run(invite, package)
 

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 import typer
 
 from sleap_rtc.cli import config, daemon, doctor, rooms, send
-from sleap_rtc.cli.console import reported_errors
+from sleap_rtc.cli.console import (
+    LogFormat,
+    LogLevel,
+    configure_logs,
+    reported_errors,
+)
 
 app = typer.Typer(
     name="sleap-rtc",
@@ -21,6 +26,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+@app.callback()
+def _configure() -> None:
+    # Only a daemon logs what it does; the other commands print what they were asked.
+    configure_logs(LogFormat.text, LogLevel.quiet)
+
+
 app.command()(send.send)
 app.command()(daemon.daemon)
 app.command()(rooms.invite)

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from functools import partial
 from typing import Any, ParamSpec
 
@@ -34,6 +34,14 @@ class LogFormat(StrEnum):
     json = "json"
 
 
+class LogLevel(IntEnum):
+    """How much is logged."""
+
+    verbose = logging.DEBUG
+    normal = logging.INFO
+    quiet = logging.ERROR
+
+
 def plain(text: str) -> str:
     """Make text of a peer harmless: no control sequences, no markup."""
     return escape(printable(text))
@@ -44,12 +52,12 @@ def print_json(event: str, **fields: object) -> None:
     print(json.dumps({"event": event, **fields}, default=str), flush=True)
 
 
-def configure_logs(format: LogFormat, *, verbose: bool) -> None:
+def configure_logs(format: LogFormat, level: LogLevel) -> None:
     """Send structured logs to standard error.
 
     Args:
         format: For people, or for machines.
-        verbose: Also show what is of interest only when something is wrong.
+        level: How much is logged.
     """
     renderer: structlog.typing.Processor = (
         structlog.processors.JSONRenderer()
@@ -70,9 +78,7 @@ def configure_logs(format: LogFormat, *, verbose: bool) -> None:
             structlog.processors.format_exc_info,
             renderer,
         ],
-        wrapper_class=structlog.make_filtering_bound_logger(
-            logging.DEBUG if verbose else logging.INFO
-        ),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=False,
     )

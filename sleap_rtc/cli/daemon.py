@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from sleap_rtc import signaling, worker
-from sleap_rtc.cli.console import LogFormat, configure_logs, err, out, plain, run
+from sleap_rtc.cli.console import (
+    LogFormat,
+    LogLevel,
+    configure_logs,
+    err,
+    out,
+    plain,
+    run,
+)
 from sleap_rtc.errors import UsageError
 from sleap_rtc.proto.invite import Invite, encode_invite
 from sleap_rtc.rooms import parse_listen_address
@@ -64,7 +72,7 @@ def daemon(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False,
 ) -> None:
     """Run a daemon until Ctrl-C or SIGTERM ends it."""
-    configure_logs(log_format, verbose=verbose)
+    configure_logs(log_format, LogLevel.verbose if verbose else LogLevel.normal)
     if role is Role.signaling:
         if listen is None:
             raise UsageError(

@@ -89,12 +89,14 @@ class Room:
         peer_id: The name of this peer.
         offers: The sealed offers that arrive, as pairs of sender and text. It ends if
             the server refuses the registration.
+        trouble: Why the last connection failed or ended; empty if none did.
     """
 
     def __init__(
         self, url: str, member: RoomMember, peer_id: str, log: FilteringBoundLogger
     ) -> None:
         self.peer_id = peer_id
+        self.trouble = ""
         self._url = url
         self._member = member
         self._log = log
@@ -281,6 +283,7 @@ class Room:
                 self._log.info("registered", peer=self.peer_id)
                 self._registered.set()
             case Reconnecting(delay=delay, reason=reason):
+                self.trouble = reason
                 self._log.warning(
                     "no signaling server", reason=reason, retry_in=round(delay, 1)
                 )

@@ -112,7 +112,7 @@ class ClientJob:
         client_root: bool,
         worker_root: bool,
     ) -> None:
-        """Start.
+        """Start; does nothing if the job was cancelled or lost before.
 
         Args:
             preference: The route that the user asked for.
@@ -123,6 +123,8 @@ class ClientJob:
         Raises:
             LocalProtocolError: If it has started already.
         """
+        if self.state is State.ENDED:
+            return
         self._require(State.IDLE)
         self._preference = preference
         self._take(

@@ -241,7 +241,7 @@ _OVER = {State.CANCELLING: State.CANCELLING, State.ENDED: State.ENDED}
 
 # The state after an input; where none stands it is a LocalProtocolError.
 AFTER: dict[str, dict[State, State]] = {
-    "submit": {State.IDLE: State.PREPARING},
+    "submit": {State.IDLE: State.PREPARING, State.ENDED: State.ENDED},
     "cancel": {
         **dict.fromkeys(State, State.ENDED),
         State.SUBMITTING: State.CANCELLING,

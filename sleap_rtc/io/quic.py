@@ -124,10 +124,15 @@ class QuicListener:
                 touched.setdefault(link, []).append(datagram)
         for link, datagrams in touched.items():
             link.receive(datagrams)
+            if link in self._links:
+                continue
             if link.unused:
                 # What looked like a client's first packet was garbage.
                 self._forget(link)
                 self.ignored += len(datagrams)
+            else:
+                self._links.add(link)
+                self._nursery.start_soon(self._serve, link)
 
     def pump(self) -> None:
         """Let every link send, after the socket was full."""
@@ -182,11 +187,9 @@ class QuicListener:
             now=trio.current_time(),
         )
         link = QuicLink(session, self._udp, self._on_output)
-        self._links.add(link)
         self._unproven.add(link)
         self._routes[header.destination_cid] = link
         self._routes[engine.host_cid] = link
-        self._nursery.start_soon(self._serve, link)
         return link
 
     async def _serve(self, link: QuicLink) -> None:

@@ -24,7 +24,6 @@ from sleap_rtc.io.quic import (
     open_quic_listener,
 )
 from sleap_rtc.io.quic_link import QuicLink
-from sleap_rtc.io.quic_socket import describe_address, open_udp_listener
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.frames import ChunkHeader, Frame
 from sleap_rtc.proto.messages import Auth, Error, JobCancel, JobLog, Message
@@ -295,6 +294,24 @@ async def test_a_peer_that_is_killed_is_noticed() -> None:
         assert trio.current_time() - begin < 1.5
 
 
+async def test_a_close_does_not_wait_long_for_a_dead_peer(
+    listener: QuicListener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sleap_rtc.io.quic_link.FLUSH_TIMEOUT", 0.3)
+    async with trio.open_nursery() as nursery:
+        command = [sys.executable, "-c", KILLED, str(listener.port), DER.hex()]
+        process: trio.Process = await nursery.start(
+            partial(trio.run_process, command, check=False)
+        )
+        worker = await listener.accept()
+        process.kill()
+        await process.wait()
+        await worker.send_frame(make_frame(1))
+        begin = trio.current_time()
+        await worker.aclose("bye")
+        assert 0.3 <= trio.current_time() - begin < 2
+
+
 async def test_an_idle_link_lives_on() -> None:
     async with (
         open_quic_listener(
@@ -503,7 +520,7 @@ async def test_a_dead_address_costs_a_quarter_of_a_second(
         async with dial(
             [dead, ("127.0.0.1", listener.port)], certificate_der=DER, auth=AUTH
         ) as client:
-            assert STAGGER <= trio.current_time() - begin < 4 * STAGGER
+            assert STAGGER <= trio.current_time() - begin < 10 * STAGGER
             worker = await listener.accept()
             await client.send_message(CANCEL)
             assert await worker.receive_message() == CANCEL
@@ -567,17 +584,3 @@ async def test_a_loopback_listener_is_reachable_only_there(
     listener: QuicListener,
 ) -> None:
     assert listener.local_addresses() == (("127.0.0.1", listener.port),)
-
-
-async def test_a_busy_port_is_an_error() -> None:
-    with (
-        open_udp_listener("127.0.0.1", 0) as first,
-        pytest.raises(OSError, match="in use"),
-    ):
-        open_udp_listener("127.0.0.1", first.port)
-
-
-async def test_addresses_are_written_for_people() -> None:
-    assert describe_address(("10.0.0.1", 5)) == "10.0.0.1:5"
-    assert describe_address(("::ffff:10.0.0.1", 5, 0, 0)) == "10.0.0.1:5"
-    assert describe_address(("fd00::1", 5, 0, 0)) == "[fd00::1]:5"

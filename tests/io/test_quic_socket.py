@@ -1,0 +1,127 @@
+"""The UDP socket of QUIC, with real sockets."""
+
+import socket
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+import trio
+
+from sleap_rtc.io.quic_engine import Address
+from sleap_rtc.io.quic_socket import (
+    BATCH,
+    UdpSocket,
+    describe_address,
+    open_udp_listener,
+)
+
+
+@pytest.fixture(autouse=True)
+async def deadline() -> AsyncIterator[None]:
+    with trio.fail_after(10):
+        yield
+
+
+async def test_datagrams_arrive_in_bounded_batches_with_their_source() -> None:
+    with (
+        open_udp_listener("127.0.0.1", 0) as receiver,
+        open_udp_listener("127.0.0.1", 0) as sender,
+    ):
+        target = (receiver.host, receiver.port)
+        sent = [b"%d" % number for number in range(BATCH + 10)]
+        sender.send([(data, target) for data in sent])
+        first = await receiver.receive_batch()
+        second = await receiver.receive_batch()
+        assert len(first) == BATCH
+        assert [data for data, _ in first + second] == sent
+        assert {source for _, source in first} == {(sender.host, sender.port)}
+
+
+async def test_the_buffers_are_larger_than_the_system_gives_by_itself() -> None:
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as plain,
+        open_udp_listener("127.0.0.1", 0) as large,
+    ):
+        for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
+            usual = plain.getsockopt(socket.SOL_SOCKET, option)
+            assert large._socket.getsockopt(socket.SOL_SOCKET, option) > usual
+
+
+async def test_an_error_of_the_network_is_not_an_error_of_the_socket() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as dead:
+        dead.bind(("127.0.0.1", 0))
+        target = dead.getsockname()
+    # Only a connected socket is told that nobody listens there.
+    bound = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    bound.connect(target)
+    bound.setblocking(False)
+    with UdpSocket(bound) as udp:
+        udp.send([(b"anybody?", target)])
+        assert await udp.receive_batch() == []
+        udp.send([(b"anybody?", target)])
+        udp.send([(b"anybody?", target)])
+        assert udp.dropped == 1
+
+
+async def test_a_datagram_that_cannot_leave_is_dropped_and_counted() -> None:
+    with open_udp_listener("127.0.0.1", 0) as udp:
+        target = (udp.host, udp.port)
+        udp.send([(bytes(70_000), target), (b"next", target)])
+        assert udp.dropped == 1
+        assert [data for data, _ in await udp.receive_batch()] == [b"next"]
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux makes a datagram sender wait"
+)
+async def test_a_full_socket_keeps_the_rest_until_there_is_room(
+    tmp_path: Path,
+) -> None:
+    # UDP on loopback drops instead of waiting; datagrams of this family wait.
+    receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    receiver.bind(str(tmp_path / "receiver"))
+    sender = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    sender.connect(str(tmp_path / "receiver"))
+    sender.setblocking(False)
+    receiver.setblocking(False)
+    target = cast(Address, str(tmp_path / "receiver"))
+    sent = [b"%d" % number for number in range(2000)]
+    with UdpSocket(sender) as udp, receiver:
+        udp.send([(data, target) for data in sent])
+        assert udp.full
+        received: list[bytes] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(udp.wait_until_sent)
+            while len(received) < len(sent):
+                await trio.lowlevel.wait_readable(receiver)
+                received.append(receiver.recv(100))
+        assert received == sent
+        assert not udp.full
+        assert udp.dropped == 0
+
+
+async def test_a_busy_port_is_an_error() -> None:
+    with (
+        open_udp_listener("127.0.0.1", 0) as first,
+        pytest.raises(OSError, match="in use"),
+    ):
+        open_udp_listener("127.0.0.1", first.port)
+
+
+async def test_a_listener_needs_a_literal_address() -> None:
+    with pytest.raises(OSError):  # noqa: PT011 - the text differs between systems
+        open_udp_listener("not an address", 0)
+
+
+@pytest.mark.parametrize(
+    ("address", "text"),
+    [
+        (("10.0.0.1", 5), "10.0.0.1:5"),
+        (("::ffff:10.0.0.1", 5, 0, 0), "10.0.0.1:5"),
+        (("fd00::1", 5, 0, 0), "[fd00::1]:5"),
+    ],
+)
+async def test_addresses_are_written_for_people(address: Address, text: str) -> None:
+    assert describe_address(address) == text

@@ -337,11 +337,16 @@ class ClientSession:
         self._shared_failed(f"Storage at {root} does not answer")
 
     async def _copy_package(self, path: str) -> None:
-        what = f"Copying {self._plan.package.name} to shared storage"
+        root, name = self._root(), self._plan.package.name
+        what = f"Copying {name} to shared storage"
+        probe = path.removesuffix(name) + PROBE_NAME
         try:
+            await trio.to_thread.run_sync(
+                remove_tree_beneath, root, probe, abandon_on_cancel=True
+            )
             await copy_with_deadline(
                 self._plan.package,
-                self._root(),
+                root,
                 path,
                 on_progress=lambda done: self._progress(what, done, self._size),
             )

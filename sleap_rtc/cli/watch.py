@@ -76,7 +76,7 @@ class TerminalWatch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        self._end_bar()
         self._lines.finish()
 
     def __call__(self, event: client.Event) -> None:

@@ -1,6 +1,5 @@
 import os
 import random
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,8 +7,9 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from sleap_rtc.io.files import ChunkReader, ChunkWriter, human_size
+from sleap_rtc.io.files import ChunkReader, ChunkWriter, PartFile, human_size
 from sleap_rtc.io.folder import (
+    Folder,
     InsufficientSpaceError,
     PathValidationError,
     SharedStorageError,
@@ -204,34 +204,19 @@ def test_a_reader_refuses_what_is_no_file(tmp_path: Path) -> None:
             ChunkReader(tmp_path / name, chunk_size=CHUNK)
 
 
-def test_closing_waits_for_no_reader_and_breaks_none(tmp_path: Path) -> None:
-    data = make_file(tmp_path / "source", 64 * CHUNK)
-    reader = ChunkReader(tmp_path / "source", chunk_size=CHUNK)
-    started = threading.Barrier(5)
-    wrong: list[int] = []
-
-    def read_until_closed() -> None:
-        started.wait()
-        while True:
-            for index in range(64):
-                try:
-                    payload, _ = reader.read(index)
-                except SharedStorageError:
-                    return
-                if payload != data[index * CHUNK : (index + 1) * CHUNK]:
-                    wrong.append(index)
-
-    threads = [threading.Thread(target=read_until_closed) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    started.wait()
-    reader.close()
-    other = os.open("/dev/zero", os.O_RDONLY)  # takes the number if it is free
-    for thread in threads:
-        thread.join(10)
-        assert not thread.is_alive()
-    os.close(other)
-    assert wrong == []
+def test_a_file_in_use_is_closed_by_its_last_user(tmp_path: Path) -> None:
+    """Or a thread that hung would write into whatever gets the number next."""
+    with Folder.open(tmp_path) as folder:
+        part = PartFile(folder, "name")
+        with part.use() as fd:
+            with part.use():
+                part.discard()
+            os.fstat(fd)
+            with pytest.raises(SharedStorageError, match="closed"), part.use():
+                pass
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(

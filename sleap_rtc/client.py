@@ -186,7 +186,11 @@ async def submit(
         InterruptedJobError: If it was cancelled.
     """
     invite = require_invite(environ)
-    root = SharedStorageConfig.get_shared_storage_root(request.shared_storage_root)
+    root = await trio.to_thread.run_sync(
+        SharedStorageConfig.get_shared_storage_root,
+        request.shared_storage_root,
+        abandon_on_cancel=True,
+    )
     wish = trio.Event() if cancel_asked is None else cancel_asked
     submission = _Submission(request, root, on_event, wish)
     async with _as_file(request.package) as package:

@@ -388,6 +388,8 @@ class ClientSession:
                 lambda: ChunkReader(package, chunk_size=CHUNK_SIZE)
             )
             try:
+                if source.size != self._size:
+                    raise TransferError(f"{package.name} changed meanwhile")
                 await self._transfers.send_file(
                     transfer_id,
                     m.OfferedFile(package.name, source.size, CHUNK_SIZE),

@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path, PurePosixPath
-from typing import TypeVar, assert_never
+from typing import NoReturn, TypeVar, assert_never
 
 import msgspec
 import structlog
@@ -110,6 +110,7 @@ class _Session:
 
     async def serve(self) -> str:
         """Serve the link; returns why it ended."""
+        reason = ""
         async with open_background_nursery() as nursery:
             self._nursery = nursery
             nursery.start_soon(self._outbox.run)
@@ -118,17 +119,18 @@ class _Session:
             try:
                 await self._receive_messages()
             except LinkClosedError as error:
-                return error.reason
+                reason = error.reason
             except RemoteProtocolError as error:
-                self._log.warning("client broke the protocol", reason=error.reason)
-                self._outbox.put(m.Error(error.reason))
+                reason = error.reason
+                self._log.warning("client broke the protocol", reason=reason)
+                self._outbox.put(m.Error(reason))
                 with trio.move_on_after(1):
                     await self._outbox.flush()
-                return error.reason
             finally:
                 self._nursery = None
+        return reason
 
-    async def _receive_messages(self) -> None:
+    async def _receive_messages(self) -> NoReturn:
         """Take messages until the link ends."""
         greeted = False
         while True:
@@ -203,7 +205,8 @@ class _Session:
         else:
             try:
                 await self._ask_storage(root, _look_at_package, root, path)
-                self._directory = root / PurePosixPath(path).parent
+                if self.job.state is core.State.CHECKING_INPUT:
+                    self._directory = root / PurePosixPath(path).parent
                 self.job.input_valid()
             except (RemoteProtocolError, PathValidationError, SharedStorageError) as e:
                 self.job.path_refused(str(e))
@@ -218,7 +221,8 @@ class _Session:
                 raise PathValidationError(
                     f"{path} is not in the job directory, beside the package"
                 )
-            await self._ask_storage(root, make_directories_beneath, root, path)
+            if self.job.state is core.State.MAKING_OUTPUT:
+                await self._ask_storage(root, make_directories_beneath, root, path)
             self.job.output_made()
         except (RemoteProtocolError, PathValidationError, SharedStorageError) as error:
             self.job.path_refused(str(error))
@@ -235,11 +239,13 @@ class _Session:
         health = await probe_storage(root, STORAGE_TIMEOUT / 2)
         if not health.ok:
             raise SharedStorageError(f"the worker's shared storage: {health.reason}")
-        with trio.move_on_after(STORAGE_TIMEOUT / 2):
-            return await trio.to_thread.run_sync(
+        with trio.move_on_after(STORAGE_TIMEOUT / 2) as scope:
+            answer = await trio.to_thread.run_sync(
                 lambda: function(*args), abandon_on_cancel=True
             )
-        raise SharedStorageError("the worker's shared storage does not answer")
+        if scope.cancelled_caught:
+            raise SharedStorageError("the worker's shared storage does not answer")
+        return answer
 
     # -------------------------------------------------------------- the channel route
 
@@ -249,6 +255,8 @@ class _Session:
             directory = self._home.directory / job_id
             await trio.to_thread.run_sync(_make_room, directory, submission.size)
             self._directory = directory
+            if self.job.has_ended:  # it was given up meanwhile
+                await self._remove_copy()
             self.job.admitted()
         except (RemoteProtocolError, SharedStorageError) as error:
             self.job.rejected(str(error))

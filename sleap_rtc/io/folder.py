@@ -451,26 +451,29 @@ def _link_error(name: str) -> PathValidationError:
     )
 
 
-def _remove_tree(parent: Folder, name: str, depth: int) -> None:
+def _remove_tree(parent: Folder, name: str, depth: int) -> bool:
+    """Remove what can be removed; tells whether nothing is left."""
     if not stat.S_ISDIR(parent.status(name).st_mode):
-        _unlink_or_leave(parent, name)
-        return
+        return _unlink_or_leave(parent, name)
     if depth == 0:
         raise SharedStorageError(f"{parent.path} is nested too deeply to remove")
     with parent.open_folder(name) as folder:
-        for child in folder.names():
-            _remove_tree(folder, child, depth - 1)
-        left_behind = folder.names()
-    if not left_behind or not all(map(_is_nfs_leftover, left_behind)):
+        gone = [_remove_tree(folder, child, depth - 1) for child in folder.names()]
+        # A file that was open just got a new name, which was not in the list.
+        empty = all(gone) and not any(map(_is_nfs_leftover, folder.names()))
+    if empty:
         parent.remove_folder(name)
+    return empty
 
 
-def _unlink_or_leave(parent: Folder, name: str) -> None:
+def _unlink_or_leave(parent: Folder, name: str) -> bool:
     try:
         parent.unlink(name)
     except OSError as error:
-        if not (_is_nfs_leftover(name) and error.errno == errno.EBUSY):
-            raise
+        if _is_nfs_leftover(name) and error.errno == errno.EBUSY:
+            return False
+        raise
+    return True
 
 
 def _is_nfs_leftover(name: str) -> bool:

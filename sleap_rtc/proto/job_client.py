@@ -398,6 +398,8 @@ class ClientJob:
         self._abandon()
         self._ending = ending
         if not self._results or self.route is None:
+            # There is nothing to wait for, so the worker needs no copy either.
+            self._send(m.ResultsReceived(self.job_id))
             self._end(ending.outcome, ending.reason, ending.path)
             return
         self._put(FetchResults(self.job_id, self.route, tuple(self._results)))

@@ -465,7 +465,10 @@ def test_the_results_of_a_cancelled_job_are_fetched() -> None:
 def test_a_job_that_completes_while_it_is_cancelled_is_complete() -> None:
     job = job_at("channel", State.CANCELLING)
     job.receive_message(EXAMPLES[m.JobComplete], 0.0)
-    assert drain(job) == [JobEnded("complete", path="models")]
+    assert drain(job) == [
+        SendMessage(m.ResultsReceived(JOB)),
+        JobEnded("complete", path="models"),
+    ]
 
 
 def test_a_silent_worker_does_not_hold_up_a_cancellation() -> None:
@@ -493,7 +496,11 @@ def test_a_failed_package_stops_its_sender() -> None:
     job.receive_message(m.JobState(JOB, m.JobProgress("FAILED")), 0.0)
     assert job.state is State.SENDING
     job.receive_message(EXAMPLES[m.JobFailed], 0.0)
-    assert drain(job)[1:] == [StopSending(), JobEnded("failed", "exit status 1")]
+    assert drain(job)[1:] == [
+        StopSending(),
+        SendMessage(m.ResultsReceived(JOB)),
+        JobEnded("failed", "exit status 1"),
+    ]
 
 
 @pytest.mark.parametrize("report", ["package_sent", "transfer_failed"])

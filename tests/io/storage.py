@@ -43,13 +43,29 @@ def memory_folder() -> Iterator[Path]:
 @contextmanager
 def small_mount(path: Path, megabytes: int) -> Iterator[Path]:
     """Mount a tmpfs that is really full after some MiB; skip where that is refused."""
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("NOT TESTED: a full disk needs root on Linux to mount a tmpfs")
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(path)]
-    answer = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if answer.returncode != 0:
-        pytest.skip(f"NOT TESTED: a full disk; mount says {answer.stderr.strip()}")
-    try:
+    with _mounted("-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(path)):
         yield path
+
+
+@contextmanager
+def busy_file(path: Path) -> Iterator[None]:
+    """Make a file that can't be removed (EBUSY); skip where that is refused."""
+    path.touch()
+    with _mounted("--bind", "/dev/null", str(path)):
+        yield
+
+
+@contextmanager
+def _mounted(*arguments: str) -> Iterator[None]:
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("NOT TESTED: only root on Linux may mount")
+    answer = subprocess.run(
+        ["mount", *arguments], capture_output=True, text=True, check=False
+    )
+    if answer.returncode != 0:
+        pytest.skip(f"NOT TESTED: mount says {answer.stderr.strip()}")
+    try:
+        yield
     finally:
-        subprocess.run(["umount", str(path)], check=True)
+        # Lazily: a test that failed may still hold a file there.
+        subprocess.run(["umount", "-l", arguments[-1]], check=True)

@@ -18,7 +18,7 @@ from sleap_rtc.io.folder import (
     open_owned,
     remove_tree_beneath,
 )
-from tests.io.storage import ignores_permissions, memory_folder
+from tests.io.storage import busy_file, ignores_permissions, memory_folder
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -151,6 +151,21 @@ def test_removing_a_tree_leaves_what_its_links_lead_to(root: Path) -> None:
     remove_tree_beneath(root, "link")
     assert os.listdir(root) == []
     assert os.listdir(outside) == ["kept"]
+
+
+def test_what_nfs_keeps_of_an_open_file_stays(tmp_path: Path) -> None:
+    (tmp_path / "job/models").mkdir(parents=True)
+    (tmp_path / "job/other").mkdir()
+    (tmp_path / "job/package").touch()
+    with busy_file(tmp_path / "job/models/.nfs0001"):
+        remove_tree_beneath(tmp_path, "job")
+        left = sorted(path.name for path in tmp_path.rglob("*"))
+        assert left == [".nfs0001", "job", "models"]
+    remove_tree_beneath(tmp_path, "job")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "job").mkdir()
+    with busy_file(tmp_path / "job/used"), pytest.raises(SharedStorageError):
+        remove_tree_beneath(tmp_path, "job")
 
 
 def test_a_list_names_files_and_nothing_else(root: Path) -> None:

@@ -3,9 +3,12 @@
 import json
 import random
 import secrets
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 
 import pytest
 import structlog
@@ -13,6 +16,10 @@ import trio
 import trio.lowlevel
 import trio.testing
 import trio_websocket
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from trio.testing import MockClock
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import CloseConnection, Event, Ping, Request, TextMessage
@@ -600,6 +607,89 @@ async def test_what_the_body_raises_leaves_the_room_unchanged(server: Server) ->
 
     with pytest.raises(KeyError, match="mine"):
         await body()
+
+
+# ---------------------------------------------------------------------------- wss://
+
+
+def make_tls(folder: Path) -> tuple[ssl.SSLContext, Path]:
+    """Make the TLS side of a server called localhost, and its certificate."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(hours=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = folder / "certificate.pem"
+    pem.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    key_file = folder / "key.pem"
+    key_file.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem, key_file)
+    return context, pem
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+async def test_a_secure_server_is_used_only_if_it_is_trusted(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
+) -> None:
+    """In front of the server stands a proxy that ends TLS, as is usual."""
+    context, certificate = make_tls(tmp_path)
+    if trusted:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+
+    async def pump(source: trio.abc.Stream, sink: trio.abc.Stream) -> None:
+        try:
+            async for data in source:
+                await sink.send_all(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass
+
+    async def proxy(stream: trio.SSLStream[trio.SocketStream]) -> None:
+        async with (
+            stream,
+            await trio.open_tcp_stream(HOST, server.port) as behind,
+            open_background_nursery() as nursery,
+        ):
+            nursery.start_soon(pump, behind, stream)
+            await pump(stream, behind)
+
+    with structlog.testing.capture_logs() as logs:
+        async with open_background_nursery() as nursery:
+            serve = partial(
+                trio.serve_ssl_over_tcp,
+                proxy,
+                0,
+                context,
+                host=HOST,
+                https_compatible=True,
+            )
+            [listener] = await nursery.start(serve)
+            port = listener.transport_listener.socket.getsockname()[1]
+            url = f"wss://localhost:{port}"
+            async with open_room(url, KEYS, "a", "client", Metadata(), log=LOG) as room:
+                if trusted:
+                    assert await room.discover() == []
+                else:
+                    await until(lambda: any("reason" in entry for entry in logs))
+    if not trusted:
+        [reason] = [entry["reason"] for entry in logs if "retry_in" in entry]
+        assert "certificate is not trusted" in reason
 
 
 # ----------------------------------------------------- deadlines, on a clock of its own

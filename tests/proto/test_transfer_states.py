@@ -272,6 +272,13 @@ def test_messages_that_were_not_taken_die_with_the_link_but_effects_do_not() -> 
     assert outputs_of(receiver) == [Store(0, HEADERS[0].hash)]
 
 
+def test_a_receiver_that_gives_up_without_a_link_tells_only_its_owner() -> None:
+    receiver = receiver_in(ReceiverState.RECEIVING)
+    receiver.link_lost()
+    receiver.cancel("enough")
+    assert outputs_of(receiver) == [Discard(), TransferFailed("enough")]
+
+
 @pytest.mark.parametrize("window", [0, -1, MAX_WINDOW + 1])
 def test_a_window_has_limits(window: int) -> None:
     with pytest.raises(LocalProtocolError, match="window"):
@@ -470,3 +477,13 @@ def test_the_loss_of_the_link_voids_what_the_sender_was_asked() -> None:
     assert outputs_of(sender) == []
     sender.receive_message(FileReceived(TRANSFER_ID, root()))
     assert outputs_of(sender) == [HashMissing(0, COUNT)]
+
+
+def test_chunks_that_the_receiver_no_longer_waits_for_are_not_sent() -> None:
+    sender = Sender(TRANSFER_ID, len(CONTENT), CHUNK_SIZE)
+    sender.receive_message(ChunkGrant(TRANSFER_ID, 0, 3))
+    assert sender.next_output() == ReadAndSend(0)
+    sender.receive_message(FileReceived(TRANSFER_ID, root()))
+    assert outputs_of(sender) == []
+    sender.chunk_sent(0, HEADERS[0].hash)
+    assert outputs_of(sender) == [HashMissing(1, 2)]

@@ -20,7 +20,9 @@ class _Race:
     The winner keeps its link open, the others close theirs.
     """
 
-    def __init__(self, addresses: Sequence[tuple[str, int]], certificate_der: bytes):
+    def __init__(
+        self, addresses: Sequence[tuple[str, int]], certificate_der: bytes
+    ) -> None:
         self.settled = trio.Event()
         self.winner: Link | None = None
         self.failures: list[tuple[str, str]] = []

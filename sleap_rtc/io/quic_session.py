@@ -176,7 +176,8 @@ class QuicSession:
     A driver calls, in any order, `receive_datagrams`, `handle_timeout` and the
     commands `send_message`, `send_frame` and `close`; after each of them it sends what
     `datagrams_to_send` returns, drains `next_output`, and arms a timer for `deadline`.
-    What arrived waits in `next_message` and `next_frame`. The session is over when
+    What arrived waits in `next_message` and `next_frame`; taking it may open the peer's
+    window, and `has_news` then asks for another sending. The session is over when
     `ended` is set, and may be forgotten when `finished` is true: until then it tells a
     peer that missed the end about it.
 

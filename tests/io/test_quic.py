@@ -43,7 +43,7 @@ def judge(auth: Auth) -> str:
 
 @pytest.fixture(autouse=True)
 async def deadline() -> AsyncIterator[None]:
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         yield
 
 
@@ -123,21 +123,28 @@ async def test_a_message_does_not_wait_for_a_reader_of_frames(
         assert await worker.receive_message() == CANCEL
 
 
+@pytest.fixture
+def short_queues(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sleap_rtc.io.quic_session.MAX_UNREAD", 2 * MEGABYTE)
+    monkeypatch.setattr("sleap_rtc.io.quic_session.MAX_UNSENT_FRAMES", MEGABYTE)
+
+
 async def send_until_held_back(link: Link) -> int:
-    """Send frames until one has to wait for a second; count those before it."""
+    """Send frames of 100 kB until one has to wait for a second; count those before."""
     sent = 0
     while True:
         with trio.move_on_after(1) as scope:
-            await link.send_frame(make_frame(sent))
+            await link.send_frame(make_frame(sent, 100_000))
             sent += 1
         if scope.cancelled_caught:
             return sent
 
 
+@pytest.mark.usefixtures("short_queues")
 async def test_sending_frames_waits_for_a_reader(listener: QuicListener) -> None:
     async with pair(listener) as (client, worker):
         sent = await send_until_held_back(client)
-        assert 16 <= sent <= 22
+        assert 20 <= sent <= 33
         for index in range(sent):
             assert (await worker.receive_frame()).header.index == index
 
@@ -213,6 +220,7 @@ async def test_a_worker_can_close_too(listener: QuicListener) -> None:
             await client.receive_frame()
 
 
+@pytest.mark.usefixtures("short_queues")
 async def test_everything_that_waits_hears_of_the_end(listener: QuicListener) -> None:
     reasons: list[str] = []
 
@@ -291,7 +299,7 @@ async def test_a_peer_that_is_killed_is_noticed() -> None:
         begin = trio.current_time()
         with pytest.raises(LinkClosedError, match=r"no answer from 127.*for 1 s"):
             await worker.receive_message()
-        assert trio.current_time() - begin < 1.5
+        assert trio.current_time() - begin < 3
 
 
 async def test_a_close_does_not_wait_long_for_a_dead_peer(
@@ -477,6 +485,7 @@ async def test_cancelled_calls_leave_the_link_usable(listener: QuicListener) -> 
         assert (await worker.receive_frame()).header.length == 1000
 
 
+@pytest.mark.usefixtures("short_queues")
 async def test_a_sender_cancelled_while_it_waits_sent_nothing(
     listener: QuicListener,
 ) -> None:

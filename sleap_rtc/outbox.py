@@ -6,8 +6,8 @@ from sleap_rtc.io.link import Link, LinkClosedError
 from sleap_rtc.proto.messages import JobLog, Message
 
 MAX_WAITING_LINES = 5000
-"""Lines of output that wait for a slow peer, a megabyte or so. What comes on top is
-left out of the live view; the log file of the job has it."""
+"""Messages that wait for a slow peer, a megabyte or so of output. When more would wait,
+the older half of the lines is left out of the live view; the job's log file has it."""
 
 
 class Outbox:
@@ -26,16 +26,20 @@ class Outbox:
         self._changed = trio.Event()
         self._idle = trio.Event()
         self._idle.set()
-        self.lines_left_out = 0
 
     def put(self, message: Message) -> None:
         """Send this after everything that was put before."""
         if isinstance(message, JobLog) and len(self._waiting) >= MAX_WAITING_LINES:
-            self.lines_left_out += 1
-            return
+            self._leave_lines_out()
         self._waiting.append(message)
         self._idle = trio.Event() if self._idle.is_set() else self._idle
         self._changed.set()
+
+    def _leave_lines_out(self) -> None:
+        """Drop the older half of the lines: a peer that catches up sees the newest."""
+        half = len(self._waiting) // 2
+        older = [m for m in self._waiting[:half] if not isinstance(m, JobLog)]
+        self._waiting[:half] = older
 
     async def flush(self) -> None:
         """Wait until everything that was put has been handed to the link."""

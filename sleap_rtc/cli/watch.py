@@ -163,11 +163,18 @@ class _Lines:
             return
         if number > self._number:
             self.finish()
+            self._tell_gap(number - self._number - 1)
         self._number, self._pending = number, text
         if self._redraws:
             width = max(out.width - 1, 20)
             sys.stdout.write("\r\x1b[2K" + text[:width])
             sys.stdout.flush()
+
+    def _tell_gap(self, count: int) -> None:
+        """Say that a job was faster than the link to it."""
+        if count:
+            lines = "line" if count == 1 else "lines"
+            sys.stdout.write(f"... {count} {lines} left out; job.log has them\n")
 
     def finish(self) -> None:
         """Make the last line final."""

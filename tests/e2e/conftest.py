@@ -1,10 +1,22 @@
 """What several of the end-to-end tests need."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from tests.e2e.harness import Lab
 from tests.e2e.nfs_lab import LabResult, nfs_lab_missing, run_in_nfs_lab
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[Lab]:
+    """Machines that live as long as the test."""
+    found = Lab(tmp_path)
+    try:
+        yield found
+    finally:
+        found.close()
 
 
 @pytest.fixture

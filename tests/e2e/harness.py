@@ -1,0 +1,283 @@
+"""Machines to throw away: each with a home, a state directory, daemons and commands.
+
+Everything is a real process of this machine. What a machine has started is ended when
+its `Lab` closes, with all that the jobs have started.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+
+from tests.e2e import actor
+
+DEADLINE = 40.0
+"""Seconds that anything here may take on a busy machine, if nothing else is said."""
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+END_TO_END = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(
+        sys.platform == "win32",
+        reason="workers run on Linux and macOS: process groups, signals, FIFOs",
+    ),
+]
+"""The marks of every module of end-to-end tests."""
+
+_MARK = "SLEAP_RTC_TEST_LAB"
+"""Environment variable by which a lab recognizes all that it has started."""
+
+_POLL = 0.02
+"""Seconds between two looks at another process."""
+
+
+class Finished(NamedTuple):
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def expect(self, code: int) -> "Finished":
+        """Fail with everything that the command said unless it ended like this."""
+        assert self.code == code, f"exit {self.code}\n{self.out}\n{self.err}"
+        return self
+
+
+class Running:
+    """A command that runs in a process group of its own.
+
+    Args:
+        arguments: The program and its arguments.
+        environ: Its whole environment.
+        cwd: Where it runs.
+        output: Path of the file for its standard output; its errors go beside it.
+    """
+
+    def __init__(
+        self, arguments: list[str], environ: dict[str, str], cwd: Path, output: Path
+    ) -> None:
+        self._out, self._err = output.with_suffix(".out"), output.with_suffix(".err")
+        with self._out.open("wb") as out, self._err.open("wb") as err:
+            self.process = subprocess.Popen(
+                arguments,
+                cwd=cwd,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+            )
+
+    @property
+    def out(self) -> str:
+        """What it has written to standard output."""
+        return self._out.read_text(errors="replace")
+
+    @property
+    def err(self) -> str:
+        """What it has written to standard error."""
+        return self._err.read_text(errors="replace")
+
+    def wait_for(
+        self, pattern: str, *, after: int = 0, timeout: float = DEADLINE
+    ) -> re.Match[str]:
+        """Wait until it writes something to standard error or output.
+
+        Args:
+            pattern: A regular expression.
+            after: Characters of standard error to skip, as `len(running.err)` before.
+            timeout: Seconds.
+        """
+        end = time.monotonic() + timeout
+        while True:
+            ended = self.process.poll() is not None
+            found = re.search(pattern, self.err[after:]) or re.search(pattern, self.out)
+            if found is not None:
+                return found
+            if ended or time.monotonic() > end:
+                pytest.fail(f"no {pattern!r} came:\n{self.out}\n{self.err}")
+            time.sleep(_POLL)
+
+    def finish(self, timeout: float = DEADLINE) -> Finished:
+        """Wait until it ends by itself."""
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"it did not end in {timeout} s:\n{self.out}\n{self.err}")
+        return Finished(code, self.out, self.err)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process, as a terminal or an administrator would."""
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        self.process.kill()
+        self.process.wait(DEADLINE)
+
+    def peak_memory(self) -> int:
+        """Give the most bytes that it has had resident; Linux only."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(r"VmHWM:\s+(\d+) kB", status)
+        assert found is not None
+        return int(found[1]) * 1024
+
+
+class Machine:
+    """A user's account on a machine: a home, and a state directory.
+
+    Args:
+        lab: The lab that it belongs to.
+        name: What it is called, and the name of its home.
+    """
+
+    def __init__(self, lab: "Lab", name: str) -> None:
+        self._lab = lab
+        self.home = lab.folder / name
+        self.home.mkdir()
+        self.state = self.home / "state"
+        self.jobs = self.state / "jobs"
+        self.variables: dict[str, str] = {}
+        """Environment variables that its user has set."""
+
+    def start(self, *arguments: object, module: str = "sleap_rtc") -> Running:
+        """Start a `sleap-rtc` command, or one of its modules."""
+        command = [sys.executable, "-m", module, *map(str, arguments)]
+        return self._lab.start(command, self._environ(), self.home)
+
+    def run(
+        self, *arguments: object, timeout: float = DEADLINE, module: str = "sleap_rtc"
+    ) -> Finished:
+        """Run a `sleap-rtc` command to its end."""
+        return self.start(*arguments, module=module).finish(timeout)
+
+    def start_worker(self, *options: object) -> Running:
+        """Start a worker that runs `act`, too, and wait until it is ready."""
+        worker = self.start("daemon", "--role", "worker", "--allow", "act", *options)
+        worker.wait_for("worker ready")
+        return worker
+
+    def jobs_left(self) -> list[str]:
+        """List the job directories of the channel route."""
+        return sorted(os.listdir(self.jobs)) if self.jobs.exists() else []
+
+    def _environ(self) -> dict[str, str]:
+        own = ("SLEAP_RTC_", "SHARED_STORAGE_", "XDG_", "PYTEST_", "COV_")
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+        return {
+            **inherited,
+            "PATH": f"{self._lab.programs}{os.pathsep}{os.environ['PATH']}",
+            "HOME": str(self.home),
+            "SLEAP_RTC_STATE_DIR": str(self.state),
+            _MARK: str(self._lab.folder),
+            **self.variables,
+        }
+
+
+class Lab:
+    """Some machines, and all processes that they have started.
+
+    Args:
+        folder: An empty folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.programs = folder / "programs"
+        actor.install(self.programs)
+        trainer = [sys.executable, str(EXAMPLES / "tiny_trainer.py")]
+        subprocess.run(
+            [*trainer, "--install", str(self.programs)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        self._started: list[Running] = []
+        (folder / "outputs").mkdir()
+
+    def machine(self, name: str) -> Machine:
+        """Set a machine up."""
+        return Machine(self, name)
+
+    def start(self, command: list[str], environ: dict[str, str], cwd: Path) -> Running:
+        """Start a process that ends with the lab."""
+        output = self.folder / "outputs" / str(len(self._started))
+        running = Running(command, environ, cwd, output)
+        self._started.append(running)
+        return running
+
+    def fifo(self, name: str = "fifo") -> Path:
+        """Make a FIFO for `act wait`."""
+        path = self.folder / name
+        os.mkfifo(path)
+        return path
+
+    def processes(self, word: str) -> list[psutil.Process]:
+        """List the processes of this lab that have a word in their command line."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                ours = process.environ().get(_MARK) == str(self.folder)
+                if ours and any(word in part for part in process.cmdline()):
+                    found.append(process)
+            except psutil.Error:
+                continue  # it has ended, or is none of ours
+        return found
+
+    def wait_gone(self, word: str, timeout: float = DEADLINE) -> None:
+        """Wait until no process of this lab has a word in its command line."""
+        wait_until(lambda: not self.processes(word), f"{word} to end", timeout)
+
+    def close(self) -> None:
+        """End everything that was started here."""
+        for running in self._started:
+            if running.process.poll() is None:
+                running.signal(signal.SIGKILL)
+                running.process.wait(DEADLINE)
+        for process in self.processes(""):
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                pass  # it has ended by itself
+
+
+def release(fifo: Path) -> None:
+    """Let `act wait` go on; it must be waiting, or about to."""
+    fifo.write_bytes(b"")
+
+
+def wait_until(
+    condition: Callable[[], bool], what: str, timeout: float = DEADLINE
+) -> None:
+    """Wait for something that another process does and tells nobody."""
+    end = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > end:
+            pytest.fail(f"waited {timeout} s for {what}")
+        time.sleep(_POLL)
+
+
+def free_port() -> int:
+    """Find a TCP port of the loopback address that nobody uses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Read all files beneath a folder, by relative path."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }

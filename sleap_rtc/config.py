@@ -66,7 +66,9 @@ class WorkerSettings(
         slots: Jobs at the same time; by default one for each GPU, at least one.
         allow: Programs that jobs may run beside those of SLEAP.
         gpus: Numbers of the GPUs that jobs may use; by default all of them.
-        link_port: UDP port of the links; 0 takes a free one.
+        link_port: Port of the links; 0 takes a free one.
+        public_address: ``HOST:PORT`` of the links as others see it, if a provider or
+            a router maps the port to another one.
         name: What the worker is called in lists; by default the host name.
     """
 
@@ -74,6 +76,7 @@ class WorkerSettings(
     allow: tuple[Annotated[str, Meta(min_length=1, max_length=4096)], ...] = ()
     gpus: tuple[Annotated[int, Meta(ge=0, le=1023)], ...] | None = None
     link_port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    public_address: Annotated[str, Meta(max_length=255)] | None = None
     name: Annotated[str, Meta(max_length=64)] | None = None
 
 

@@ -3,6 +3,8 @@
 import os
 import platform
 import socket
+import urllib.error
+import urllib.request
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Literal
@@ -11,7 +13,12 @@ import msgspec
 import trio
 
 from sleap_rtc import client
-from sleap_rtc.config import SHARED_STORAGE_VARIABLE, SharedStorageConfig
+from sleap_rtc.config import (
+    SHARED_STORAGE_VARIABLE,
+    SharedStorageConfig,
+    chosen_environment,
+    load_settings,
+)
 from sleap_rtc.errors import UserError
 from sleap_rtc.io.files import human_size
 from sleap_rtc.io.machine import describe_machine
@@ -58,6 +65,8 @@ async def examine(
     """
     yield _check_python()
     yield await _check_room(environ)
+    if url := chosen_environment(load_settings(environ), environ).signaling_http:
+        yield await _check_http(url)
     yield await _check_storage(shared_storage_root)
     yield _check_udp()
     machine = await trio.to_thread.run_sync(describe_machine, Path.home())
@@ -106,6 +115,33 @@ async def _check_room(environ: Mapping[str, str]) -> Check:
         )
     names = ", ".join(worker.peer_id for worker in workers)
     return Check("Signaling", "ok", f"reached; workers: {names}")
+
+
+async def _check_http(url: str) -> Check:
+    """Ask the HTTP side of the configured signaling server for any answer at all."""
+    name = "Signaling over HTTP"
+    with trio.move_on_after(SIGNALING_TIMEOUT):
+        try:
+            status = await trio.to_thread.run_sync(
+                _http_status, url, abandon_on_cancel=True
+            )
+        except OSError as error:
+            return Check(
+                name,
+                "failed",
+                f"{url}: {getattr(error, 'reason', error)}",
+                "Check signaling_http in the configuration file, and the server.",
+            )
+        return Check(name, "ok", f"{url} answers with status {status}")
+    return Check(name, "failed", f"{url} does not answer", "Check the server.")
+
+
+def _http_status(url: str) -> int:
+    try:
+        with urllib.request.urlopen(url, timeout=SIGNALING_TIMEOUT) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code  # it answers, and that is the question
 
 
 async def _check_storage(shared_storage_root: Path | None) -> Check:

@@ -76,6 +76,8 @@ class WorkerOptions(msgspec.Struct, frozen=True):
         port: UDP port of the links; 0 takes a free one.
         listen: Where its own signaling server listens, if the user said so.
         public_url: How others reach that server, if the user said so.
+        public_address: How others reach the links, where a provider or a router maps
+            their port to another one.
     """
 
     environ: Mapping[str, str]
@@ -88,6 +90,7 @@ class WorkerOptions(msgspec.Struct, frozen=True):
     port: int
     listen: Hosting | None
     public_url: str | None
+    public_address: Address | None
 
 
 def read_options(
@@ -95,6 +98,7 @@ def read_options(
     *,
     listen: str | None = None,
     public_url: str | None = None,
+    public_address: str | None = None,
     shared_storage_root: Path | None = None,
     slots: int | None = None,
     allow: tuple[str, ...] = (),
@@ -120,7 +124,15 @@ def read_options(
         port=mine.link_port if port is None else port,
         listen=parse_listen_address(listen) if listen else None,
         public_url=public_url,
+        public_address=_public_address(public_address or mine.public_address),
     )
+
+
+def _public_address(text: str | None) -> Address | None:
+    if text is None:
+        return None
+    where = parse_listen_address(text)
+    return Address(where.host, where.port)
 
 
 async def run_worker(
@@ -232,7 +244,7 @@ class Worker:
                 if on_ready is not None:
                     on_ready(invite, hosted)
                 servants.start_soon(
-                    doorkeeper.answer_offers, room, lambda: _addresses(listener)
+                    doorkeeper.answer_offers, room, lambda: self._addresses(listener)
                 )
                 servants.start_soon(self._tell_room, room, doorkeeper)
                 await self._serve_links(listener)
@@ -317,6 +329,12 @@ class Worker:
             while True:
                 nursery.start_soon(serve_link, home, await listener.accept())
 
+    def _addresses(self, listener: QuicListener) -> tuple[Address, ...]:
+        """Say where the links can be reached, the likeliest first."""
+        found = [Address(host, port) for host, port in listener.local_addresses()]
+        public = self._options.public_address
+        return tuple(found if public is None else [public, *found])
+
     def _greet(self) -> Greeting:
         return Greeting(
             protocol=PROTOCOL_VERSION,
@@ -329,10 +347,6 @@ class Worker:
             gpus=self._machine.gpus,
             sleap_nn=self._machine.sleap_nn,
         )
-
-
-def _addresses(listener: QuicListener) -> tuple[Address, ...]:
-    return tuple(Address(host, port) for host, port in listener.local_addresses())
 
 
 def _free_bytes(directory: Path) -> int:

@@ -47,6 +47,13 @@ def daemon(
             help="How others reach the worker's own signaling server (ws:// or wss://).",
         ),
     ] = None,
+    public_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="How others reach the links, if a router maps the port to another.",
+        ),
+    ] = None,
     shared_storage_root: Annotated[
         Path | None,
         typer.Option(help="Where this machine mounts the shared storage."),
@@ -64,7 +71,9 @@ def daemon(
     ] = None,
     port: Annotated[
         int | None,
-        typer.Option(min=0, max=65535, help="UDP port of the links; default: any."),
+        typer.Option(
+            min=0, max=65535, help="Port of the links; default: any free one."
+        ),
     ] = None,
     log_format: Annotated[
         LogFormat, typer.Option(help="Log lines for people, or as JSON.")
@@ -86,6 +95,7 @@ def daemon(
         os.environ,
         listen=listen,
         public_url=public_url,
+        public_address=public_address,
         shared_storage_root=shared_storage_root,
         slots=slots,
         allow=tuple(allow or ()),

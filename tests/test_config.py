@@ -207,6 +207,7 @@ slots = 2
 allow = ["nvidia-smi"]
 gpus = [0, 3]
 link_port = 4433
+public_address = "rig.example.org:4434"
 name = "rig"
 """)
     settings = load_settings()
@@ -216,7 +217,9 @@ name = "rig"
             "wss://staging.example.org:8000/signal", "https://staging.example.org"
         )
     }
-    assert settings.worker == WorkerSettings(2, ("nvidia-smi",), (0, 3), 4433, "rig")
+    assert settings.worker == WorkerSettings(
+        2, ("nvidia-smi",), (0, 3), 4433, "rig.example.org:4434", "rig"
+    )
 
 
 def test_the_variable_replaces_the_root_of_the_file(

@@ -21,9 +21,9 @@ from sleap_rtc.io.folder import (
 )
 from sleap_rtc.io.link import Link, LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
+from sleap_rtc.io.outbox import Outbox
 from sleap_rtc.io.probe import probe_storage, read_probe
 from sleap_rtc.io.transfers import TransferError, Transfers
-from sleap_rtc.outbox import Outbox
 from sleap_rtc.proto import job_worker as core
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import RemoteProtocolError

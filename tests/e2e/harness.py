@@ -34,7 +34,7 @@ END_TO_END = [
 ]
 """The marks of every module of end-to-end tests."""
 
-_MARK = "SLEAP_RTC_TEST_LAB"
+_MARK = "LAB_OF_THIS_TEST"
 """Environment variable by which a lab recognizes all that it has started."""
 
 _POLL = 0.02

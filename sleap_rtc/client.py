@@ -49,6 +49,7 @@ from sleap_rtc.io.archive_plan import ArchiveError
 from sleap_rtc.io.dial import dial
 from sleap_rtc.io.folder import SharedStorageError
 from sleap_rtc.io.link import DialError, Link, LinkClosedError
+from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.signaling import RegistrationRefusedError, Room, open_room
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.invite import Invite, RoomKeys
@@ -214,17 +215,38 @@ class _Submission:
         self._job_id = f"job_{secrets.token_hex(8)}"
         self._output: Path | None = None
         self._timed_out = False
+        self._worker_id = ""
+        self._connecting = trio.CancelScope()
+        self._connected = False
         self._began = trio.current_time()
         self._seconds: dict[str, float] = {}
         self._phase = "connect"
 
     async def run(self, invite: Invite, package: Path) -> JobResult:
         """Go all the way; see `submit` for what it raises."""
+        ending = JobEnded("cancelled", "no worker had been reached")
+        async with open_background_nursery() as nursery:
+            nursery.start_soon(self._watch_time)
+            nursery.start_soon(self._stop_connecting)
+            with self._connecting:
+                ending = await self._connect_and_run(invite, package)
+        self._enter_phase("done")
+        self._raise_unless_complete(ending)
+        return JobResult(self._job_id, self._output, self._seconds)
+
+    async def _stop_connecting(self) -> None:
+        """Let a wish to cancel end what comes before the job; then the job does it."""
+        await self._cancel_asked.wait()
+        if not self._connected:
+            self._connecting.cancel(reason="the user asked for the end")
+
+    async def _connect_and_run(self, invite: Invite, package: Path) -> JobEnded:
         size = (await trio.to_thread.run_sync(package.stat)).st_size
-        worker, introduction = await self._meet(invite)
+        introduction = await self._meet(invite)
         ending: JobEnded | None = None
         try:
             async with self._dial(introduction) as link:
+                self._connected = True
                 self._tell(
                     LinkOpened(link.statistics().kind, link.statistics().address)
                 )
@@ -232,12 +254,10 @@ class _Submission:
                 ending = await self._run_session(session)
         except LinkClosedError as error:
             ending = ending or JobEnded("lost", error.reason)
-        self._enter_phase("done")
-        self._raise_unless_complete(ending, worker)
-        return JobResult(self._job_id, self._output, self._seconds)
+        return ending
 
     async def _run_session(self, session: ClientSession) -> JobEnded:
-        """Run the job, and cancel it when its time is up."""
+        """Run the job; once it is cancelled, do not wait for ever."""
         greeting = Greeting(
             protocol=PROTOCOL_VERSION,
             version=sleap_rtc.__version__,
@@ -247,7 +267,6 @@ class _Submission:
         )
         ending = JobEnded("cancelled", "the worker did not confirm that it stopped")
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch_time)
             with trio.CancelScope() as patience:
                 nursery.start_soon(self._limit_cancelling, patience)
                 ending = await session.run(greeting, self._cancel_asked)
@@ -266,7 +285,7 @@ class _Submission:
 
     # ---------------------------------------------------------------- to the worker
 
-    async def _meet(self, invite: Invite) -> tuple[Candidate, Introduction]:
+    async def _meet(self, invite: Invite) -> Introduction:
         """Find a worker in the room, and be introduced to it."""
         keys = RoomKeys.from_secret(invite.secret)
         async with _enter_room(invite, keys, FIND_TIMEOUT) as room:
@@ -277,11 +296,12 @@ class _Submission:
                     "Start a worker with `sleap-rtc daemon --role worker` on the GPU "
                     "machine; `sleap-rtc workers` lists who is there.",
                 )
+            self._worker_id = choice.worker.peer_id
             self._tell(WorkerChosen(choice.worker, choice.reason))
             with trio.move_on_after(ANSWER_TIMEOUT):
-                return choice.worker, await ask_worker(room, keys, choice.worker)
+                return await ask_worker(room, keys, choice.worker)
             raise NoWorkerError(
-                f"The worker {choice.worker.peer_id} did not answer for "
+                f"The worker {self._worker_id} did not answer for "
                 f"{ANSWER_TIMEOUT:.0f} s.",
                 "Its log says whether the offer was refused: both sides need the same "
                 "invite, and clocks that differ by less than two minutes.",
@@ -343,7 +363,7 @@ class _Submission:
         self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + spent
         self._phase = phase
 
-    def _raise_unless_complete(self, ending: JobEnded, worker: Candidate) -> None:
+    def _raise_unless_complete(self, ending: JobEnded) -> None:
         where = (
             f" What it made until then is in {self._output}." if self._output else ""
         )
@@ -358,7 +378,7 @@ class _Submission:
                 )
             case "rejected":
                 raise RefusedError(
-                    f"The worker {worker.peer_id} does not take the job: "
+                    f"The worker {self._worker_id} does not take the job: "
                     f"{ending.reason}."
                 )
             case "transfer_failed":
@@ -372,7 +392,7 @@ class _Submission:
                 raise InterruptedJobError(f"The job was cancelled.{where}")
             case "lost":
                 raise ConnectionLostError(
-                    f"The connection to {worker.peer_id} was lost: {ending.reason}.",
+                    f"The connection to {self._worker_id} was lost: {ending.reason}.",
                     "Check that the worker runs (`sleap-rtc workers`) and send the "
                     "package again.",
                 )

@@ -251,6 +251,33 @@ class Lab:
                 pass  # it has ended by itself
 
 
+class Town:
+    """Three machines: a signaling server, a worker and a client that know it.
+
+    Args:
+        lab: The lab that they belong to.
+    """
+
+    def __init__(self, lab: Lab) -> None:
+        self.port = free_port()
+        self._server_machine = lab.machine("server")
+        self.gpu, self.laptop = lab.machine("gpu"), lab.machine("laptop")
+        self.server = self.start_server()
+        address = f"ws://127.0.0.1:{self.port}"
+        self.gpu.variables["SLEAP_RTC_SIGNALING_WS"] = address
+        self.worker = self.gpu.start_worker()
+        self.laptop.run("join", self.gpu.run("invite").expect(0).out.strip()).expect(0)
+
+    def start_server(self) -> Running:
+        """Start the signaling server, again where it was."""
+        listen = f"127.0.0.1:{self.port}"
+        server = self._server_machine.start(
+            "daemon", "--role", "signaling", "--listen", listen
+        )
+        server.wait_for("signaling server listens")
+        return server
+
+
 def release(fifo: Path) -> None:
     """Let `act wait` go on; it must be waiting, or about to."""
     fifo.write_bytes(b"")

@@ -12,7 +12,7 @@ from tests.e2e.harness import (
     Lab,
     Machine,
     Running,
-    free_port,
+    Town,
     release,
     tree,
     wait_until,
@@ -127,28 +127,6 @@ def test_a_worker_that_is_stopped_tells_its_client_and_ends_the_job(lab: Lab) ->
     assert "the worker was stopped" in done.err.replace("\n", " ")
     lab.wait_gone("actor.py")
     assert "Traceback" not in worker.err
-
-
-class Town:
-    """A signaling server of its own, a worker and a client that know it."""
-
-    def __init__(self, lab: Lab) -> None:
-        self.port = free_port()
-        self._server_machine = lab.machine("server")
-        self.gpu, self.laptop = lab.machine("gpu"), lab.machine("laptop")
-        self.server = self.start_server()
-        address = f"ws://127.0.0.1:{self.port}"
-        self.gpu.variables["SLEAP_RTC_SIGNALING_WS"] = address
-        self.worker = self.gpu.start_worker()
-        self.laptop.run("join", self.gpu.run("invite").expect(0).out.strip()).expect(0)
-
-    def start_server(self) -> Running:
-        listen = f"127.0.0.1:{self.port}"
-        server = self._server_machine.start(
-            "daemon", "--role", "signaling", "--listen", listen
-        )
-        server.wait_for("signaling server listens")
-        return server
 
 
 def test_a_job_goes_on_while_the_signaling_server_restarts(lab: Lab) -> None:

@@ -56,7 +56,7 @@ class QuicLink(Link):
         session = self._session
         await trio.lowlevel.checkpoint()
         while (message := session.next_message()) is None:
-            await self._until(lambda: session.has_message)
+            await self._until_arrived(lambda: session.has_message)
         if session.has_news:
             self.pump()
         return message
@@ -74,7 +74,7 @@ class QuicLink(Link):
         session = self._session
         await trio.lowlevel.checkpoint()
         while (frame := session.next_frame()) is None:
-            await self._until(lambda: session.has_frame)
+            await self._until_arrived(lambda: session.has_frame)
         if session.has_news:
             self.pump()
         return frame
@@ -158,6 +158,18 @@ class QuicLink(Link):
             return math.inf
         soon = trio.current_time() + SHORTEST_SLEEP
         return deadline if deadline > soon else -math.inf
+
+    async def _until_arrived(self, condition: Callable[[], bool]) -> None:
+        """Wait for something to take; it may have come together with the end.
+
+        Raises:
+            LinkClosedError: If the session has ended, and nothing more is there.
+        """
+        try:
+            await self._until(condition)
+        except LinkClosedError:
+            if not condition():
+                raise
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         """Wait until the session is open and the condition is true.

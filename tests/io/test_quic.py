@@ -212,6 +212,26 @@ async def test_a_close_carries_its_reason_and_all_that_was_sent(
         assert not caught.value.by_peer
 
 
+async def test_what_comes_together_with_the_end_is_received(
+    listener: QuicListener,
+) -> None:
+    async with pair(listener) as (client, worker), trio.open_nursery() as nursery:
+        received: list[Message] = []
+
+        async def receive() -> None:
+            received.append(await worker.receive_message())
+            with pytest.raises(LinkClosedError, match="bye"):
+                await worker.receive_message()
+
+        nursery.start_soon(receive)
+        await trio.testing.wait_all_tasks_blocked()
+        assert isinstance(client, QuicLink)
+        await client.send_message(CANCEL)
+        client.close_now("bye")
+        nursery.cancel_scope.deadline = trio.current_time() + 10
+    assert received == [CANCEL]
+
+
 async def test_a_worker_can_close_too(listener: QuicListener) -> None:
     async with pair(listener) as (client, worker):
         await worker.aclose("no room left")

@@ -7,6 +7,7 @@ import trio
 
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.signaling_server import serve_signaling
+from sleap_rtc.rooms import Hosting, bind_problem
 
 
 async def run_signaling(
@@ -33,11 +34,15 @@ async def run_signaling_daemon(host: str, port: int) -> None:
     """Run a signaling server until Ctrl-C or SIGTERM ends it.
 
     Raises:
-        OSError: If the address can't be listened on.
+        ConfigError: If the address can't be listened on.
     """
     async with open_background_nursery() as nursery:
         await nursery.start(_end_on_signal, nursery.cancel_scope)
-        await run_signaling(host, port)
+        try:
+            await nursery.start(run_signaling, host, port)
+        except OSError as error:
+            raise bind_problem(Hosting(host, port), error) from None
+        await trio.sleep_forever()
 
 
 async def _end_on_signal(

@@ -1,12 +1,11 @@
 """The signaling role: introduce the peers of any room to each other."""
 
-import signal
-
 import structlog
 import trio
 
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.signaling_server import serve_signaling
+from sleap_rtc.io.signals import end_on_signal
 from sleap_rtc.rooms import Hosting, bind_problem
 
 
@@ -37,20 +36,9 @@ async def run_signaling_daemon(host: str, port: int) -> None:
         ConfigError: If the address can't be listened on.
     """
     async with open_background_nursery() as nursery:
-        await nursery.start(_end_on_signal, nursery.cancel_scope)
+        await nursery.start(end_on_signal, nursery.cancel_scope)
         try:
             await nursery.start(run_signaling, host, port)
         except OSError as error:
             raise bind_problem(Hosting(host, port), error) from None
         await trio.sleep_forever()
-
-
-async def _end_on_signal(
-    scope: trio.CancelScope,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as arrived:
-        task_status.started()
-        async for number in arrived:
-            structlog.get_logger().info("ending", signal=signal.Signals(number).name)
-            scope.cancel(reason="a signal asked for the end")

@@ -7,7 +7,6 @@ import errno
 import re
 import secrets
 import shutil
-import signal
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -33,6 +32,7 @@ from sleap_rtc.io.machine import MachineInfo, describe_machine
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.quic import QuicListener, open_quic_listener
 from sleap_rtc.io.signaling import RegistrationRefusedError, Room, open_room
+from sleap_rtc.io.signals import end_on_signal
 from sleap_rtc.proto.envelope import Address
 from sleap_rtc.proto.invite import Invite, RoomKeys
 from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting
@@ -150,23 +150,11 @@ async def run_worker(
         RefusedError: If the signaling server does not let it in.
     """
     async with trio.open_nursery() as nursery:
-        await nursery.start(_end_on_signal, nursery.cancel_scope)
+        await nursery.start(end_on_signal, nursery.cancel_scope)
         directory = make_state_directory(options.environ)
         machine = await trio.to_thread.run_sync(describe_machine, directory)
         await Worker(options, machine).run(on_ready)
         nursery.cancel_scope.cancel(reason="the worker has ended")
-
-
-async def _end_on_signal(
-    scope: trio.CancelScope,
-    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """End in order on Ctrl-C and on SIGTERM."""
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as arrived:
-        task_status.started()
-        async for number in arrived:
-            structlog.get_logger().info("ending", signal=signal.Signals(number).name)
-            scope.cancel(reason="a signal asked for the end")
 
 
 class Worker:

@@ -12,10 +12,10 @@ from typing import assert_never
 import trio
 from msgspec import UNSET
 from structlog.typing import FilteringBoundLogger
-from wsproto.frame_protocol import CloseReason
 
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.websocket import (
+    CloseCode,
     WebSocket,
     WebSocketConnectError,
     connect_websocket,
@@ -31,20 +31,18 @@ from sleap_rtc.proto.rendezvous import (
     PeerInfo,
     Property,
 )
-from sleap_rtc.proto.room_member import (
+from sleap_rtc.proto.room_member import Backoff, MemberState, RoomMember
+from sleap_rtc.proto.room_member_outputs import (
     AnswerReceived,
-    Backoff,
     Close,
     Connect,
     MemberOutput,
-    MemberState,
     OfferReceived,
     PeersListed,
     PeerUnreachable,
     Reconnecting,
     Registered,
     RegistrationRefused,
-    RoomMember,
     SendText,
     ServerComplained,
 )
@@ -215,7 +213,7 @@ class Room:
             self._member.receive_text_untrusted(text, trio.current_time())
         except RemoteProtocolError as error:
             if self._socket is not None:
-                self._socket.close(error.reason, CloseReason.PROTOCOL_ERROR)
+                self._socket.close(error.reason, CloseCode.PROTOCOL_ERROR)
         self._drain()
 
     def heard(self) -> None:

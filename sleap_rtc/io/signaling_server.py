@@ -67,7 +67,7 @@ class _Server:
     async def serve_connection(self, stream: trio.SocketStream) -> None:
         """Serve one connection from its first byte to its last."""
         number = next(self._numbers)
-        socket = WebSocket.of_server(stream, MAX_SIGNAL_BYTES)
+        socket = WebSocket(stream, MAX_SIGNAL_BYTES)
         self._sockets[number] = socket
         reason = "the server ends"
         try:

@@ -1,35 +1,46 @@
-"""One WebSocket (RFC 6455) over one stream, driven by wsproto.
+"""One WebSocket (RFC 6455) over one stream, driven by trio-websocket.
 
-It is made for signaling: texts only, and small ones. Reading never waits for whoever
-uses the messages, so pings are always answered; one task writes, from a queue that is
-bounded in bytes; and whatever the other end does, `WebSocket.run` ends with a reason
-and never with an error.
+It is made for signaling: texts only, and small ones. `WebSocket` takes texts without
+waiting, and whatever the other end does, `WebSocket.run` ends with a reason and never
+with an error. This is how it gets along with the library:
+
+* The library stops reading, and answering pings, while nobody takes its messages. So
+  one task takes them at once, and hands them on to a user who must not block.
+* A cancelled write leaves half a frame, and the next one is lost in it. So the library
+  writes through `_Transport`: cancellation waits for a write, and a write that takes
+  too long ends the connection. Texts are sent by one task.
+* The handshake waits forever if the other end leaves meanwhile, and so does a ping.
+  Both have a deadline here, and the end of the stream ends the handshake.
+* Its reader fails in many ways if the other end breaks the protocol. It runs in a
+  nursery of its own, and what it raises is a reason to end this connection.
+
+What the library does not offer, and `_Transport` adds:
+
+* It does not tell of the pings that it answers. Every pong that it writes is one.
+* It collects the empty parts of a message, and the page of a web server that is no
+  signaling server, without a limit. What comes between two messages is limited.
+* It closes the stream at once after a failure, and data that it did not read makes the
+  kernel throw away what the other end did not read. So the stream closes here, last.
 """
 
+import itertools
 import ssl
 from collections import deque
+from collections.abc import Callable
+from enum import IntEnum
 from typing import Protocol
 from urllib.parse import urlsplit
 
 import trio
-from wsproto import ConnectionType, WSConnection
-from wsproto.connection import ConnectionState
-from wsproto.events import (
-    AcceptConnection,
-    BytesMessage,
-    CloseConnection,
-    Event,
-    Ping,
-    Pong,
-    RejectConnection,
-    Request,
-    TextMessage,
-)
-from wsproto.frame_protocol import CloseReason
-from wsproto.utilities import RemoteProtocolError as WebSocketError
+import trio_websocket
+from trio_websocket import ConnectionClosed, ConnectionRejected, WebSocketConnection
 
 MAX_QUEUED_BYTES = 1024 * 1024
 """Three lists of a full room. Who has more than this waiting does not read."""
+
+MAX_UNFINISHED_BYTES = 4 * 1024 * 1024
+"""Received without a whole message. The longest list of peers is far below, and the
+pongs of a peer that says nothing else take three months to get there."""
 
 WRITE_SECONDS = 5.0
 """For one write, into the buffer of the kernel in nearly all cases. A cancellation
@@ -41,10 +52,28 @@ CLOSE_SECONDS = 2.0
 CONNECT_SECONDS = 10.0
 """For name look-up, TCP and TLS together."""
 
-_RECEIVE_BYTES = 64 * 1024
+HANDSHAKE_SECONDS = 10.0
+"""For the handshake of the WebSocket, which follows."""
+
+PONG_SECONDS = 90.0
+"""For the answer to a ping: it is the duty of the other end (RFC 6455, 5.5.3)."""
+
 _GONE = "it went away"
+_DOES_NOT_READ = "it does not read what it is sent"
+_RECEIVE_BYTES = 64 * 1024
+_PONG = 0x8A
+"""The first byte of a pong (RFC 6455, 5.2): a whole frame, opcode 10."""
+
 _MAX_REASON_BYTES = 120
 """A close frame has room for 123 bytes."""
+
+
+class CloseCode(IntEnum):
+    """Why a WebSocket is closed, for programs (RFC 6455, 7.4.1)."""
+
+    NORMAL = 1000
+    PROTOCOL_ERROR = 1002
+    UNSUPPORTED_DATA = 1003
 
 
 class WebSocketUser(Protocol):
@@ -54,7 +83,7 @@ class WebSocketUser(Protocol):
         """A whole message came."""
 
     def heard(self) -> None:
-        """A ping or a pong came."""
+        """A ping came, or the pong to one of ours."""
 
 
 class WebSocketConnectError(Exception):
@@ -66,41 +95,24 @@ class WebSocket:
 
     Args:
         stream: The TCP or TLS stream; `run` closes it.
-        protocol: A fresh wsproto machine, of a client or of a server.
         max_message: Characters of the longest message to accept.
+        url: The address that a client asks for; a server has none.
     """
 
     def __init__(
-        self, stream: trio.abc.Stream, protocol: WSConnection, max_message: int
+        self, stream: trio.abc.Stream, max_message: int, url: str | None = None
     ) -> None:
         self._stream = stream
-        self._protocol = protocol
+        self._url = url
         self._max_message = max_message
-        self._parts: list[str] = []
-        self._parts_length = 0
-        self._early: list[str] = []
-        self._queue: deque[bytes] = deque()
+        self._transport = _Transport(stream, self._abort)
+        self._queue: deque[str] = deque()
         self._queued_bytes = 0
         self._wake = trio.Event()
+        self._ping_wanted = trio.Event()
         self._scope = trio.CancelScope()
-        self._write_scope = trio.CancelScope()
         self._reason: str | None = None
-
-    @classmethod
-    def of_client(
-        cls, stream: trio.abc.Stream, url: str, max_message: int
-    ) -> "WebSocket":
-        """Make the end that asks for the WebSocket at this address."""
-        parts = urlsplit(url)
-        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        socket = cls(stream, WSConnection(ConnectionType.CLIENT), max_message)
-        socket._send(Request(host=parts.netloc, target=target))
-        return socket
-
-    @classmethod
-    def of_server(cls, stream: trio.abc.Stream, max_message: int) -> "WebSocket":
-        """Make the end that waits to be asked."""
-        return cls(stream, WSConnection(ConnectionType.SERVER), max_message)
+        self._code = CloseCode.NORMAL
 
     # ------------------------------------------------------------------ synchronous
 
@@ -108,28 +120,23 @@ class WebSocket:
         """Queue a message; before the handshake is complete it waits for it."""
         if self._reason is not None:
             return
-        if self._protocol.state is ConnectionState.CONNECTING:
-            self._early.append(text)
-        else:
-            self._send(TextMessage(data=text))
+        self._queue.append(text)
+        self._queued_bytes += len(text.encode())
+        self._wake.set()
+        if self._queued_bytes > MAX_QUEUED_BYTES:
+            self._abort(_DOES_NOT_READ)
 
     def send_ping(self) -> None:
-        """Queue a ping; `WebSocketUser.heard` tells when the pong has come."""
-        if self._reason is None and self._protocol.state is ConnectionState.OPEN:
-            self._send(Ping())
+        """Send a ping soon; `WebSocketUser.heard` tells when the pong has come."""
+        self._ping_wanted.set()
 
-    def close(
-        self, reason: str, code: CloseReason = CloseReason.NORMAL_CLOSURE
-    ) -> None:
+    def close(self, reason: str, code: CloseCode = CloseCode.NORMAL) -> None:
         """End after what is queued, and tell the other end why."""
         if self._reason is not None:
             return
-        if self._protocol.state is ConnectionState.CONNECTING:
-            self._abort(reason)
-            return
-        short = reason.encode()[:_MAX_REASON_BYTES].decode(errors="ignore")
-        self._send(CloseConnection(code=code, reason=short))
+        self._code = code
         self._finish(reason)
+        self._transport.opening.cancel(reason="closed before it was open")
 
     def _finish(self, reason: str) -> None:
         """Let `run` end as soon as everything is written, and soon in any case."""
@@ -138,19 +145,15 @@ class WebSocket:
             self._scope.deadline = trio.current_time() + CLOSE_SECONDS
             self._wake.set()
 
+    def _fail(self, reason: str) -> None:
+        """Let `run` end now, after the write that is on its way."""
+        self._finish(reason)
+        self._scope.cancel(reason="the WebSocket has failed")
+
     def _abort(self, reason: str) -> None:
         """Let `run` end at once: nothing more gets through."""
-        self._finish(reason)
-        self._write_scope.cancel()
-        self._scope.cancel()
-
-    def _send(self, event: Event) -> None:
-        data = self._protocol.send(event)
-        self._queue.append(data)
-        self._queued_bytes += len(data)
-        self._wake.set()
-        if self._queued_bytes > MAX_QUEUED_BYTES:
-            self._abort("it does not read what it is sent")
+        self._fail(reason)
+        self._transport.cut()
 
     # ----------------------------------------------------------------- asynchronous
 
@@ -163,119 +166,197 @@ class WebSocket:
         Returns:
             Why it ended: what was given to `close`, or what happened.
         """
+        self._transport.heard = user.heard
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
-                    nursery.start_soon(self._write)
-                    await self._read(user)
+                    nursery.start_soon(self._hold_library, nursery, user)
+            await self._linger()
         finally:
             await trio.aclose_forcefully(self._stream)
         return self._reason or _GONE
 
-    async def _write(self) -> None:
-        """Send what is queued, in order. No other task writes."""
-        while self._queue or self._reason is None:
-            await self._wake.wait()
-            self._wake = trio.Event()
-            data = b"".join(self._queue)
-            self._queue.clear()
-            self._queued_bytes = 0
-            with trio.CancelScope(shield=True) as self._write_scope:
-                self._write_scope.deadline = trio.current_time() + WRITE_SECONDS
-                try:
-                    await self._stream.send_all(data)
-                except (trio.BrokenResourceError, trio.ClosedResourceError):
-                    self._abort(_GONE)
-            if self._write_scope.cancelled_caught:
-                self._abort("it does not read what it is sent")
-            await trio.lowlevel.checkpoint_if_cancelled()
-        if isinstance(self._stream, trio.SocketStream):
-            try:
-                await self._stream.send_eof()
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                self._abort(_GONE)
+    async def _hold_library(self, nursery: trio.Nursery, user: WebSocketUser) -> None:
+        """Let the library work; what it raises ends this connection and no more.
 
-    async def _read(self, user: WebSocketUser) -> None:
-        """Take in everything until the other end closes."""
+        Only tasks of the library run in its nursery, so only its errors end here. They
+        come from three packages, and are no promise of any of them.
+        """
+        try:
+            async with trio.open_nursery() as library:
+                connection = await self._shake_hands(library)
+                if connection is None:
+                    self._fail("it did not open a WebSocket")
+                else:
+                    nursery.start_soon(self._write, connection)
+                    nursery.start_soon(self._read, connection, user)
+                    nursery.start_soon(self._keep_alive, connection, user)
+        except* Exception as group:
+            error = _innermost(group)
+            if isinstance(error, ConnectionRejected):
+                status = error.status_code
+                self._fail(f"it answered HTTP {status}: no signaling server is there")
+            else:
+                self._fail(f"it does not speak WebSocket ({type(error).__name__})")
+
+    async def _shake_hands(self, library: trio.Nursery) -> WebSocketConnection | None:
+        """Open the WebSocket; None if the other end leaves or is too slow."""
+        with self._transport.opening as scope:
+            scope.deadline = trio.current_time() + HANDSHAKE_SECONDS
+            if self._url is None:
+                request = await trio_websocket.wrap_server_stream(
+                    library, self._transport, max_message_size=self._max_message
+                )
+                return await request.accept()
+            parts = urlsplit(self._url)
+            return await trio_websocket.wrap_client_stream(
+                library,
+                self._transport,  # type: ignore[arg-type]  # any stream will do
+                parts.netloc,
+                (parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
+                max_message_size=self._max_message,
+            )
+        return None
+
+    async def _write(self, connection: WebSocketConnection) -> None:
+        """Send what is queued, in order, then close."""
+        try:
+            while self._queue or self._reason is None:
+                if self._queue:
+                    text = self._queue.popleft()
+                    self._queued_bytes -= len(text.encode())
+                    await connection.send_message(text)
+                else:
+                    self._wake = trio.Event()
+                    await self._wake.wait()
+            short = (self._reason or "").encode()[:_MAX_REASON_BYTES]
+            await connection.aclose(self._code, short.decode(errors="ignore"))
+        except ConnectionClosed as closed:
+            self._finish(_explain(closed))
+        self._scope.cancel(reason="the WebSocket is closed")
+
+    async def _read(self, connection: WebSocketConnection, user: WebSocketUser) -> None:
+        """Take in everything until either end closes."""
         while True:
             try:
-                data = await self._stream.receive_some(_RECEIVE_BYTES)
-            except (trio.BrokenResourceError, trio.ClosedResourceError):
-                data = b""
-            if not data:
-                self._abort(_GONE)
+                message = await connection.get_message()
+            except ConnectionClosed as closed:
+                self._finish(_explain(closed))
                 return
-            for event in self._events_untrusted(bytes(data)):
-                if isinstance(event, CloseConnection):
-                    self._answer_close(event)
-                    return
-                if self._reason is None:
-                    self._handle(event, user)
+            self._transport.unfinished_bytes = 0
+            if self._reason is not None:
+                continue
+            if isinstance(message, str):
+                user.received_text(message)
+            else:
+                self.close("only texts, please", CloseCode.UNSUPPORTED_DATA)
 
-    def _events_untrusted(self, data: bytes) -> list[Event]:
-        """Give what came to the protocol; what is no WebSocket ends the connection."""
-        closing = self._protocol.state is ConnectionState.LOCAL_CLOSING
-        if self._reason is not None and not closing:
-            return []
-        try:
-            self._protocol.receive_data(data)
-            return list(self._protocol.events())
-        except WebSocketError as error:
-            # Only a server may answer: the hint is a response to an HTTP request.
-            if error.event_hint is not None and not self._protocol.client:
-                self._send(error.event_hint)
-        except ValueError:
-            # wsproto decodes some headers of the request without care.
-            pass
-        self._finish("it does not speak WebSocket")
-        return []
+    async def _keep_alive(
+        self, connection: WebSocketConnection, user: WebSocketUser
+    ) -> None:
+        """Send the pings that are asked for, without waiting for their pongs."""
+        async with trio.open_nursery() as nursery:
+            for number in itertools.count():
+                await self._ping_wanted.wait()
+                self._ping_wanted = trio.Event()
+                nursery.start_soon(self._ping, connection, user, number)
 
-    def _handle(self, event: Event, user: WebSocketUser) -> None:
-        match event:
-            case Request():
-                self._send(AcceptConnection())
-                self._open()
-            case AcceptConnection():
-                self._open()
-            case RejectConnection(status_code=status):
-                self._abort(f"it answered HTTP {status}: no signaling server is there")
-            case TextMessage():
-                self._take_part(event, user)
-            case BytesMessage():
-                self.close("only texts, please", CloseReason.UNSUPPORTED_DATA)
-            case Ping():
-                self._send(event.response())
-                user.heard()
-            case Pong():
-                user.heard()
-            case _:
-                # The body of a rejection, which nobody needs.
+    async def _ping(
+        self, connection: WebSocketConnection, user: WebSocketUser, number: int
+    ) -> None:
+        with trio.move_on_after(PONG_SECONDS) as scope:
+            try:
+                await connection.ping(str(number).encode())
+            except ConnectionClosed:
+                return
+            user.heard()
+        if scope.cancelled_caught:
+            self._abort("it does not answer pings")
+
+    async def _linger(self) -> None:
+        """Leave the other end the time to read what was sent last."""
+        if self._transport.is_cut:
+            return
+        with trio.CancelScope(deadline=self._scope.deadline):
+            try:
+                if isinstance(self._stream, trio.abc.HalfCloseableStream):
+                    await self._stream.send_eof()
+                while await self._stream.receive_some(_RECEIVE_BYTES):
+                    pass
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
                 pass
 
-    def _open(self) -> None:
-        early, self._early = self._early, []
-        for text in early:
-            self.send_text(text)
 
-    def _take_part(self, event: TextMessage, user: WebSocketUser) -> None:
-        """Put a message together; it may come in any number of parts."""
-        if event.data:
-            self._parts.append(event.data)
-            self._parts_length += len(event.data)
-        if self._parts_length > self._max_message:
-            self.close("this message is too long", CloseReason.MESSAGE_TOO_BIG)
-        elif event.message_finished:
-            text = "".join(self._parts)
-            self._parts.clear()
-            self._parts_length = 0
-            user.received_text(text)
+class _Transport(trio.abc.Stream):
+    """What the library reads and writes; see the module.
 
-    def _answer_close(self, event: CloseConnection) -> None:
-        """Complete the closing handshake, or start it if what came was broken."""
-        if self._protocol.state is not ConnectionState.CLOSED:
-            self._send(event.response())
-        said = "".join(c for c in event.reason or "" if c.isprintable())
-        self._finish(f"it closed the connection: {said}" if said else _GONE)
+    Args:
+        stream: What the bytes really go through; it is never closed here.
+        drop: Called with a reason when the connection is of no use any more.
+
+    Attributes:
+        opening: Wraps the handshake; cancelled when no handshake can follow.
+        heard: Called for each ping that is answered.
+        unfinished_bytes: Received since the last whole message; its reader resets it.
+        is_cut: True if a write may have been left half done: nothing more is written.
+    """
+
+    def __init__(self, stream: trio.abc.Stream, drop: Callable[[str], None]) -> None:
+        self.opening = trio.CancelScope()
+        self.heard: Callable[[], None] = lambda: None
+        self.unfinished_bytes = 0
+        self.is_cut = False
+        self._stream = stream
+        self._drop = drop
+        self._write_scope = trio.CancelScope()
+
+    def cut(self) -> None:
+        """End the write that is on its way, and allow no other."""
+        self.is_cut = True
+        self._write_scope.cancel(reason="the connection is given up")
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """Write all of it, also if this task is cancelled meanwhile."""
+        if self.is_cut:
+            raise trio.BrokenResourceError(_DOES_NOT_READ)
+        with trio.CancelScope(shield=True) as self._write_scope:
+            self._write_scope.deadline = trio.current_time() + WRITE_SECONDS
+            await self._stream.send_all(data)
+        if self._write_scope.cancelled_caught:
+            self._drop(_DOES_NOT_READ)
+            raise trio.BrokenResourceError(_DOES_NOT_READ)
+        if data[0] == _PONG:
+            self.heard()
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """Wait until there is room for a write."""
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        """Read some bytes; whatever ends the stream looks like its end."""
+        try:
+            data = await self._stream.receive_some(max_bytes)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            data = b""
+        self.unfinished_bytes += len(data)
+        if self.unfinished_bytes > MAX_UNFINISHED_BYTES:
+            self._drop("it sends no whole message")
+            data = b""
+        if not data:
+            self.opening.cancel(reason="the stream ended")
+        return data
+
+    async def aclose(self) -> None:
+        """Note that the library gives up; the stream closes later."""
+        self.opening.cancel(reason="the library gave up")
+        await trio.lowlevel.checkpoint()
+
+
+def _explain(closed: ConnectionClosed) -> str:
+    """Say why either end, or the library, closed the connection."""
+    said = closed.reason.reason if closed.reason is not None else None
+    printable = "".join(c for c in said or "" if c.isprintable())
+    return f"the connection was closed: {printable}" if printable else _GONE
 
 
 # ---------------------------------------------------------------------- connecting
@@ -309,7 +390,7 @@ async def connect_websocket(url: str, max_message: int) -> WebSocket:
         raise WebSocketConnectError(
             f"can't connect to {where}: {_cause(error)}"
         ) from error
-    return WebSocket.of_client(stream, url, max_message)
+    return WebSocket(stream, max_message, url)
 
 
 async def _secured(stream: trio.abc.Stream, host: str) -> trio.abc.Stream:
@@ -326,16 +407,22 @@ async def _secured(stream: trio.abc.Stream, host: str) -> trio.abc.Stream:
     return secured
 
 
-def _cause(error: BaseException) -> str:
+def _innermost(error: BaseException) -> BaseException:
     """Find what really happened, inside of what the libraries wrapped it in."""
     while True:
         if isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
         elif error.__cause__ is not None:
             error = error.__cause__
-        elif isinstance(error, ssl.SSLCertVerificationError):
-            return f"its certificate is not trusted: {error.verify_message}"
-        elif isinstance(error, OSError) and error.strerror:
-            return error.strerror
         else:
-            return str(error) or type(error).__name__
+            return error
+
+
+def _cause(error: BaseException) -> str:
+    """Say what really happened."""
+    error = _innermost(error)
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__

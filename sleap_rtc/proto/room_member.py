@@ -22,7 +22,6 @@ from sleap_rtc.proto.rendezvous import (
     Metadata,
     MetadataChange,
     OfferSignal,
-    PeerInfo,
     PeerList,
     Property,
     Register,
@@ -32,6 +31,20 @@ from sleap_rtc.proto.rendezvous import (
     decode_signal_untrusted,
     encode_signal,
     metadata_fits,
+)
+from sleap_rtc.proto.room_member_outputs import (
+    AnswerReceived,
+    Close,
+    Connect,
+    MemberOutput,
+    OfferReceived,
+    PeersListed,
+    PeerUnreachable,
+    Reconnecting,
+    Registered,
+    RegistrationRefused,
+    SendText,
+    ServerComplained,
 )
 
 REGISTRATION_SECONDS = 10.0
@@ -75,90 +88,6 @@ class RandomSource(Protocol):
     def random(self) -> float:
         """Give a number in [0, 1)."""
 
-
-# --------------------------------------------------------------- effects and events
-
-
-class Connect(msgspec.Struct, frozen=True):
-    """Effect: connect to the server."""
-
-
-class SendText(msgspec.Struct, frozen=True):
-    """Effect: send this text on the connection."""
-
-    text: str
-
-
-class Close(msgspec.Struct, frozen=True):
-    """Effect: close the connection, if there is one; don't report that it was lost."""
-
-    reason: str
-
-
-class Registered(msgspec.Struct, frozen=True):
-    """Event: this peer is in its room, for the first time or again."""
-
-
-class RegistrationRefused(msgspec.Struct, frozen=True):
-    """Event: the server does not let this peer in; the machine has ended."""
-
-    reason: str
-
-
-class Reconnecting(msgspec.Struct, frozen=True):
-    """Event: there is no connection; the next attempt follows after ``delay`` s."""
-
-    delay: float
-    reason: str
-
-
-class PeersListed(msgspec.Struct, frozen=True):
-    """Event: the peers that the discovery of this number found."""
-
-    request: int
-    peers: tuple[PeerInfo, ...]
-
-
-class OfferReceived(msgspec.Struct, frozen=True):
-    """Event: a sealed offer came; the sender is what the server claims it to be."""
-
-    sender: str
-    sealed: str
-
-
-class AnswerReceived(msgspec.Struct, frozen=True):
-    """Event: a sealed answer came; the sender is what the server claims it to be."""
-
-    sender: str
-    sealed: str
-
-
-class PeerUnreachable(msgspec.Struct, frozen=True):
-    """Event: the server could not deliver something to this peer."""
-
-    target: str
-
-
-class ServerComplained(msgspec.Struct, frozen=True):
-    """Event: the server could not do something; the connection goes on."""
-
-    code: str
-    reason: str
-
-
-MemberOutput = (
-    Connect
-    | SendText
-    | Close
-    | Registered
-    | RegistrationRefused
-    | Reconnecting
-    | PeersListed
-    | OfferReceived
-    | AnswerReceived
-    | PeerUnreachable
-    | ServerComplained
-)
 
 # -------------------------------------------------------------- states, transitions
 

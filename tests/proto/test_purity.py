@@ -14,6 +14,7 @@ MODULES = sorted(PROTO.glob("*.py"))
 
 WORLDLY_IMPORTS = [
     "import trio",
+    "import trio_websocket",
     "import time",
     "import os",
     "import random",

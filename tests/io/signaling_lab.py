@@ -1,0 +1,222 @@
+"""A signaling server to start and stop, and a peer that does as it is told."""
+
+import json
+import secrets
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+import structlog
+import trio
+from wsproto import ConnectionType, WSConnection
+from wsproto.events import (
+    AcceptConnection,
+    CloseConnection,
+    Event,
+    Ping,
+    Request,
+    TextMessage,
+)
+
+from sleap_rtc.io.nursery import open_background_nursery
+from sleap_rtc.io.signaling import Room, open_room
+from sleap_rtc.io.signaling_server import serve_signaling
+from sleap_rtc.proto.envelope import Offer, seal_offer
+from sleap_rtc.proto.invite import RoomKeys
+from sleap_rtc.proto.rendezvous import (
+    Challenge,
+    Metadata,
+    Register,
+    decode_signal_untrusted,
+    encode_signal,
+)
+from sleap_rtc.proto.room_member import Backoff
+
+KEYS = RoomKeys.from_secret(b"k" * 32)
+LOG = structlog.get_logger()
+QUICK = Backoff(0.01, 0.05)
+DEADLINE = 20.0
+HOST = "127.0.0.1"
+
+
+class RawPeer:
+    """One end of a WebSocket, without anything that happens by itself.
+
+    Args:
+        stream: What it speaks over.
+        kind: Which end it is.
+    """
+
+    def __init__(self, stream: trio.abc.Stream, kind: ConnectionType) -> None:
+        self.stream = stream
+        self._protocol = WSConnection(kind)
+        self._events: deque[Event] = deque()
+
+    async def send(self, *events: Event) -> None:
+        """Send all of these at once."""
+        await self.stream.send_all(b"".join(map(self._protocol.send, events)))
+
+    async def send_text(self, text: str) -> None:
+        await self.send(TextMessage(text))
+
+    async def event(self) -> Event:
+        """Wait for what comes next; the end of the stream is an error."""
+        while not self._events:
+            data = await self.stream.receive_some()
+            if not data:
+                raise trio.BrokenResourceError("the connection ended")
+            self._protocol.receive_data(bytes(data))
+            self._events += self._protocol.events()
+        return self._events.popleft()
+
+    async def rest(self) -> list[Event]:
+        """Wait for everything that comes until the stream ends."""
+        async for data in self.stream:
+            self._protocol.receive_data(bytes(data))
+            self._events += self._protocol.events()
+        return list(self._events)
+
+    async def text(self) -> str:
+        """Wait for a whole message; pings are answered meanwhile."""
+        parts: list[str] = []
+        while True:
+            event = await self.event()
+            if isinstance(event, Ping):
+                await self.send(event.response())
+                continue
+            assert isinstance(event, TextMessage), event
+            parts.append(event.data)
+            if event.message_finished:
+                return "".join(parts)
+
+    async def reply(self) -> dict[str, object]:
+        answer = json.loads(await self.text())
+        assert isinstance(answer, dict)
+        return answer
+
+    async def closing(self) -> tuple[int, str]:
+        """Wait for the other end to close; give the code and the reason."""
+        while not isinstance(event := await self.event(), CloseConnection):
+            pass
+        await self.send(event.response())
+        return event.code, event.reason or ""
+
+    async def register(self, peer_id: str) -> None:
+        challenge = decode_signal_untrusted(await self.text())
+        assert isinstance(challenge, Challenge)
+        signature = KEYS.sign_registration(challenge.nonce, peer_id)
+        await self.send_text(
+            encode_signal(
+                Register(peer_id, KEYS.room_id, "client", KEYS.public_key, signature)
+            )
+        )
+
+
+class Server:
+    """A server that can be stopped and started again on its port."""
+
+    def __init__(self, nursery: trio.Nursery) -> None:
+        self._nursery = nursery
+        self._scope = trio.CancelScope()
+        self._stopped = trio.Event()
+        self.port = 0
+
+    async def start(self) -> None:
+        self._scope, self._stopped = trio.CancelScope(), trio.Event()
+        self.port = await self._nursery.start(self._run)
+
+    async def stop(self) -> None:
+        self._scope.cancel()
+        await self._stopped.wait()
+
+    async def _run(self, task_status: trio.TaskStatus[int]) -> None:
+        with self._scope:
+            await serve_signaling(HOST, self.port, log=LOG, task_status=task_status)
+        self._stopped.set()
+
+    @property
+    def url(self) -> str:
+        return f"ws://{HOST}:{self.port}"
+
+    def room(
+        self,
+        peer_id: str,
+        role: str = "client",
+        metadata: Metadata = Metadata(),  # noqa: B008
+        keys: RoomKeys = KEYS,
+    ) -> AbstractAsyncContextManager[Room]:
+        return open_room(
+            self.url, keys, peer_id, role, metadata, log=LOG, backoff=QUICK
+        )
+
+    @asynccontextmanager
+    async def socket(self) -> AsyncIterator[RawPeer]:
+        """Connect, up to the end of the handshake."""
+        async with await trio.open_tcp_stream(HOST, self.port) as stream:
+            peer = RawPeer(stream, ConnectionType.CLIENT)
+            await peer.send(Request(host=HOST, target="/"))
+            assert isinstance(await peer.event(), AcceptConnection)
+            yield peer
+
+    async def works(self) -> None:
+        """Check that the server still serves."""
+        async with self.room(f"check-{secrets.token_hex(4)}") as room:
+            await room.wait_registered()
+
+
+@asynccontextmanager
+async def running_server() -> AsyncIterator[Server]:
+    with trio.fail_after(DEADLINE):
+        async with open_background_nursery() as nursery:
+            server = Server(nursery)
+            await server.start()
+            yield server
+
+
+@asynccontextmanager
+async def lying_server(*texts: str) -> AsyncIterator[str]:
+    """Serve these messages to everybody; gives its URL."""
+
+    async def handle(stream: trio.SocketStream) -> None:
+        peer = RawPeer(stream, ConnectionType.SERVER)
+        try:
+            assert isinstance(await peer.event(), Request)
+            await peer.send(AcceptConnection())
+            for text in texts:
+                await peer.send_text(text)
+            await peer.closing()
+        except trio.BrokenResourceError:
+            pass
+
+    async with plain_server(handle) as port:
+        yield f"ws://{HOST}:{port}"
+
+
+@asynccontextmanager
+async def plain_server(
+    handle: Callable[[trio.SocketStream], object],
+) -> AsyncIterator[int]:
+    """Serve anything over TCP; gives its port."""
+    async with open_background_nursery() as nursery:
+        [listener] = await trio.open_tcp_listeners(0, host=HOST)
+        await nursery.start(trio.serve_listeners, handle, [listener])
+        yield listener.socket.getsockname()[1]
+
+
+def sealed(sender: str = "client", target: str = "worker") -> str:
+    return seal_offer(
+        KEYS,
+        Offer(("tcp",)),
+        sender=sender,
+        target=target,
+        nonce=secrets.token_bytes(16),
+        worker_nonce=b"w" * 16,
+        aead_nonce=secrets.token_bytes(12),
+        expires=1.0,
+    )
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait until something has happened that nobody announces."""
+    while not condition():  # noqa: ASYNC110
+        await trio.sleep(0.01)

@@ -11,8 +11,8 @@ import trio
 from blake3 import blake3
 
 from sleap_rtc.filesystem import safe_mkdir
+from sleap_rtc.io.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.io.copy import copy_with_deadline
-from sleap_rtc.io.files import ChunkReader, ChunkWriter
 from sleap_rtc.io.folder import (
     PathValidationError,
     SharedStorageError,

@@ -10,8 +10,9 @@ import structlog
 import trio
 from blake3 import blake3
 
+from sleap_rtc.io.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.io.copy import SPACE_PERCENT
-from sleap_rtc.io.files import ChunkReader, ChunkWriter, human_size
+from sleap_rtc.io.files import human_size
 from sleap_rtc.io.folder import (
     PathValidationError,
     SharedStorageError,

@@ -1,7 +1,6 @@
-"""New files that appear whole or not at all, and files that travel in chunks.
+"""New files that appear whole or not at all, and what is needed to fill them.
 
-All functions here block, and are called in worker threads; any number of threads may
-use one `ChunkReader` or `ChunkWriter` at once.
+All functions here block, and are called in worker threads.
 """
 
 import ctypes
@@ -14,19 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from blake3 import blake3
-
 from sleap_rtc.io.folder import (
     Folder,
     InsufficientSpaceError,
-    PathValidationError,
     SharedStorageError,
-    explain_errors,
     open_folder_beneath,
-    open_owned,
 )
-from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.paths import check_portable_path_untrusted
 
 Buffer = bytes | bytearray | memoryview
 
@@ -57,7 +49,7 @@ class PartFile:
         self._name = name
         kept = name.encode()[:_KEPT_OF_NAME].decode(errors="ignore")
         self._part = f".{kept}.{secrets.token_hex(6)}.part"
-        self._handle = _Handle(folder.create_file(self._part))
+        self._handle = OpenFile(folder.create_file(self._part))
         self._done = False
 
     @property
@@ -134,147 +126,6 @@ def start_part_file(
         raise
 
 
-class ChunkReader:
-    """A file that is sent chunk by chunk.
-
-    Args:
-        source: A path that the owner of this process named, or the file descriptor
-            from `open_beneath` for one that a peer named; `close` closes it.
-        chunk_size: Bytes in a chunk; the last one may be shorter.
-
-    Raises:
-        PathValidationError: If it is no readable file.
-        SharedStorageError: If the storage failed.
-    """
-
-    def __init__(self, source: Path | int, *, chunk_size: int) -> None:
-        fd = source if isinstance(source, int) else open_owned(source)
-        self._name = "the file" if isinstance(source, int) else source.name
-        self._handle = _Handle(fd)
-        self._chunk_size = chunk_size
-        self._opened = file_identity(fd)
-
-    @property
-    def size(self) -> int:
-        """Bytes in the file when it was opened."""
-        return self._opened[0]
-
-    def read(self, index: int) -> tuple[bytes, bytes]:
-        """Read one chunk.
-
-        Args:
-            index: Its place in the file, from 0.
-
-        Returns:
-            The chunk, and its BLAKE3 hash.
-
-        Raises:
-            SharedStorageError: If the storage failed, or the file became shorter.
-        """
-        length = _chunk_length(index, self.size, self._chunk_size)
-        with self._handle.use() as fd, explain_errors(f"Failed to read {self._name}"):
-            payload = read_at(fd, length, index * self._chunk_size)
-        if len(payload) < length:
-            raise SharedStorageError(f"{self._name} became shorter while it was sent")
-        return payload, blake3(payload).digest()
-
-    def check_unchanged(self) -> bool:
-        """Tell whether the file is still as it was when it was opened."""
-        with self._handle.use() as fd, explain_errors(f"Failed to read {self._name}"):
-            return file_identity(fd) == self._opened
-
-    def close(self) -> None:
-        """Let go of the file, as soon as no thread reads any more."""
-        self._handle.close()
-
-
-class ChunkWriter:
-    """A file that is received chunk by chunk, in any order.
-
-    Nothing has the file's name before `publish`. End with `publish` or `abandon`.
-
-    Args:
-        root: An existing directory that the owner of this process named.
-        relative: Where beneath it the file goes, as the peer sent it. Directories that
-            are missing are made.
-        size: Bytes in the file.
-        chunk_size: Bytes in a chunk; the last one may be shorter.
-
-    Raises:
-        PathValidationError: If the path is none that every system can store, or leads
-            through a link or a file.
-        InsufficientSpaceError: If the file does not fit.
-        SharedStorageError: If the name is taken, or the storage failed.
-    """
-
-    def __init__(
-        self, root: Path, relative: str, *, size: int, chunk_size: int
-    ) -> None:
-        self._relative = relative
-        self._size = size
-        self._chunk_size = chunk_size
-        try:
-            names = check_portable_path_untrusted(relative).split("/")
-        except RemoteProtocolError as error:
-            raise PathValidationError(error.reason) from None
-        with explain_errors(f"Failed to create {relative}"):
-            where = f"for {relative}"
-            self._part = start_part_file(root, names, needed=size, where=where)
-        try:
-            with self._part.use() as fd, explain_errors(f"No room for {relative}"):
-                _reserve(fd, size)
-        except SharedStorageError:
-            self._part.discard()
-            raise
-
-    def write(self, index: int, payload: Buffer, digest: bytes) -> bool:
-        """Check one chunk, and write it if it is good.
-
-        Args:
-            index: Its place in the file, from 0.
-            payload: What arrived.
-            digest: The BLAKE3 hash that came with it.
-
-        Returns:
-            False if it is damaged; nothing was written then.
-
-        Raises:
-            InsufficientSpaceError: If the storage or the quota is used up.
-            SharedStorageError: If the storage failed.
-        """
-        length = _chunk_length(index, self._size, self._chunk_size)
-        if len(payload) != length or blake3(payload).digest() != digest:
-            return False
-        with (
-            self._part.use() as fd,
-            explain_errors(f"Failed to write {self._relative}"),
-        ):
-            write_at(fd, payload, index * self._chunk_size)
-        return True
-
-    def publish(self) -> Path:
-        """Bring the content to the disk, and let the file appear under its name.
-
-        Returns:
-            The path of the file.
-
-        Raises:
-            SharedStorageError: If the name was taken meanwhile, or the storage failed;
-                `abandon` is still to be called.
-        """
-        with explain_errors(f"Failed to write {self._relative}"):
-            return self._part.publish()
-
-    def abandon(self) -> None:
-        """Remove what was written, unless it was published; safe to call again.
-
-        Raises:
-            SharedStorageError: If the storage failed.
-        """
-        with explain_errors(f"Failed to remove the part file of {self._relative}"):
-            self._part.discard()
-
-
 def read_at(fd: int, length: int, offset: int) -> bytes:
     """Read some bytes of a file, fewer only at its end."""
     pieces: list[bytes] = []
@@ -305,6 +156,14 @@ def write_at(fd: int, data: Buffer, offset: int) -> None:
                 written = os.write(fd, view)
         view = view[written:]
         offset += written
+
+
+def sync_data(fd: int) -> None:
+    """Make what was written to a file survive a power cut."""
+    if hasattr(os, "fdatasync"):
+        os.fdatasync(fd)
+    else:
+        os.fsync(fd)
 
 
 def require_space(folder: Folder, needed: int, where: str) -> None:
@@ -345,7 +204,7 @@ def human_size(size: int) -> str:
     return f"{amount:.1f} TiB"
 
 
-class _Handle:
+class OpenFile:
     """A file descriptor that is closed when the last thread lets go of it.
 
     A thread that was given up while it hung in a call must not write into whatever
@@ -383,8 +242,12 @@ class _Handle:
             os.close(self._fd)
 
 
-def _reserve(fd: int, size: int) -> None:
-    """Make sure of the space, so that a full disk is noticed before the transfer."""
+def reserve_space(fd: int, size: int) -> None:
+    """Give a file its size, so that a full disk is noticed before it is written.
+
+    Raises:
+        OSError: If there is no room.
+    """
     os.ftruncate(fd, size)
     if sys.platform != "linux" or size == 0:
         return
@@ -396,13 +259,6 @@ def _reserve(fd: int, size: int) -> None:
     code = ctypes.get_errno()
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         raise OSError(code, os.strerror(code))
-
-
-def _chunk_length(index: int, size: int, chunk_size: int) -> int:
-    length = min(chunk_size, size - index * chunk_size)
-    if index < 0 or length <= 0:
-        raise ValueError(f"a file of {size} bytes has no chunk {index}")
-    return length
 
 
 _seek_lock = threading.Lock()

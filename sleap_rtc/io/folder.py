@@ -165,11 +165,12 @@ class Folder:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | _NO_LINKS | _BINARY
         return os.open(where, flags, mode, dir_fd=fd)
 
-    def open_file(self, name: str) -> int:
-        """Open a regular file for reading. It never waits, whatever the name is."""
+    def open_file(self, name: str, *, write: bool = False) -> int:
+        """Open a regular file for reading, or for both; it never waits."""
         self._require_regular(name, self.status(name))
         where, fd = self._at(name)
-        flags = os.O_RDONLY | _NO_LINKS | _NEVER_WAIT | _BINARY
+        flags = os.O_RDWR if write else os.O_RDONLY
+        flags |= _NO_LINKS | _NEVER_WAIT | _BINARY
         try:
             opened = os.open(where, flags, dir_fd=fd)
         except OSError as error:

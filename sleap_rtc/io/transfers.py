@@ -10,6 +10,7 @@ import trio
 
 from sleap_rtc.io.folder import SharedStorageError
 from sleap_rtc.io.link import Link, LinkClosedError
+from sleap_rtc.proto.chunk_map import ChunkMap
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.frames import ChunkHeader, Frame
 from sleap_rtc.proto.messages import (
@@ -83,11 +84,17 @@ class ChunkSink(Protocol):
     Its methods raise `SharedStorageError` if the storage failed.
     """
 
+    chunk_map: ChunkMap
+    """What is there already; the transfer takes it over and notes what it stores."""
+
     def write(self, index: int, payload: Buffer, digest: bytes) -> bool:
         """Write a chunk, or return False if that is not its hash."""
 
     def publish(self) -> Path:
         """Let the whole file appear under its name, and return that."""
+
+    def keep(self) -> None:
+        """Leave what was written for later, unless it was published."""
 
     def abandon(self) -> None:
         """Remove what was written, unless it was published."""
@@ -192,13 +199,25 @@ class Transfers:
         *,
         on_progress: Progress = _ignore_progress,
     ) -> Path:
-        """Receive a file that the peer offered.
+        """Receive a file that the peer offered, or the rest of it.
+
+        It asks only for the chunks that the sink does not have. What becomes of those
+        that are stored depends on what ends the transfer:
+
+        - The sink is published when it is whole and the sender has verified it.
+        - It is abandoned on a `TransferError`: the peer gave the file up, it is not
+          the file that the stored chunks are of, or the storage failed.
+        - It is kept in every other case, so that a later transfer goes on with it: the
+          link was lost, or the owner cancelled, as it does when its process stops. The
+          peer is told of a cancellation. An owner that gives the file up for good
+          removes what was kept.
 
         Args:
             transfer_id: The number in the offer.
             offer: The file.
-            sink: Where it goes. It is published, or else abandoned, in any case.
-            on_progress: Called with the number of bytes stored so far.
+            sink: Where it goes, for a file of that size in chunks of that size.
+            on_progress: Called with the number of bytes stored so far, those of
+                earlier transfers included.
 
         Returns:
             The path of the whole file.
@@ -208,18 +227,19 @@ class Transfers:
                 can't be written.
             LinkClosedError: If the link ended first.
         """
+        leave = sink.keep
         try:
-            receiver = Receiver(transfer_id, offer)
+            receiver = Receiver(transfer_id, offer, chunk_map=sink.chunk_map)
             receiving = _Receiving(self._link, receiver, sink, on_progress)
             with self._registered(transfer_id, receiving):
                 return await receiving.receive()
-        except RemoteProtocolError as error:  # the offer is absurd
-            await self._link.send_message(FileError(transfer_id, error.reason))
-            raise TransferError(error.reason) from None
+        except TransferError:
+            leave = sink.abandon
+            raise
         finally:
             with trio.CancelScope(shield=True):
                 try:
-                    await trio.to_thread.run_sync(sink.abandon)
+                    await trio.to_thread.run_sync(leave)
                 except SharedStorageError:
                     pass  # a hidden part file stays; what led here matters more
 
@@ -343,6 +363,7 @@ class _Receiving(_Active):
     async def receive(self) -> Path:
         """Take the whole file, and return where it is."""
         self._receiver.start()
+        self._report(self._receiver.chunk_map.bytes_there)
         await self._run()
         return self._path
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from sleap_rtc.io.files import ChunkReader, ChunkWriter, PartFile, human_size
+from sleap_rtc.io.chunk_files import ChunkReader, ChunkWriter
+from sleap_rtc.io.files import PartFile, human_size
 from sleap_rtc.io.folder import (
     Folder,
     InsufficientSpaceError,
@@ -98,7 +99,7 @@ def test_a_chunk_that_no_file_has_is_the_callers_fault(
 
 def test_an_abandoned_file_leaves_nothing(storage: Path) -> None:
     writer = ChunkWriter(storage, "a/b", size=CHUNK, chunk_size=CHUNK)
-    assert len(leftovers(storage)) == 1
+    assert leftovers(storage) == [".b.map", ".b.part"]
     writer.abandon()
     writer.abandon()
     assert leftovers(storage) == []
@@ -148,14 +149,22 @@ def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "outside") == []
 
 
-def test_a_long_name_leaves_room_for_its_part_file(tmp_path: Path) -> None:
-    name = "ä" * 127
-    ChunkWriter(tmp_path, name, size=0, chunk_size=CHUNK).publish()
-    assert os.listdir(tmp_path) == [name]
+def test_long_names_leave_room_for_part_files_of_their_own(tmp_path: Path) -> None:
+    names = ["ä" * 127, "ä" * 126 + "b"]
+    writers = [ChunkWriter(tmp_path, n, size=0, chunk_size=CHUNK) for n in names]
+    for writer in writers:
+        writer.publish()
+    assert sorted(os.listdir(tmp_path)) == sorted(names)
 
 
 def test_a_file_that_does_not_fit_is_refused_at_once(storage: Path) -> None:
     with pytest.raises(InsufficientSpaceError, match=r"need 1024\.0 TiB, have "):
+        ChunkWriter(storage, "a", size=2**50, chunk_size=2**30)
+    assert leftovers(storage) == []
+
+
+def test_a_file_of_absurdly_many_chunks_is_refused(storage: Path) -> None:
+    with pytest.raises(SharedStorageError, match="use larger chunks"):
         ChunkWriter(storage, "a", size=2**50, chunk_size=CHUNK)
     assert leftovers(storage) == []
 

@@ -1,0 +1,239 @@
+"""The journal of a file that arrives in chunks: which of them were written.
+
+It lies beside the part file and outlives the process that writes it. A chunk's slot is
+written after the chunk itself. Each slot carries a checksum, so a torn one costs only
+its chunk; and whoever goes on with the file compares each chunk with its slot, because
+a power cut may lose either.
+
+Slots are 36 bytes each, and all numbers are big-endian. The first one is the header:
+
+=======  =====  ================================================================
+offset   bytes  field
+=======  =====  ================================================================
+0        4      ``SRCJ``
+4        4      version, 1
+8        8      size of the file in bytes
+16       4      size of a chunk in bytes
+20       16     checksum over these and the origin of the file
+=======  =====  ================================================================
+
+The slot of chunk 0 follows, then that of chunk 1, and so on. Those of chunks that were
+not written yet hold zeros:
+
+=======  =====  ================================================================
+offset   bytes  field
+=======  =====  ================================================================
+0        32     BLAKE3 hash of the chunk
+32       4      checksum over the number of the chunk, as 4 bytes, and the hash
+=======  =====  ================================================================
+
+Checksums are the first bytes of a BLAKE3 hash.
+"""
+
+import errno
+import os
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+from blake3 import blake3
+
+from sleap_rtc.io.files import (
+    OpenFile,
+    read_at,
+    reserve_space,
+    sync_data,
+    write_at,
+)
+from sleap_rtc.io.folder import Folder
+from sleap_rtc.proto.chunk_map import HASH_SIZE
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+_MAGIC = b"SRCJ"
+_VERSION = 1
+_FIELDS = struct.Struct(">4sIQI")
+_NUMBER = struct.Struct(">I")
+_CHECKSUM = 4
+_SLOT = HASH_SIZE + _CHECKSUM
+_EMPTY = bytes(_SLOT)
+_SLOTS_AT_ONCE = 1024
+"""Slots that are read in one go."""
+
+_LOCKED_BYTE = 2**40
+"""Windows locks bytes and not files; this one is far behind the last slot."""
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
+"""What file systems without locks answer: some network mounts."""
+
+
+class Journal:
+    """Which chunks of a part file were written, and their hashes.
+
+    It is locked as long as it is open, and the lock ends with the process. So it also
+    keeps a second writer away from the part file. Any number of threads may use it.
+
+    Args:
+        folder: Where it lies; the owner keeps it open for as long.
+        name: Its name. It is made if it is not there.
+        size: Bytes of the file that arrives.
+        chunk_size: Bytes of every chunk but the last, which may be shorter.
+        origin: What the file is a copy of; a journal of something else is foreign.
+
+    Raises:
+        BlockingIOError: If another writer has it.
+        PathValidationError: If the name is taken by something that is no file.
+        OSError: If the storage failed.
+    """
+
+    def __init__(
+        self, folder: Folder, name: str, *, size: int, chunk_size: int, origin: str = ""
+    ) -> None:
+        self._folder = folder
+        self._name = name
+        self._count = -(-size // chunk_size)
+        fields = _FIELDS.pack(_MAGIC, _VERSION, size, chunk_size)
+        checksum = blake3(fields + origin.encode()).digest(_SLOT - len(fields))
+        self._header = fields + checksum
+        self._file = OpenFile(_open_locked(folder, name))
+
+    def use(self) -> AbstractContextManager[int]:
+        """Keep it open, and locked, for the length of a block.
+
+        Raises:
+            SharedStorageError: If it was closed.
+        """
+        return self._file.use()
+
+    def matches(self) -> bool:
+        """Tell whether it is the journal of this very file."""
+        with self.use() as fd:
+            return read_at(fd, _SLOT, 0) == self._header
+
+    def restart(self) -> None:
+        """Forget every chunk, and whatever else was in it.
+
+        Raises:
+            OSError: If there is no room.
+        """
+        with self.use() as fd:
+            os.ftruncate(fd, 0)
+            reserve_space(fd, _SLOT * (1 + self._count))
+            write_at(fd, self._header, 0)
+
+    def note(self, index: int, digest: bytes) -> None:
+        """Note that a chunk was written.
+
+        Args:
+            index: The chunk.
+            digest: Its BLAKE3 hash.
+
+        Raises:
+            OSError: If the storage failed.
+        """
+        with self.use() as fd:
+            write_at(fd, digest + _check(index, digest), _SLOT * (1 + index))
+
+    def written(self) -> Iterator[tuple[int, bytes]]:
+        """Yield the chunks that were noted, and their hashes, in order."""
+        with self.use() as fd:
+            for first in range(0, self._count, _SLOTS_AT_ONCE):
+                wanted = min(_SLOTS_AT_ONCE, self._count - first)
+                slots = read_at(fd, _SLOT * wanted, _SLOT * (1 + first))
+                for place in range(len(slots) // _SLOT):
+                    slot = slots[place * _SLOT : (place + 1) * _SLOT]
+                    digest, checksum = slot[:HASH_SIZE], slot[HASH_SIZE:]
+                    if slot != _EMPTY and checksum == _check(first + place, digest):
+                        yield first + place, digest
+
+    def sync(self) -> None:
+        """Make what was noted survive a power cut.
+
+        Raises:
+            OSError: If the storage failed.
+        """
+        with self.use() as fd:
+            sync_data(fd)
+
+    def remove(self) -> None:
+        """Remove it from the storage, and close it.
+
+        Raises:
+            OSError: If the storage failed; it is closed nevertheless.
+        """
+        if sys.platform == "win32":  # which does not remove what is open
+            self._file.close()
+        try:
+            self._folder.unlink(self._name)
+        except FileNotFoundError:
+            pass
+        finally:
+            self._file.close()
+
+    def close(self) -> None:
+        """Leave it for later, and let others have it; safe to call again."""
+        self._file.close()
+
+
+def _check(index: int, digest: bytes) -> bytes:
+    return blake3(_NUMBER.pack(index) + digest).digest(_CHECKSUM)
+
+
+def _open_locked(folder: Folder, name: str) -> int:
+    """Open a file, make it if it is not there, and lock it."""
+    while True:
+        try:
+            fd = folder.open_file(name, write=True)
+        except FileNotFoundError:
+            try:
+                fd = folder.create_file(name)
+            except FileExistsError:
+                continue  # somebody else was faster
+        try:
+            _lock(fd)
+            if _is_named(folder, name, fd):
+                return fd
+        except OSError:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _is_named(folder: Folder, name: str, fd: int) -> bool:
+    """Tell whether a name, and no other, still means an open file.
+
+    Its last owner may have removed it before this one could lock it. And if it has a
+    second name, it is somebody's way to have another file overwritten.
+    """
+    status = os.fstat(fd)
+    try:
+        if status.st_nlink > 1:
+            folder.unlink(name)
+            return False
+        return os.path.samestat(status, folder.status(name))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(fd: int) -> None:
+    """Lock a file, as long as it is open, against everybody else.
+
+    Raises:
+        BlockingIOError: If it is locked.
+    """
+    if sys.platform == "win32":
+        os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError(error.errno, error.strerror) from None
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise

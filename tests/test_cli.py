@@ -1,0 +1,174 @@
+"""The command line alone: what it prints of others, and how it ends."""
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+
+import pytest
+import structlog
+
+from sleap_rtc.cli import main
+from sleap_rtc.cli.console import plain, reported_errors
+from sleap_rtc.cli.watch import JsonWatch, TerminalWatch
+from sleap_rtc.client import LinePrinted, RouteChosen, TransferProgress
+from sleap_rtc.errors import ExitCode, JobFailedError, NoWorkerError, UserError
+
+COMMANDS = ("send", "daemon", "invite", "join", "workers", "doctor", "config")
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """Undo what a command does to the logs of its process."""
+    handlers = logging.root.handlers[:]
+    level = logging.root.level
+    yield
+    structlog.reset_defaults()
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    code = ended.value.code
+    assert isinstance(code, int)
+    return code
+
+
+def ended_by(error: BaseException, *, as_json: bool = False) -> int | str | None:
+    """Raise an error where commands do; return the exit code."""
+
+    def command() -> None:
+        with reported_errors(as_json=as_json):
+            raise error
+
+    with pytest.raises(SystemExit) as ended:
+        command()
+    return ended.value.code
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(
+    capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    assert run(command, "--help") == 0
+    shown = capsys.readouterr().out
+    assert f"sleap-rtc {command}" in shown
+
+
+def test_the_help_lists_commands_and_exit_codes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("--help") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(command in shown for command in COMMANDS)
+    for code in ExitCode:
+        assert re.search(rf"\b{int(code)} [a-z]", shown), code
+
+
+@pytest.mark.parametrize("kind", UserError.__subclasses__())
+def test_every_failure_has_its_exit_code(
+    capsys: pytest.CaptureFixture[str], kind: type[UserError]
+) -> None:
+    assert ended_by(kind("It broke.", "Mend it.")) == kind.exit_code
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "Error: It broke." in shown.err
+    assert "What to do: Mend it." in shown.err
+
+
+def test_a_failure_of_several_tasks_is_one_failure(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    group = ExceptionGroup("", [ExceptionGroup("", [NoWorkerError("Nobody.")])])
+    assert ended_by(group) == ExitCode.NO_WORKER
+    assert "Nobody." in capsys.readouterr().err
+    assert ended_by(BaseExceptionGroup("", [KeyboardInterrupt()])) == 130
+
+
+def test_a_bug_is_never_hidden_behind_a_failure() -> None:
+    def command() -> None:
+        with reported_errors():
+            raise ExceptionGroup("", [NoWorkerError("Nobody."), ValueError("bug")])
+
+    with pytest.raises(ExceptionGroup):
+        command()
+
+
+def test_ctrl_c_is_130(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended_by(KeyboardInterrupt()) == 130
+    assert "Interrupted." in capsys.readouterr().err
+
+
+def test_a_failure_can_be_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended_by(JobFailedError("a\x1b[2Jb", "hint"), as_json=True) == 5
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["event"] == "error"
+    assert shown["kind"] == "JobFailedError"
+    assert shown["exit_code"] == 5
+    assert "\x1b" not in shown["message"]
+
+
+def test_text_of_a_peer_is_neither_markup_nor_control() -> None:
+    assert plain("[red]x") == r"\[red]x"
+    assert "\x1b" not in plain("\x1b[31mred")
+
+
+def test_output_is_printed_once_a_line_is_final(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with TerminalWatch() as watch:
+        for number, text in ((1, "one"), (2, "50 %"), (2, "100 %"), (3, "three")):
+            watch(LinePrinted(number, text))
+        watch(LinePrinted(2, "too late"))
+    assert capsys.readouterr().out == "one\n100 %\nthree\n"
+
+
+def test_a_gap_in_the_output_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with TerminalWatch() as watch:
+        for number in (1, 2, 4, 100):
+            watch(LinePrinted(number, f"line {number}"))
+    assert capsys.readouterr().out.splitlines() == [
+        "line 1",
+        "line 2",
+        "... 1 line left out; job.log has them",
+        "line 4",
+        "... 95 lines left out; job.log has them",
+        "line 100",
+    ]
+
+
+def test_output_of_a_job_can_not_take_the_terminal_over(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for watch in (TerminalWatch(), JsonWatch()):
+        with watch:
+            watch(LinePrinted(1, "a\x1b]0;title\x07b\x9b5Ac[red]d"))
+            watch(RouteChosen("channel", "\x1b[31mbecause"))
+        shown = capsys.readouterr()
+        text = shown.out + shown.err
+        assert not set(text) & {"\x1b", "\x07", "\x9b"}
+        assert "[red]d" in text
+
+
+def test_progress_is_a_line_now_and_then_where_nothing_can_be_redrawn(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with TerminalWatch() as watch:
+        for done in range(1001):
+            watch(TransferProgress("Sending x", done, 1000))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 11
+    assert lines[-1].startswith("Sending x: 100 %")
+
+
+def test_json_tells_each_event_on_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with JsonWatch() as watch:
+        watch(LinePrinted(7, "two\nlines"))
+        watch(TransferProgress("Sending x", 1, 2))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        {"event": "line", "line": 7, "text": "two\nlines"},
+        {"event": "progress", "what": "Sending x", "done": 1, "total": 2},
+    ]

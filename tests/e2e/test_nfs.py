@@ -25,3 +25,12 @@ def test_the_laboratory_shows_one_nfs_to_two_hosts(nfs_lab: RunInLab) -> None:
     result = nfs_lab([sys.executable, "-c", TWO_HOSTS], 30)
     assert result.output.splitlines() == ["nfs4 nfs4", "written by the one"]
     assert result.returncode == 7
+
+
+@pytest.mark.timeout(300)
+def test_a_job_takes_the_shared_route_over_two_nfs_mounts(nfs_lab: RunInLab) -> None:
+    result = nfs_lab([sys.executable, "-m", "tests.e2e.nfs_job"], 200)
+    assert result.returncode == 0, result.output
+    assert "Route: shared (" in result.output
+    (results,) = (x for x in result.output.splitlines() if x.startswith("results:"))
+    assert "job.log models/synth_run/best.ckpt" in results

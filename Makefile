@@ -7,11 +7,13 @@ PYTEST_ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test bench bench-full lint format clean
 
 help:
 	@echo "make demo    send a job to a worker on this machine and watch it"
 	@echo "make test    run the linters, then the tests (PYTEST_ARGS=... for pytest)"
+	@echo "make bench   measure both routes beside cp, dd and shutil.copy2 (64 MiB)"
+	@echo "make bench-full  the same with 5 GiB, which takes a while"
 	@echo "make lint    run the linters"
 	@echo "make format  format the code and apply the safe fixes of the linter"
 	@echo "make clean   remove .venv and all caches"
@@ -34,6 +36,12 @@ demo: $(READY)
 test: lint
 	@echo "== pytest"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(READY)
+	@$(BIN)/python bench/transfer.py --size 64MiB --rounds 3
+
+bench-full: $(READY)
+	@$(BIN)/python bench/transfer.py --size 5GiB --rounds 3
 
 lint: $(READY)
 	@echo "== black"

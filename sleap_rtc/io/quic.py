@@ -30,7 +30,6 @@ from sleap_rtc.io.quic_engine import (
 )
 from sleap_rtc.io.quic_link import QuicLink
 from sleap_rtc.io.quic_session import (
-    IDLE_TIMEOUT,
     Established,
     Output,
     QuicSession,
@@ -43,12 +42,9 @@ from sleap_rtc.io.quic_socket import (
     open_udp_listener,
     open_udp_socket,
 )
+from sleap_rtc.io.session import IDLE_TIMEOUT, MAX_UNPROVEN_LINKS
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import Auth
-
-MAX_UNPROVEN_LINKS = 64
-"""Clients that may be in their handshake at once: more than a room has peers, and 64
-times the few 100 KiB that one of them may take is little."""
 
 SMALLEST_FIRST_DATAGRAM = 1200
 """RFC 9000, 14.1: a client pads its first datagram to this many bytes."""

@@ -23,11 +23,10 @@ from sleap_rtc.io.certificates import (
     Certificate,
     certificate_pem_untrusted,
 )
+from sleap_rtc.io.session import ALPN
 
 # The engine warns about every fault of a peer; without a handler that is printed.
 logging.getLogger("quic").addHandler(logging.NullHandler())
-
-ALPN = "sleap-rtc/1"
 
 CONNECTION_ID_LENGTH = 8
 

@@ -5,7 +5,6 @@ its length in four bytes (big-endian) and its text. Beside it each side has one
 unidirectional stream of bulk frames. The client's first message is `Auth`.
 """
 
-import enum
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -24,47 +23,30 @@ from aioquic.quic.events import (
 from aioquic.quic.packet import QuicErrorCode
 
 from sleap_rtc.io.quic_engine import Datagram, QuicEngine
-from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.frames import HEADER_SIZE, Frame, FrameDecoder, encode_header
+from sleap_rtc.io.session import (
+    IDLE_TIMEOUT,
+    MAX_UNREAD,
+    MAX_UNSENT_FRAMES,
+    MAX_UNSENT_MESSAGES,
+    Ended,
+    Session,
+    State,
+    Step,
+)
+from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.frames import FrameDecoder
 from sleap_rtc.proto.messages import (
     MAX_MESSAGE_BYTES,
     Auth,
     Message,
-    Unknown,
     decode_message_untrusted,
-    encode_message,
 )
-
-IDLE_TIMEOUT = 10.0
-"""Seconds of silence after which the peer counts as gone."""
-
-PINGS_PER_TIMEOUT = 5
-"""The engine gives a peer the whole time-out again when it first sends after a
-silence: so a dead one is noticed after at most 12 s of 10."""
-
-HANDSHAKE_TIMEOUT = 10.0
-"""Seconds for the handshake and the proof together."""
-
-MAX_UNSENT_FRAMES = 4 * 1024 * 1024
-"""Bytes of frames waiting for acknowledgement: 40 ms of a gigabit line, and little
-beside the 150 MiB that a process may take."""
-
-MAX_UNSENT_MESSAGES = 1024 * 1024
-"""Bytes of messages waiting for acknowledgement: 16 of the longest."""
-
-MAX_UNREAD = 16 * 1024 * 1024
-"""Bytes that a peer may send beyond what was read: twice what a receiver of chunks
-grants, so that bulk that nobody reads yet never holds up the messages."""
-
-MAX_REASON_BYTES = 512
-"""A reason must fit into one packet, three times over during the handshake."""
 
 _CONTROL = 0
 _CLIENT_BULK = 2
 _SERVER_BULK = 3
 _LENGTH_SIZE = 4
 
-_REFUSED = "refused"
 _ORDERLY = 0
 _VIOLATION = 1
 _TLS_ALERTS = range(QuicErrorCode.CRYPTO_ERROR, QuicErrorCode.CRYPTO_ERROR + 256)
@@ -92,47 +74,6 @@ class Established(msgspec.Struct, frozen=True):
 
 
 Output = RouteAdded | RouteRemoved | Established
-
-
-class Ended(msgspec.Struct, frozen=True):
-    """Why the session is over.
-
-    Args:
-        reason: What happened, for people.
-        by_peer: True if the peer closed it in order and gave the reason itself.
-    """
-
-    reason: str
-    by_peer: bool
-
-
-# -------------------------------------------------------------------------- states
-
-
-class State(enum.Enum):
-    """How far a session has come."""
-
-    HANDSHAKE = "handshake"
-    UNPROVEN = "unproven"
-    READY = "ready"
-    ENDED = "ended"
-
-
-class Step(enum.Enum):
-    """What moves a session on."""
-
-    SECURED = "the handshake is done"
-    PROVEN = "the peer is who it should be"
-    ENDED = "either side ended it"
-
-
-TRANSITIONS: dict[tuple[State, Step], State] = {
-    (State.HANDSHAKE, Step.SECURED): State.UNPROVEN,
-    (State.HANDSHAKE, Step.ENDED): State.ENDED,
-    (State.UNPROVEN, Step.PROVEN): State.READY,
-    (State.UNPROVEN, Step.ENDED): State.ENDED,
-    (State.READY, Step.ENDED): State.ENDED,
-}
 
 
 class MessageDecoder:
@@ -170,25 +111,20 @@ class MessageDecoder:
         return decode_message_untrusted(text), end
 
 
-class QuicSession:
+class QuicSession(Session):
     """The messages and frames of one QUIC connection.
 
     A driver calls, in any order, `receive_datagrams`, `handle_timeout` and the
     commands `send_message`, `send_frame` and `close`; after each of them it sends what
     `datagrams_to_send` returns, drains `next_output`, and arms a timer for `deadline`.
-    What arrived waits in `next_message` and `next_frame`; taking it may open the peer's
-    window, and `has_news` then asks for another sending. The session is over when
-    `ended` is set, and may be forgotten when `finished` is true: until then it tells a
-    peer that missed the end about it.
 
     Args:
         engine: The QUIC connection; a client's has been told to connect.
-        address: The peer's ``host:port``, for people.
-        authenticate: A server's judge of the client's proof: it returns the client's
-            name or raises `RemoteProtocolError`. A client has None.
+        address: See `Session`, also for the others.
+        authenticate: The judge of the client's proof.
         certificate_der: The only certificate that a client accepts.
         idle_timeout: Seconds of silence after which the peer counts as gone.
-        now: The time in seconds, of any clock that only goes forward.
+        now: The time in seconds.
     """
 
     def __init__(
@@ -201,36 +137,26 @@ class QuicSession:
         idle_timeout: float = IDLE_TIMEOUT,
         now: float,
     ) -> None:
-        self.address = address
-        self.state = State.HANDSHAKE
-        self.ended: Ended | None = None
-        self.finished = False
-        self.rtt = 0.0
-        self.bytes_sent = 0
-        self.bytes_received = 0
-        self.ignored_messages = 0
-        self.has_news = False
+        super().__init__(
+            address,
+            authenticate=authenticate,
+            certificate_der=certificate_der,
+            idle_timeout=idle_timeout,
+            now=now,
+        )
         self._engine = engine
-        self._authenticate = authenticate
-        self._certificate_der = certificate_der
-        self._idle_timeout = idle_timeout
         is_client = authenticate is None
         self._our_bulk = _CLIENT_BULK if is_client else _SERVER_BULK
         self._their_bulk = _SERVER_BULK if is_client else _CLIENT_BULK
         self._decoder = MessageDecoder()
         self._frame_decoder = FrameDecoder()
         self._early_bulk = bytearray()
-        self._messages: deque[tuple[Message, int]] = deque()
-        self._frames: deque[Frame] = deque()
         self._outputs: deque[Output] = deque()
         self._read = 0
         self._granted_at = 0
         self._farewell: list[Datagram] = []
         self._farewell_due = False
         self._engine_deadline: float | None = None
-        self._proof_deadline = now + HANDSHAKE_TIMEOUT
-        self._ping_at = now
-        self._ping_sent = (0, now)
 
     # ------------------------------------------------------------------ the world
 
@@ -250,10 +176,7 @@ class QuicSession:
             self._drain_engine(now)
         match self.state:
             case State.HANDSHAKE | State.UNPROVEN if now >= self._proof_deadline:
-                late = f"for {HANDSHAKE_TIMEOUT:g} s"
-                self._end(
-                    f"no answer from {self.address} {late}", tell=f"no proof {late}"
-                )
+                self._give_up_unproven()
             case State.READY if now >= self._ping_at:
                 self._ping(now)
 
@@ -289,65 +212,7 @@ class QuicSession:
         """Take the next output, if there is one."""
         return self._outputs.popleft() if self._outputs else None
 
-    # ------------------------------------------------------------------- commands
-
-    def send_message(self, message: Message) -> None:
-        """Queue a control message.
-
-        Raises:
-            LocalProtocolError: If it cannot be encoded, or the session is not ready.
-        """
-        self._check_ready()
-        text = encode_message(message).encode()
-        data = len(text).to_bytes(_LENGTH_SIZE) + text
-        self._engine.send(_CONTROL, data)
-
-    def send_frame(self, frame: Frame) -> None:
-        """Queue a bulk frame.
-
-        Raises:
-            LocalProtocolError: If its header does not describe its payload, or the
-                session is not ready.
-        """
-        self._check_ready()
-        if frame.header.length != len(frame.payload):
-            raise LocalProtocolError("the header gives another length than the payload")
-        header = encode_header(frame.header)
-        self._engine.send(self._our_bulk, header)
-        self._engine.send(self._our_bulk, frame.payload)
-
-    def close(self, reason: str) -> None:
-        """End the session and tell the peer why. Nothing that is queued is sent."""
-        if self.ended is None:
-            self._end(f"closed: {reason}" if reason else "closed", tell=reason)
-
     # -------------------------------------------------------------- what is there
-
-    @property
-    def has_message(self) -> bool:
-        """True if `next_message` has one."""
-        return bool(self._messages)
-
-    @property
-    def has_frame(self) -> bool:
-        """True if `next_frame` has one."""
-        return bool(self._frames)
-
-    def next_message(self) -> Message | None:
-        """Take the next control message, if there is one."""
-        if not self._messages:
-            return None
-        message, size = self._messages.popleft()
-        self._count_read(size)
-        return message
-
-    def next_frame(self) -> Frame | None:
-        """Take the next bulk frame, if there is one."""
-        if not self._frames:
-            return None
-        frame = self._frames.popleft()
-        self._count_read(HEADER_SIZE + frame.header.length)
-        return frame
 
     @property
     def has_room_for_message(self) -> bool:
@@ -360,8 +225,8 @@ class QuicSession:
         return self._engine.unacknowledged(self._our_bulk) < MAX_UNSENT_FRAMES
 
     @property
-    def all_acknowledged(self) -> bool:
-        """True if the peer has everything that was queued."""
+    def all_sent(self) -> bool:
+        """True if the peer has acknowledged everything that was queued."""
         streams = (_CONTROL, self._our_bulk)
         return not any(self._engine.unacknowledged(stream) for stream in streams)
 
@@ -372,8 +237,21 @@ class QuicSession:
 
     # --------------------------------------------------------------------- inside
 
-    def _move(self, step: Step) -> None:
-        self.state = TRANSITIONS[self.state, step]
+    def _queue_message(self, text: bytes) -> None:
+        self._engine.send(_CONTROL, len(text).to_bytes(_LENGTH_SIZE) + text)
+
+    def _queue_frame(
+        self, header: bytes, payload: bytes | bytearray | memoryview
+    ) -> None:
+        self._engine.send(self._our_bulk, header)
+        self._engine.send(self._our_bulk, payload)
+
+    def _send_ping(self, uid: int) -> None:
+        self._engine.send_ping(uid)
+
+    def _send_close(self, reason: str, *, orderly: bool) -> None:
+        code = _ORDERLY if orderly else _VIOLATION
+        self._engine.close(code, reason_phrase=reason)
 
     def _count_read(self, size: int) -> None:
         self._read += size
@@ -382,16 +260,12 @@ class QuicSession:
             self._engine.grant(self._read + MAX_UNREAD)
             self.has_news = True
 
-    def _check_ready(self) -> None:
-        if self.state is not State.READY:
-            raise LocalProtocolError(f"the link is not ready: {self.state.value}")
-
     def _drain_engine(self, now: float) -> None:
         try:
             while (event := self._engine.next_event()) is not None:
                 self._receive_event_untrusted(event, now)
         except RemoteProtocolError as error:
-            self._end(f"{self.address}: {error.reason}", _VIOLATION, tell=error.reason)
+            self._violated(error)
         closing = self._engine.close_event
         if self.ended is None and closing is not None:
             self._move(Step.ENDED)
@@ -404,7 +278,7 @@ class QuicSession:
             case StreamReset() | StopSendingReceived() if self.ended is None:
                 raise RemoteProtocolError("a stream of the link was broken off")
             case HandshakeCompleted() if self.ended is None:
-                self._secured_untrusted(now)
+                self._secured_untrusted(self._engine.peer_certificate, now)
             case PingAcknowledged():
                 self._pong(event.uid, now)
             case ConnectionIdIssued():
@@ -414,16 +288,8 @@ class QuicSession:
             case ConnectionTerminated():
                 self.finished = True
 
-    def _secured_untrusted(self, now: float) -> None:
-        self._move(Step.SECURED)
-        if self._authenticate is None:
-            if self._engine.peer_certificate != self._certificate_der:
-                raise RemoteProtocolError("the certificate is not the expected one")
-            self._proven("")
-        self._ping(now)
-
     def _proven(self, peer: str) -> None:
-        self._move(Step.PROVEN)
+        super()._proven(peer)
         self._outputs.append(Established(peer))
         self._engine.grant(self._read + MAX_UNREAD)
         early, self._early_bulk = self._early_bulk, bytearray()
@@ -444,41 +310,6 @@ class QuicSession:
             raise RemoteProtocolError(f"the link has no stream {event.stream_id}")
         if event.end_stream:
             raise RemoteProtocolError("a stream of the link was broken off")
-
-    def _receive_message_untrusted(self, message: Message, size: int) -> None:
-        match message:
-            case Auth() if self.state is State.UNPROVEN and self._authenticate:
-                self._count_read(size)
-                try:
-                    peer = self._authenticate(message)
-                except RemoteProtocolError:
-                    # One word for every fault: it must not help to guess.
-                    raise RemoteProtocolError(_REFUSED) from None
-                self._proven(peer)
-            case _ if self.state is not State.READY:
-                raise RemoteProtocolError(_REFUSED)
-            case Unknown():
-                self._count_read(size)
-                self.ignored_messages += 1
-            case _:
-                self._messages.append((message, size))
-
-    def _ping(self, now: float) -> None:
-        self._ping_at = now + self._idle_timeout / PINGS_PER_TIMEOUT
-        self._ping_sent = (self._ping_sent[0] + 1, now)
-        self._engine.send_ping(self._ping_sent[0])
-
-    def _pong(self, uid: int, now: float) -> None:
-        latest, sent = self._ping_sent
-        if uid == latest:
-            # The smoothing of RFC 9002, 5.3.
-            self.rtt += (now - sent - self.rtt) / (8 if self.rtt else 1)
-
-    def _end(self, reason: str, code: int = _VIOLATION, *, tell: str = "") -> None:
-        self._move(Step.ENDED)
-        self.ended = Ended(reason, by_peer=False)
-        phrase = tell.encode(errors="replace")[:MAX_REASON_BYTES]
-        self._engine.close(code, reason_phrase=phrase.decode(errors="ignore"))
 
 
 def _explain(event: ConnectionTerminated, address: str, idle_timeout: float) -> Ended:

@@ -17,13 +17,13 @@ from sleap_rtc.io.certificates import make_certificate
 from sleap_rtc.io.dial import STAGGER, dial
 from sleap_rtc.io.link import DialError, Link, LinkClosedError
 from sleap_rtc.io.quic import (
-    MAX_UNPROVEN_LINKS,
     QuicListener,
     connect_quic,
     dial_quic,
     open_quic_listener,
 )
 from sleap_rtc.io.quic_link import QuicLink
+from sleap_rtc.io.session import MAX_UNPROVEN_LINKS
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.frames import ChunkHeader, Frame
 from sleap_rtc.proto.messages import Auth, Error, JobCancel, JobLog, Message
@@ -325,7 +325,7 @@ async def test_a_peer_that_is_killed_is_noticed() -> None:
 async def test_a_close_does_not_wait_long_for_a_dead_peer(
     listener: QuicListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sleap_rtc.io.quic_link.FLUSH_TIMEOUT", 0.3)
+    monkeypatch.setattr("sleap_rtc.io.session_link.FLUSH_TIMEOUT", 0.3)
     async with trio.open_nursery() as nursery:
         command = [sys.executable, "-c", KILLED, str(listener.port), DER.hex()]
         process: trio.Process = await nursery.start(
@@ -384,7 +384,7 @@ async def test_a_wrong_proof_is_refused_with_a_reason(listener: QuicListener) ->
 async def test_a_client_must_prove_itself_in_time(
     listener: QuicListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sleap_rtc.io.quic_session.HANDSHAKE_TIMEOUT", 0.5)
+    monkeypatch.setattr("sleap_rtc.io.session.HANDSHAKE_TIMEOUT", 0.5)
     async with connect_quic("127.0.0.1", listener.port, certificate_der=DER) as link:
         with pytest.raises(LinkClosedError, match="no proof"):
             await link.receive_message()
@@ -584,7 +584,7 @@ async def test_a_stranger_at_one_address_does_not_stop_the_dial(
 async def test_a_failed_dial_says_what_happened_at_each_address(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sleap_rtc.io.quic_session.HANDSHAKE_TIMEOUT", 1.0)
+    monkeypatch.setattr("sleap_rtc.io.session.HANDSHAKE_TIMEOUT", 1.0)
     async with (
         open_quic_listener("127.0.0.1", 0, make_certificate(), judge) as stranger,
         dead_port() as dead,

@@ -20,16 +20,18 @@ from sleap_rtc.io.quic_engine import (
     server_engine,
 )
 from sleap_rtc.io.quic_session import (
+    Established,
+    MessageDecoder,
+    Output,
+    QuicSession,
+)
+from sleap_rtc.io.session import (
     HANDSHAKE_TIMEOUT,
     IDLE_TIMEOUT,
     MAX_REASON_BYTES,
     MAX_UNREAD,
     MAX_UNSENT_FRAMES,
     TRANSITIONS,
-    Established,
-    MessageDecoder,
-    Output,
-    QuicSession,
     State,
     Step,
 )
@@ -165,7 +167,7 @@ class Network:
         self.client.send_message(AUTH)
         self.flush(self.client)
         self.run_until(lambda: self.server.state is State.READY)
-        self.run_until(lambda: self.client.all_acknowledged)
+        self.run_until(lambda: self.client.all_sent)
 
 
 @pytest.fixture
@@ -407,10 +409,10 @@ def test_room_for_frames_ends_with_what_is_unacknowledged(network: Network) -> N
         network.client.send_frame(make_frame(count, MEGABYTE))
         count += 1
     assert count == MAX_UNSENT_FRAMES // MEGABYTE
-    assert not network.client.all_acknowledged
+    assert not network.client.all_sent
     network.loss = 0.0
     network.flush(network.client)
-    network.run_until(lambda: network.client.all_acknowledged)
+    network.run_until(lambda: network.client.all_sent)
     assert network.client.has_room_for_frame
 
 
@@ -418,7 +420,7 @@ def test_a_frame_must_be_what_its_header_says(network: Network) -> None:
     wrong = Frame(ChunkHeader(1, 0, 5, bytes(32)), b"four")
     with pytest.raises(LocalProtocolError, match="length"):
         network.client.send_frame(wrong)
-    assert network.client.all_acknowledged
+    assert network.client.all_sent
 
 
 def test_pings_measure_the_round_trip(network: Network) -> None:
@@ -492,7 +494,7 @@ def test_what_arrived_before_the_close_can_still_be_read(network: Network) -> No
     network.client.send_message(JobCancel("job_0123abcd"))
     network.client.send_frame(make_frame(1))
     network.flush(network.client)
-    network.run_until(lambda: network.client.all_acknowledged)
+    network.run_until(lambda: network.client.all_sent)
     network.client.close("done")
     network.flush(network.client)
     network.run_until(lambda: network.server.ended is not None)

@@ -11,6 +11,7 @@ def make_package(
     files: Mapping[str, str | bytes] | None = None,
     script: str = "train-script.sh",
     folder: str = "",
+    big: Path | None = None,
 ) -> Path:
     """Write a package whose script holds these commands.
 
@@ -20,6 +21,7 @@ def make_package(
         files: What else is in it.
         script: Name of its script.
         folder: The top folder that everything lies in, with a slash, or nothing.
+        big: One more file, which need not fit into memory.
 
     Returns:
         The zip file.
@@ -29,4 +31,6 @@ def make_package(
         package.writestr(folder + script, text)
         for name, content in (files or {}).items():
             package.writestr(folder + name, content)
+        if big is not None:
+            package.write(big, folder + big.name)
     return path

@@ -1,0 +1,53 @@
+"""A process that makes writers of chunks, for a test to kill.
+
+For each line that it reads, a child of it goes on with the file, in two threads, and
+says ``begun <index>`` before and ``stored <index>`` after each chunk. The first word it
+says is its process id, and the last one that is said of it is ``gone``.
+"""
+
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from sleap_rtc.io.chunk_files import ChunkReader, ChunkWriter
+
+THREADS = 2
+
+
+def say(text: str) -> None:
+    os.write(1, f"{text}\n".encode())
+
+
+def write_missing(source: Path, target: Path, chunk_size: int) -> None:
+    reader = ChunkReader(source, chunk_size=chunk_size)
+    writer = ChunkWriter(
+        target.parent, target.name, size=reader.size, chunk_size=chunk_size
+    )
+
+    def write(index: int) -> None:
+        say(f"begun {index}")
+        writer.write(index, *reader.read(index))
+        say(f"stored {index}")
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for run in writer.chunk_map.missing():
+            for written in [pool.submit(write, index) for index in run]:
+                written.result()
+    writer.keep()
+
+
+def main() -> None:
+    source, target, chunk_size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    for _ in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            say(str(os.getpid()))
+            write_missing(source, target, chunk_size)
+            os._exit(0)
+        os.waitpid(child, 0)
+        say("gone")
+
+
+if __name__ == "__main__":
+    main()

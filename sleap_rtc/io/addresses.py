@@ -1,6 +1,7 @@
 """The addresses under which this machine may be reached."""
 
 import ipaddress
+from typing import Any
 
 import ifaddr
 
@@ -34,3 +35,9 @@ def reachable_hosts(*, ipv4: bool, ipv6: bool) -> tuple[str, ...]:
 def is_loopback(host: str) -> bool:
     """Tell whether a literal address leads back to this machine."""
     return ipaddress.ip_address(host).is_loopback
+
+
+def describe_address(address: tuple[Any, ...]) -> str:
+    """Write a socket address for people, as ``host:port`` or ``[host]:port``."""
+    host = str(address[0]).removeprefix("::ffff:")
+    return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"

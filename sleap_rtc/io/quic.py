@@ -16,7 +16,7 @@ from aioquic.quic.packet import (
     pull_quic_header,
 )
 
-from sleap_rtc.io.addresses import is_loopback, reachable_hosts
+from sleap_rtc.io.addresses import describe_address, is_loopback, reachable_hosts
 from sleap_rtc.io.certificates import Certificate
 from sleap_rtc.io.link import DialError, Link, LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
@@ -38,7 +38,6 @@ from sleap_rtc.io.quic_session import (
 )
 from sleap_rtc.io.quic_socket import (
     UdpSocket,
-    describe_address,
     open_udp_listener,
     open_udp_socket,
 )
@@ -268,7 +267,7 @@ async def connect_quic(
     Raises:
         DialError: If it cannot be reached, or is not the one that was asked for.
     """
-    shown = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    shown = describe_address((host, port))
     try:
         engine = client_engine_untrusted(
             certificate_der, idle_timeout=idle_timeout, datagram_size=DATAGRAM_SIZE

@@ -9,7 +9,7 @@ from typing import Self
 
 import trio
 
-from sleap_rtc.io.quic_engine import Address, Datagram
+from sleap_rtc.io.quic_engine import Datagram
 
 BUFFER_SIZE = 8 * 1024 * 1024
 """Asked for in each direction; the operating system grants what it allows."""
@@ -161,12 +161,6 @@ def open_udp_listener(host: str, port: int) -> UdpSocket:
     )
     family, _, _, _, address = found[0]
     return open_udp_socket(str(address[0]), port, family)
-
-
-def describe_address(address: Address) -> str:
-    """Write a socket address for people, as ``host:port`` or ``[host]:port``."""
-    host = str(address[0]).removeprefix("::ffff:")
-    return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
 
 
 def _enlarge_buffers(opened: socket.socket) -> None:

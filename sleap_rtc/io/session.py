@@ -118,6 +118,7 @@ class Session(ABC):
         self.state = State.HANDSHAKE
         self.ended: Ended | None = None
         self.finished = False
+        self.proven = False
         self.peer = ""
         self.rtt = 0.0
         self.bytes_sent = 0
@@ -242,6 +243,7 @@ class Session(ABC):
     def _proven(self, peer: str) -> None:
         """Let messages and frames flow."""
         self._move(Step.PROVEN)
+        self.proven = True
         self.peer = peer
 
     # --------------------------------------------------------------------- inside
@@ -263,7 +265,7 @@ class Session(ABC):
         self._move(Step.SECURED)
         if self._authenticate is None:
             if shown != self._certificate_der:
-                raise RemoteProtocolError("the certificate is not the expected one")
+                raise RemoteProtocolError("not who it should be: another certificate")
             self._proven("")
         self._ping(now)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import trio
 
 from sleap_rtc.io.link import Link, LinkClosedError, LinkKind, LinkStatistics
-from sleap_rtc.io.session import Session, State
+from sleap_rtc.io.session import Session
 from sleap_rtc.proto.frames import Frame
 from sleap_rtc.proto.messages import Message
 
@@ -107,7 +107,7 @@ class SessionLink(Link):
         Raises:
             LinkClosedError: If they fail.
         """
-        await self._until(lambda: self._core.state is State.READY)
+        await self._until_arrived(lambda: self._core.proven)
 
     async def run_timer(self) -> None:
         """Serve the deadlines of the session until it is finished."""

@@ -9,11 +9,11 @@ from typing import cast
 import pytest
 import trio
 
+from sleap_rtc.io.addresses import describe_address
 from sleap_rtc.io.quic_engine import Address
 from sleap_rtc.io.quic_socket import (
     BATCH,
     UdpSocket,
-    describe_address,
     open_udp_listener,
 )
 

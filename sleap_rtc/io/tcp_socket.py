@@ -1,0 +1,197 @@
+"""The sockets beneath TCP links."""
+
+import errno
+import socket
+import struct
+import sys
+from types import TracebackType
+from typing import Self
+
+import trio
+
+RECEIVE_SIZE = 256 * 1024
+"""Bytes taken at once, before anything else gets its turn."""
+
+UNSENT_IN_KERNEL = 128 * 1024
+"""Bytes that the kernel takes before it has sent the ones before them. What it has,
+no message overtakes; a tenth of a second on a line of 10 Mbit/s."""
+
+ACCEPT_PAUSE = 0.1
+"""Seconds to wait when the system is out of file descriptors or memory."""
+
+_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_BACKLOG = 128
+
+# linux/tcp.h: tcpi_total_retrans, after 8 bytes and 23 words.
+_TCP_INFO = struct.Struct("=100xI")
+
+
+class TcpSocket:
+    """A TCP connection that never blocks when it sends.
+
+    Args:
+        connected: Its socket, owned from now on.
+    """
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+        self._full = trio.Event()
+        self._sending = True
+        connected.setblocking(False)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        # Not on Windows.
+        if option := getattr(socket, "TCP_NOTSENT_LOWAT", None):
+            connected.setsockopt(socket.IPPROTO_TCP, option, UNSENT_IN_KERNEL)
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the connection."""
+        self._socket.close()
+
+    @property
+    def full(self) -> bool:
+        """True while the operating system takes no more."""
+        return self._full.is_set()
+
+    @property
+    def retransmissions(self) -> int:
+        """Packets that were sent again; always 0 where the system does not tell."""
+        if sys.platform != "linux" or self._socket.fileno() < 0:
+            return 0
+        info = self._socket.getsockopt(
+            socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO.size
+        )
+        retransmissions: int = _TCP_INFO.unpack(info)[0]
+        return retransmissions
+
+    async def receive(self) -> bytes:
+        """Wait for bytes, and take those that are there; empty at the end.
+
+        Raises:
+            OSError: If the connection is lost.
+        """
+        await trio.lowlevel.checkpoint()
+        while (data := self.receive_now()) is None:
+            await trio.lowlevel.wait_readable(self._socket)
+        return data
+
+    def receive_now(self) -> bytes | None:
+        """Take the bytes that are there; empty at the end, None before that.
+
+        Raises:
+            OSError: If the connection is lost.
+        """
+        try:
+            return self._socket.recv(RECEIVE_SIZE)
+        except BlockingIOError:
+            return None
+
+    def send(self, data: memoryview) -> int:
+        """Send as much as there is room for, and return how much that was.
+
+        Raises:
+            OSError: If the connection is lost.
+        """
+        try:
+            return self._socket.send(data)
+        except BlockingIOError:
+            self._full.set()
+            return 0
+
+    async def wait_until_writable(self) -> None:
+        """Wait until the socket was full, and has room again."""
+        await self._full.wait()
+        await trio.lowlevel.wait_writable(self._socket)
+        self._full = trio.Event()
+
+    def end_sending(self) -> None:
+        """Tell the peer that nothing more comes.
+
+        Raises:
+            OSError: If the connection is lost.
+        """
+        if self._sending:
+            self._sending = False
+            self._socket.shutdown(socket.SHUT_WR)
+
+
+async def open_tcp_socket(host: str, port: int) -> TcpSocket:
+    """Connect, to the first address of a name that answers.
+
+    Raises:
+        OSError: If there is none.
+    """
+    try:
+        stream = await trio.open_tcp_stream(host, port)
+    except OSError as error:
+        # It says no more than that all addresses failed; each of them knows why.
+        cause = error.__cause__
+        while isinstance(cause, BaseExceptionGroup):
+            cause = cause.exceptions[0]
+        raise (cause if isinstance(cause, OSError) else error) from None
+    return TcpSocket(socket.socket(fileno=stream.socket.detach()))
+
+
+def bind_tcp_listener(host: str, port: int) -> socket.socket:
+    """Open the socket of a listener: an empty host takes IPv6 and IPv4 where it can.
+
+    Raises:
+        OSError: If the address cannot be bound, or is none.
+    """
+    if host in ("", "::"):
+        try:
+            return _bind(socket.AF_INET6, "::", port)
+        except OSError as error:
+            if host or error.errno == errno.EADDRINUSE:
+                raise
+            # A machine without IPv6.
+            return _bind(socket.AF_INET, "0.0.0.0", port)
+    found = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
+    )
+    family, _, _, _, address = found[0]
+    return _bind(family, str(address[0]), port)
+
+
+async def accept_tcp(listening: socket.socket) -> tuple[TcpSocket, tuple[object, ...]]:
+    """Wait for the next connection, and return it with the peer's address."""
+    while True:
+        await trio.lowlevel.wait_readable(listening)
+        try:
+            connected, address = listening.accept()
+            return TcpSocket(connected), address
+        except BlockingIOError:
+            continue
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                raise
+            if error.errno in _OUT_OF_RESOURCES:
+                await trio.sleep(ACCEPT_PAUSE)
+            # Anything else concerns a connection that is gone already.
+
+
+def _bind(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
+    opened = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        opened.setblocking(False)
+        if sys.platform == "win32":
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, True)
+        else:
+            # Connections of a listener that ended do not keep the next one out.
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
+        if family == socket.AF_INET6:
+            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
+        opened.bind((host, port))
+        opened.listen(_BACKLOG)
+    except OSError:
+        opened.close()
+        raise
+    return opened

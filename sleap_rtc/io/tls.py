@@ -1,0 +1,174 @@
+"""TLS 1.3 between memory buffers, set up for a link."""
+
+import os
+import secrets
+import ssl
+import tempfile
+from collections.abc import Iterator
+from typing import cast
+
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+)
+
+from sleap_rtc.io.certificates import (
+    SERVER_NAME,
+    Certificate,
+    certificate_pem_untrusted,
+)
+from sleap_rtc.io.session import ALPN
+from sleap_rtc.proto.errors import RemoteProtocolError
+
+PLAIN_BUFFER = 256 * 1024
+"""Bytes that are decrypted before anybody looks at them: few large steps."""
+
+
+def client_context_untrusted(certificate_der: bytes) -> ssl.SSLContext:
+    """Make the settings of a client that trusts one certificate.
+
+    Raises:
+        RemoteProtocolError: If the bytes are no certificate.
+    """
+    anchor = certificate_pem_untrusted(certificate_der)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(cadata=anchor.decode())
+    except ssl.SSLError:
+        raise RemoteProtocolError("what the peer sent is no certificate") from None
+    return _restricted(context)
+
+
+def server_context(certificate: Certificate) -> ssl.SSLContext:
+    """Make the settings of a server. It writes a file, so call it in a thread.
+
+    The library reads keys from files only. So the file is encrypted with a password
+    that nobody keeps, private, and gone when this returns.
+    """
+    password = secrets.token_bytes(32)
+    key = certificate.private_key.private_bytes(
+        Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(password)
+    )
+    shown = x509.load_der_x509_certificate(certificate.certificate_der)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    # Links are not resumed.
+    context.num_tickets = 0
+    with tempfile.TemporaryDirectory(prefix="sleap-rtc-") as directory:
+        path = os.path.join(directory, "certificate.pem")
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with open(fd, "wb") as file:
+            file.write(key + shown.public_bytes(Encoding.PEM))
+        context.load_cert_chain(path, password=password)
+    return _restricted(context)
+
+
+def _restricted(context: ssl.SSLContext) -> ssl.SSLContext:
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.set_alpn_protocols([ALPN])
+    return context
+
+
+class TlsEngine:
+    """One TLS connection, without a socket.
+
+    Args:
+        context: Its settings.
+        server_side: True for the side that shows the certificate.
+
+    Attributes:
+        secured: True once the handshake is done.
+    """
+
+    def __init__(self, context: ssl.SSLContext, *, server_side: bool) -> None:
+        self.secured = False
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._tls = context.wrap_bio(
+            self._incoming,
+            self._outgoing,
+            server_side=server_side,
+            server_hostname=None if server_side else SERVER_NAME,
+        )
+        self._plain = memoryview(bytearray())
+        self._fault: RemoteProtocolError | None = None
+
+    @property
+    def peer_certificate(self) -> bytes | None:
+        """The certificate that the peer proved to hold, DER."""
+        return self._tls.getpeercert(binary_form=True)
+
+    def shake_hands_untrusted(self, data: bytes | memoryview = b"") -> None:
+        """Go on with the handshake, as far as the bytes of the peer allow it.
+
+        Raises:
+            RemoteProtocolError: If it failed.
+        """
+        self._incoming.write(data)
+        try:
+            self._tls.do_handshake()
+        except ssl.SSLWantReadError:
+            return
+        except ssl.SSLCertVerificationError as error:
+            raise RemoteProtocolError(
+                f"not who it should be: {error.verify_message}"
+            ) from None
+        except ssl.SSLError as error:
+            raise RemoteProtocolError(_explain(error)) from None
+        if self._tls.selected_alpn_protocol() != ALPN:
+            raise RemoteProtocolError(f"the peer does not speak {ALPN}")
+        self.secured = True
+
+    def decrypt_untrusted(self, data: bytes | memoryview) -> Iterator[memoryview]:
+        """Take bytes that arrived after the handshake; follow the iterator to its end.
+
+        Yields:
+            What they say. A piece is overwritten when the next one is asked for.
+
+        Raises:
+            RemoteProtocolError: If they are damaged, or the peer ended TLS. What came
+                before has been yielded.
+        """
+        self._incoming.write(data)
+        if not self._plain:
+            self._plain = memoryview(bytearray(PLAIN_BUFFER))
+        while filled := self._fill_plain():
+            yield self._plain[:filled]
+        if self._fault is not None:
+            raise self._fault
+
+    def _fill_plain(self) -> int:
+        """Decrypt until the buffer is full, or more has to arrive."""
+        filled = 0
+        while filled < PLAIN_BUFFER and self._fault is None:
+            room = self._plain[filled:]
+            try:
+                # With a buffer it returns the number of bytes.
+                count = cast(int, self._tls.read(len(room), cast(bytearray, room)))
+            except ssl.SSLWantReadError:
+                break
+            except ssl.SSLError as error:
+                self._fault = RemoteProtocolError(_explain(error))
+                break
+            if not count:
+                self._fault = RemoteProtocolError("it ended TLS without a reason")
+            filled += count
+        return filled
+
+    def encrypt(self, data: bytes) -> None:
+        """Put bytes into what `take` returns; after a fault they have no way any more.
+
+        Args:
+            data: Many small pieces would cost more than one large one.
+        """
+        if self._fault is None:
+            self._tls.write(data)
+
+    def take(self) -> bytes:
+        """Take everything that is to be sent."""
+        return self._outgoing.read()
+
+
+def _explain(error: ssl.SSLError) -> str:
+    words = (error.reason or "it is broken").replace("_", " ").lower()
+    return f"TLS failed: {words}"

@@ -27,6 +27,7 @@ import trio
 import sleap_rtc
 from sleap_rtc.client_session import (
     ClientSession,
+    PackageCopied,
     Plan,
     ResultsStored,
     SessionEvent,
@@ -58,7 +59,13 @@ from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting
 from sleap_rtc.proto.paths import check_file_name_untrusted
 from sleap_rtc.proto.rendezvous import Metadata
 from sleap_rtc.proto.routes import RoutePreference
-from sleap_rtc.proto.workers import Candidate, NoChoice, choose_worker, read_card
+from sleap_rtc.proto.workers import (
+    Candidate,
+    Choice,
+    NoChoice,
+    choose_worker,
+    read_card,
+)
 from sleap_rtc.rooms import require_invite
 
 __all__ = [
@@ -67,6 +74,7 @@ __all__ = [
     "JobResult",
     "LinePrinted",
     "LinkOpened",
+    "PackageCopied",
     "ResultsStored",
     "RouteChosen",
     "StateChanged",
@@ -78,6 +86,12 @@ __all__ = [
 
 FIND_TIMEOUT = 15.0
 """Seconds to find a worker: a signaling server that restarts is back by then."""
+
+RETURN_TIMEOUT = 15.0
+"""Seconds for workers to come back to a signaling server that has restarted."""
+
+RETURN_INTERVAL = 0.5
+"""Seconds between two looks at who has come back."""
 
 ANSWER_TIMEOUT = 10.0
 """Seconds for the worker to answer an offer."""
@@ -289,7 +303,7 @@ class _Submission:
         """Find a worker in the room, and be introduced to it."""
         keys = RoomKeys.from_secret(invite.secret)
         async with _enter_room(invite, keys, FIND_TIMEOUT) as room:
-            choice = choose_worker(await _discover(room), self._request.worker)
+            choice = await self._choose_worker(room)
             if isinstance(choice, NoChoice):
                 raise NoWorkerError(
                     f"Can't send the job: {choice.reason}.",
@@ -306,6 +320,17 @@ class _Submission:
                 "Its log says whether the offer was refused: both sides need the same "
                 "invite, and clocks that differ by less than two minutes.",
             )
+
+    async def _choose_worker(self, room: Room) -> Choice | NoChoice:
+        """Choose a worker; behind a server that was away, wait for one to come back."""
+        wanted = self._request.worker
+        choice = choose_worker(await _discover(room), wanted)
+        if room.trouble:
+            with trio.move_on_after(RETURN_TIMEOUT):
+                while isinstance(choice, NoChoice):
+                    await trio.sleep(RETURN_INTERVAL)
+                    choice = choose_worker(await _discover(room), wanted)
+        return choice
 
     @asynccontextmanager
     async def _dial(self, introduction: Introduction) -> AsyncIterator[Link]:

@@ -21,6 +21,9 @@ What the library does not offer, and `_Transport` adds:
   signaling server, without a limit. What comes between two messages is limited.
 * It closes the stream at once after a failure, and data that it did not read makes the
   kernel throw away what the other end did not read. So the stream closes here, last.
+
+One thing it does not do, and neither does this: after a frame that breaks the protocol
+the stream ends without a close frame. The reason is there for the log.
 """
 
 import itertools
@@ -61,7 +64,7 @@ PONG_SECONDS = 90.0
 _GONE = "it went away"
 _DOES_NOT_READ = "it does not read what it is sent"
 _RECEIVE_BYTES = 64 * 1024
-_PONG = 0x8A
+_PONG = b"\x8a"
 """The first byte of a pong (RFC 6455, 5.2): a whole frame, opcode 10."""
 
 _MAX_REASON_BYTES = 120
@@ -298,7 +301,7 @@ class _Transport(trio.abc.Stream):
         opening: Wraps the handshake; cancelled when no handshake can follow.
         heard: Called for each ping that is answered.
         unfinished_bytes: Received since the last whole message; its reader resets it.
-        is_cut: True if a write may have been left half done: nothing more is written.
+        is_cut: True if a write may have been left half done.
     """
 
     def __init__(self, stream: trio.abc.Stream, drop: Callable[[str], None]) -> None:
@@ -311,21 +314,19 @@ class _Transport(trio.abc.Stream):
         self._write_scope = trio.CancelScope()
 
     def cut(self) -> None:
-        """End the write that is on its way, and allow no other."""
+        """End the write that is on its way; the owner cancels all that follow."""
         self.is_cut = True
         self._write_scope.cancel(reason="the connection is given up")
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Write all of it, also if this task is cancelled meanwhile."""
-        if self.is_cut:
-            raise trio.BrokenResourceError(_DOES_NOT_READ)
         with trio.CancelScope(shield=True) as self._write_scope:
             self._write_scope.deadline = trio.current_time() + WRITE_SECONDS
             await self._stream.send_all(data)
         if self._write_scope.cancelled_caught:
             self._drop(_DOES_NOT_READ)
             raise trio.BrokenResourceError(_DOES_NOT_READ)
-        if data[0] == _PONG:
+        if data[:1] == _PONG:
             self.heard()
 
     async def wait_send_all_might_not_block(self) -> None:

@@ -26,6 +26,8 @@ from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.signaling import open_room
 from sleap_rtc.io.websocket import (
     CLOSE_SECONDS,
+    HANDSHAKE_SECONDS,
+    MAX_QUEUED_BYTES,
     PONG_SECONDS,
     WRITE_SECONDS,
     WebSocket,
@@ -518,12 +520,37 @@ async def test_who_does_not_read_is_dropped(mock_clock: MockClock, end: OneEnd) 
     assert end.reason == "it does not read what it is sent"
 
 
-async def test_who_lets_too_much_wait_is_dropped(end: OneEnd) -> None:
-    for _ in range(22):
+async def test_who_lets_too_much_wait_is_dropped(
+    mock_clock: MockClock, end: OneEnd
+) -> None:
+    """It is not waited for: the time stands still here."""
+    for _ in range(MAX_QUEUED_BYTES // 50_000 + 2):
         end.socket.send_text("x" * 50_000)
-    with trio.fail_after(DEADLINE):
-        await end.ended.wait()
+    await pass_time(mock_clock, 0)
     assert end.reason == "it does not read what it is sent"
+
+
+async def test_who_never_shakes_hands_is_dropped(
+    mock_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    end = OneEnd()
+    nursery.start_soon(end.run)
+    await pass_time(mock_clock, 0)
+    await pass_time(mock_clock, HANDSHAKE_SECONDS)
+    await pass_time(mock_clock, CLOSE_SECONDS)
+    assert end.reason == "it did not open a WebSocket"
+
+
+async def test_a_close_does_not_wait_for_the_handshake(
+    mock_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    end = OneEnd()
+    nursery.start_soon(end.run)
+    await pass_time(mock_clock, 0)
+    end.socket.close("enough")
+    assert await end.peer.rest() == []
+    await pass_time(mock_clock, CLOSE_SECONDS)
+    assert end.reason == "enough"
 
 
 async def test_who_answers_no_ping_is_dropped(

@@ -1,10 +1,7 @@
 """Real files over a link in memory, and over QUIC."""
 
 import tracemalloc
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from random import Random
 
 import pytest
 import trio
@@ -14,10 +11,10 @@ from sleap_rtc.io.certificates import make_certificate
 from sleap_rtc.io.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.io.files import Buffer
 from sleap_rtc.io.folder import SharedStorageError
-from sleap_rtc.io.link import Link, LinkClosedError
+from sleap_rtc.io.link import LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.quic import dial_quic, open_quic_listener
-from sleap_rtc.io.transfers import TransferError, Transfers
+from sleap_rtc.io.transfers import Transfers
 from sleap_rtc.proto.frames import ChunkHeader, Frame
 from sleap_rtc.proto.messages import (
     Auth,
@@ -31,136 +28,14 @@ from sleap_rtc.proto.messages import (
     OfferedFile,
 )
 from tests.io.memory_link import MemoryLink
-
-CHUNK_SIZE = 64 * 1024
-DEADLINE = 20.0
-
-
-class Side:
-    """One peer: its end of a link, its transfers, and the other messages it got."""
-
-    def __init__(self, link: Link) -> None:
-        self.link = link
-        self.transfers = Transfers(link)
-        self.is_hostile = False  # then the test itself answers what arrives
-        self._other_messages, self.other_messages = trio.open_memory_channel[Message](
-            100
-        )
-
-    async def run(self) -> None:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self.transfers.run)
-            try:
-                while True:
-                    message = await self.link.receive_message()
-                    if self.is_hostile or not self.transfers.deliver_message(message):
-                        self._other_messages.send_nowait(message)
-            except LinkClosedError:
-                pass
-
-    @property
-    def link_is_cut(self) -> bool:
-        assert isinstance(self.link, MemoryLink)
-        return self.link.is_cut
-
-    async def next_message(self) -> Message:
-        return await self.other_messages.receive()
-
-    async def next_offer(self) -> FileOffer:
-        message = await self.next_message()
-        assert isinstance(message, FileOffer)
-        return message
-
-
-@asynccontextmanager
-async def two_sides() -> AsyncIterator[tuple[Side, Side]]:
-    with trio.fail_after(DEADLINE):
-        async with open_background_nursery() as nursery:
-            sides = [Side(link) for link in MemoryLink.pair()]
-            for side in sides:
-                nursery.start_soon(side.run)
-            yield sides[0], sides[1]
-
-
-class Job:
-    """A source file, and the directory that it shall arrive in."""
-
-    def __init__(self, folder: Path, size: int, name: str = "job.zip") -> None:
-        self.content = Random(size).randbytes(size)
-        self.source_path = folder / "source" / name
-        self.source_path.parent.mkdir(exist_ok=True)
-        self.source_path.write_bytes(self.content)
-        self.root = folder / "root"
-        self.root.mkdir(exist_ok=True)
-        self.offer = OfferedFile(name=name, size=size, chunk_size=CHUNK_SIZE)
-        self.sent = 0
-        self.stored = 0
-        self.path: Path | None = None
-        self.errors: dict[str, Exception] = {}
-
-    def sink(self) -> ChunkWriter:
-        size = self.offer.size
-        return ChunkWriter(self.root, self.offer.name, size=size, chunk_size=CHUNK_SIZE)
-
-    async def send(self, side: Side, transfer_id: int = 1) -> None:
-        source = ChunkReader(self.source_path, chunk_size=CHUNK_SIZE)
-        try:
-            await side.transfers.send_file(
-                transfer_id, self.offer, source, on_progress=self._note_sent
-            )
-        except (TransferError, LinkClosedError) as error:
-            self.errors["sender"] = error
-        finally:
-            source.close()
-
-    async def receive(
-        self, side: Side, transfer_id: int = 1, sink: ChunkWriter | None = None
-    ) -> None:
-        try:
-            self.path = await side.transfers.receive_file(
-                transfer_id,
-                self.offer,
-                sink or self.sink(),
-                on_progress=self._note_stored,
-            )
-        except (TransferError, LinkClosedError) as error:
-            self.errors["receiver"] = error
-
-    def _note_sent(self, size: int) -> None:
-        assert self.sent < size
-        self.sent = size
-
-    def _note_stored(self, size: int) -> None:
-        assert self.stored < size
-        self.stored = size
-
-    def check_arrived(self) -> None:
-        assert not self.errors
-        assert self.path == self.root / self.offer.name
-        assert self.path.read_bytes() == self.content
-        assert self.stored == self.sent == self.offer.size
-
-    def check_nothing_left(self) -> None:
-        assert list(self.root.iterdir()) == []
-
-    def check_kept(self) -> None:
-        assert sorted(path.name for path in self.root.iterdir()) == [
-            f".{self.offer.name}.map",
-            f".{self.offer.name}.part",
-        ]
-
-    def reason(self, side: str) -> str:
-        error = self.errors[side]
-        assert isinstance(error, TransferError)
-        return error.reason
-
-
-async def send_and_receive(job: Job, sender: Side, receiver: Side) -> None:
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(job.send, sender)
-        offer = await receiver.next_offer()
-        assert offer == FileOffer(1, job.offer)
-        nursery.start_soon(job.receive, receiver)
+from tests.io.transfer_sides import (
+    CHUNK_SIZE,
+    DEADLINE,
+    Job,
+    Side,
+    send_and_receive,
+    two_sides,
+)
 
 
 @pytest.mark.parametrize(
@@ -355,114 +230,6 @@ async def test_a_lost_link_ends_both_sides_and_keeps_the_part(tmp_path: Path) ->
         assert isinstance(job.errors[side], LinkClosedError)
         assert str(job.errors[side]) == "the network is gone"
     job.check_kept()
-
-
-async def cut_and_keep(job: Job, frames: int) -> int:
-    """Lose the link after some frames, and tell how many chunks were stored."""
-    async with two_sides() as (sender, receiver):
-        assert isinstance(sender.link, MemoryLink)
-        link = sender.link
-
-        def cut(frame: Frame) -> list[Frame]:
-            if link.frames_sent == frames:
-                link.cut("the network is gone")
-            return [frame]
-
-        link.harm = cut
-        await send_and_receive(job, sender, receiver)
-    assert isinstance(job.errors["receiver"], LinkClosedError)
-    job.errors.clear()
-    job.sent = 0
-    return job.stored // CHUNK_SIZE
-
-
-@pytest.mark.parametrize("frames", [1, 2, 9, 20, 40])
-async def test_a_transfer_goes_on_over_the_next_link(
-    tmp_path: Path, frames: int
-) -> None:
-    job = Job(tmp_path, 40 * CHUNK_SIZE - 1)
-    stored = await cut_and_keep(job, frames)
-    assert stored < frames
-    job.stored = 0
-    async with two_sides() as (sender, receiver):
-        await send_and_receive(job, sender, receiver)
-        assert isinstance(sender.link, MemoryLink)
-        # A chunk may be stored and the progress not yet told when the link goes.
-        assert 40 - frames < sender.link.frames_sent <= 40 - stored
-    job.check_arrived()
-
-
-async def test_many_lost_links_send_few_chunks_twice(tmp_path: Path) -> None:
-    job = Job(tmp_path, 60 * CHUNK_SIZE)
-    stored = 0
-    for _ in range(6):
-        before = stored
-        job.stored = 0
-        stored = await cut_and_keep(job, 10)
-        assert before <= stored < before + 10
-    job.stored = 0
-    async with two_sides() as (sender, receiver):
-        await send_and_receive(job, sender, receiver)
-    job.check_arrived()
-
-
-async def test_a_whole_part_is_verified_and_nothing_is_sent_again(
-    tmp_path: Path,
-) -> None:
-    """A new sender hashes the chunks that it never sent."""
-    job = Job(tmp_path, 100 * CHUNK_SIZE)
-    sink = job.sink()
-    source = ChunkReader(job.source_path, chunk_size=CHUNK_SIZE)
-    for index in range(100):
-        assert sink.write(index, *source.read(index))
-    source.close()
-    sink.keep()
-    async with two_sides() as (sender, receiver):
-        assert isinstance(sender.link, MemoryLink)
-        await send_and_receive(job, sender, receiver)
-        assert sender.link.frames_sent == 0
-    job.check_arrived()
-
-
-async def test_another_file_of_the_same_size_is_not_mixed_in(tmp_path: Path) -> None:
-    job = Job(tmp_path, 40 * CHUNK_SIZE)
-    await cut_and_keep(job, 20)
-    job.content = job.content[::-1]
-    job.source_path.write_bytes(job.content)
-    async with two_sides() as (sender, receiver):
-        job.stored = 0
-        await send_and_receive(job, sender, receiver)
-        assert "changed" in job.reason("receiver")
-        job.check_nothing_left()
-        job.errors.clear()
-        job.sent = job.stored = 0
-        await send_and_receive(job, sender, receiver)
-    job.check_arrived()
-
-
-async def test_a_receiver_that_was_cancelled_goes_on_later(tmp_path: Path) -> None:
-    job = Job(tmp_path, 40 * CHUNK_SIZE)
-    async with two_sides() as (sender, receiver), trio.open_nursery() as nursery:
-        nursery.start_soon(job.send, sender)
-        with trio.CancelScope() as scope:
-            assert isinstance(sender.link, MemoryLink)
-            link = sender.link
-
-            def stop_at_the_twentieth(frame: Frame) -> list[Frame]:
-                if link.frames_sent == 20:
-                    scope.cancel()
-                return [frame]
-
-            link.harm = stop_at_the_twentieth
-            await job.receive(receiver)
-    assert job.reason("sender") == "the other side cancelled the transfer"
-    job.errors.clear()
-    job.sent = job.stored = 0
-    async with two_sides() as (sender, receiver):
-        await send_and_receive(job, sender, receiver)
-        assert isinstance(sender.link, MemoryLink)
-        assert sender.link.frames_sent < 40
-    job.check_arrived()
 
 
 async def test_a_file_arrives_over_quic(tmp_path: Path) -> None:

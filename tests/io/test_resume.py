@@ -1,0 +1,120 @@
+"""Transfers that go on where an earlier one of the same file was cut off."""
+
+from pathlib import Path
+
+import pytest
+import trio
+
+from sleap_rtc.io.chunk_files import ChunkReader
+from sleap_rtc.io.link import LinkClosedError
+from sleap_rtc.proto.frames import Frame
+from tests.io.memory_link import MemoryLink
+from tests.io.transfer_sides import CHUNK_SIZE, Job, send_and_receive, two_sides
+
+
+async def cut_and_keep(job: Job, frames: int) -> int:
+    """Lose the link after some frames, and tell how many chunks were stored."""
+    async with two_sides() as (sender, receiver):
+        assert isinstance(sender.link, MemoryLink)
+        link = sender.link
+
+        def cut(frame: Frame) -> list[Frame]:
+            if link.frames_sent == frames:
+                link.cut("the network is gone")
+            return [frame]
+
+        link.harm = cut
+        await send_and_receive(job, sender, receiver)
+    assert isinstance(job.errors["receiver"], LinkClosedError)
+    job.errors.clear()
+    job.sent = 0
+    return job.stored // CHUNK_SIZE
+
+
+@pytest.mark.parametrize("frames", [1, 2, 9, 20, 40])
+async def test_a_transfer_goes_on_over_the_next_link(
+    tmp_path: Path, frames: int
+) -> None:
+    job = Job(tmp_path, 40 * CHUNK_SIZE - 1)
+    stored = await cut_and_keep(job, frames)
+    assert stored < frames
+    job.stored = 0
+    async with two_sides() as (sender, receiver):
+        await send_and_receive(job, sender, receiver)
+        assert isinstance(sender.link, MemoryLink)
+        # A chunk may be stored and the progress not yet told when the link goes.
+        assert 40 - frames < sender.link.frames_sent <= 40 - stored
+    job.check_arrived()
+
+
+async def test_many_lost_links_send_few_chunks_twice(tmp_path: Path) -> None:
+    job = Job(tmp_path, 60 * CHUNK_SIZE)
+    stored = 0
+    for _ in range(6):
+        before = stored
+        job.stored = 0
+        stored = await cut_and_keep(job, 10)
+        assert before <= stored < before + 10
+    job.stored = 0
+    async with two_sides() as (sender, receiver):
+        await send_and_receive(job, sender, receiver)
+    job.check_arrived()
+
+
+async def test_a_whole_part_is_verified_and_nothing_is_sent_again(
+    tmp_path: Path,
+) -> None:
+    """A new sender hashes the chunks that it never sent."""
+    job = Job(tmp_path, 100 * CHUNK_SIZE)
+    sink = job.sink()
+    source = ChunkReader(job.source_path, chunk_size=CHUNK_SIZE)
+    for index in range(100):
+        assert sink.write(index, *source.read(index))
+    source.close()
+    sink.keep()
+    async with two_sides() as (sender, receiver):
+        assert isinstance(sender.link, MemoryLink)
+        await send_and_receive(job, sender, receiver)
+        assert sender.link.frames_sent == 0
+    job.check_arrived()
+
+
+async def test_another_file_of_the_same_size_is_not_mixed_in(tmp_path: Path) -> None:
+    job = Job(tmp_path, 40 * CHUNK_SIZE)
+    await cut_and_keep(job, 20)
+    job.content = job.content[::-1]
+    job.source_path.write_bytes(job.content)
+    async with two_sides() as (sender, receiver):
+        job.stored = 0
+        await send_and_receive(job, sender, receiver)
+        assert "changed" in job.reason("receiver")
+        job.check_nothing_left()
+        job.errors.clear()
+        job.sent = job.stored = 0
+        await send_and_receive(job, sender, receiver)
+    job.check_arrived()
+
+
+async def test_a_receiver_that_was_cancelled_goes_on_later(tmp_path: Path) -> None:
+    job = Job(tmp_path, 40 * CHUNK_SIZE)
+    async with two_sides() as (sender, receiver), trio.open_nursery() as nursery:
+        nursery.start_soon(job.send, sender)
+        with trio.CancelScope() as scope:
+            assert isinstance(sender.link, MemoryLink)
+            link = sender.link
+
+            def stop_at_the_twentieth(frame: Frame) -> list[Frame]:
+                if link.frames_sent == 20:
+                    scope.cancel()
+                return [frame]
+
+            link.harm = stop_at_the_twentieth
+            await job.receive(receiver)
+    assert job.reason("sender") == "the other side cancelled the transfer"
+    job.errors.clear()
+    job.sent = job.stored = 0
+    async with two_sides() as (sender, receiver):
+        await send_and_receive(job, sender, receiver)
+        assert isinstance(sender.link, MemoryLink)
+        assert sender.link.frames_sent < 40
+    job.check_arrived()

@@ -1,11 +1,13 @@
 """A process that makes writers of chunks, for a test to kill.
 
-For each line that it reads, a child of it goes on with the file, in two threads, and
-says ``begun <index>`` before and ``stored <index>`` after each chunk. The first word it
-says is its process id, and the last one that is said of it is ``gone``.
+For each line that it reads, a child of it goes on with the file, in two threads. The
+child says its process id, then ``begun <index>`` before and ``stored <index>`` after
+each chunk, and ``kept`` at the end. Then it waits to be killed. Its parent says
+``gone`` when it was.
 """
 
 import os
+import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +37,7 @@ def write_missing(source: Path, target: Path, chunk_size: int) -> None:
             for written in [pool.submit(write, index) for index in run]:
                 written.result()
     writer.keep()
+    say("kept")
 
 
 def main() -> None:
@@ -44,7 +47,7 @@ def main() -> None:
         if child == 0:
             say(str(os.getpid()))
             write_missing(source, target, chunk_size)
-            os._exit(0)
+            signal.pause()
         os.waitpid(child, 0)
         say("gone")
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sleap_rtc.io import chunk_files
-from sleap_rtc.io.chunk_files import ChunkReader, ChunkWriter
+from sleap_rtc.io.chunk_files import ChunkWriter
 from sleap_rtc.io.folder import (
     InsufficientSpaceError,
     PathValidationError,
@@ -165,71 +165,80 @@ def doomed_process(source: Path, target: Path) -> Iterator["Doomed"]:
 class Doomed:
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
+        self._pid = 0
+        self.begun: set[int] = set()
+        self.stored: set[int] = set()
 
-    def start_writing(self) -> int:
+    def write_some(self, reports: int) -> None:
+        """Let a process write until it has said so much, or has kept all."""
         assert self._process.stdin is not None
         self._process.stdin.write(b"go\n")
-        return int(self.next_words()[0])
+        self._pid = int(self._next_words()[0])
+        self.begun, self.stored = set(), set()
+        for _ in range(reports):
+            if not self._note(self._next_words()):
+                break
 
-    def next_words(self) -> list[str]:
+    def kill(self) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+        while (words := self._next_words()) != ["gone"]:
+            self._note(words)
+
+    def _note(self, words: list[str]) -> bool:
+        match words:
+            case ["begun", index]:
+                self.begun.add(int(index))
+            case ["stored", index]:
+                self.stored.add(int(index))
+            case _:
+                assert words == ["kept"]
+                return False
+        return True
+
+    def _next_words(self) -> list[str]:
         assert self._process.stdout is not None
         return self._process.stdout.readline().decode().split()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="it has no fork()")
 def test_a_writer_may_be_killed_at_any_moment(tmp_path: Path) -> None:
-    count = 2000
+    count = 3000
     data = random.Random(8).randbytes(count * CHUNK - 1)
     (tmp_path / "source").write_bytes(data)
     root = tmp_path / "root"
     root.mkdir()
-    randomness = random.Random()
-    stored: set[int] = set()
+    there: set[int] = set()
+    kills_amid = 0
     with doomed_process(tmp_path / "source", root / "a") as doomed:
         for _ in range(50):
-            pid = doomed.start_writing()
-            begun: set[int] = set()
-            for _ in range(randomness.randrange(1, 70)):
-                _note(doomed.next_words(), begun, stored)
-            os.kill(pid, signal.SIGKILL)
-            while (words := doomed.next_words()) != ["gone"]:
-                _note(words, begun, stored)
-
+            doomed.write_some(random.randrange(1, 70))
+            doomed.kill()
             writer = open_writer(root, len(data))
+            expected = there | doomed.stored
             there = {i for i in range(count) if writer.chunk_map.has(i)}
             for index in there:
                 good = blake3(chunk_of(index, data)).digest()
                 assert writer.chunk_map.digest(index) == good
-            assert stored <= there
-            assert len(begun - there) <= doomed_writer.THREADS
-            writer.keep()
-            stored = there
-    assert 50 < len(stored) < count
-    reader = ChunkReader(tmp_path / "source", chunk_size=CHUNK)
-    writer = open_writer(root, len(data))
-    for run in writer.chunk_map.missing():
-        for index in run:
-            assert writer.write(index, *reader.read(index))
-    reader.close()
-    assert writer.publish().read_bytes() == data
-
-
-def _note(words: list[str], begun: set[int], stored: set[int]) -> None:
-    what, index = words
-    (begun if what == "begun" else stored).add(int(index))
+            assert expected <= there <= expected | doomed.begun
+            assert len(doomed.begun - there) <= doomed_writer.THREADS
+            if writer.chunk_map.is_complete:
+                assert writer.publish().read_bytes() == data
+                (root / "a").unlink()
+                there = set()
+            else:
+                writer.keep()
+                kills_amid += 1
+    assert kills_amid > 10
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="it has no fork()")
 def test_only_a_living_process_keeps_others_out(tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(bytes(20_000 * CHUNK))
     with doomed_process(tmp_path / "source", tmp_path / "a") as doomed:
-        pid = doomed.start_writing()
-        doomed.next_words()
+        doomed.write_some(1)
         with pytest.raises(SharedStorageError, match="a is being received already"):
             open_writer(tmp_path, 20_000 * CHUNK)
-        os.kill(pid, signal.SIGKILL)
-        while doomed.next_words() != ["gone"]:
-            pass
+        doomed.kill()
         open_writer(tmp_path, 20_000 * CHUNK).abandon()
 
 

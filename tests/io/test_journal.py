@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from sleap_rtc.io import chunk_files
 from sleap_rtc.io.chunk_files import ChunkWriter
 from sleap_rtc.io.folder import (
+    Folder,
     InsufficientSpaceError,
     PathValidationError,
     SharedStorageError,
@@ -273,6 +274,25 @@ def test_of_many_writers_at_once_one_publishes(tmp_path: Path) -> None:
         assert (tmp_path / "a").read_bytes() == DATA
         assert os.listdir(tmp_path) == ["a"]
         (tmp_path / "a").unlink()
+
+
+def test_a_journal_that_goes_before_it_is_locked_is_made_again(tmp_path: Path) -> None:
+    class FolderOfAnEndingWriter(Folder):
+        def open_file(self, name: str, *, write: bool = False) -> int:
+            opened = super().open_file(name, write=write)
+            ending.remove()
+            return opened
+
+    with (
+        Folder.open(tmp_path) as folder,
+        FolderOfAnEndingWriter.open(tmp_path) as racing_folder,
+    ):
+        ending = Journal(folder, "j", size=SIZE, chunk_size=CHUNK)
+        racing = Journal(racing_folder, "j", size=SIZE, chunk_size=CHUNK)
+        with pytest.raises(BlockingIOError):
+            Journal(folder, "j", size=SIZE, chunk_size=CHUNK)
+        racing.remove()
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("replacement", [None, b"", DATA])

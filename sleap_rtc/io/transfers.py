@@ -197,6 +197,7 @@ class Transfers:
         offer: OfferedFile,
         sink: ChunkSink,
         *,
+        keep_part: bool = False,
         on_progress: Progress = _ignore_progress,
     ) -> Path:
         """Receive a file that the peer offered, or the rest of it.
@@ -207,15 +208,15 @@ class Transfers:
         - The sink is published when it is whole and the sender has verified it.
         - It is abandoned on a `TransferError`: the peer gave the file up, it is not
           the file that the stored chunks are of, or the storage failed.
-        - It is kept in every other case, so that a later transfer goes on with it: the
-          link was lost, or the owner cancelled, as it does when its process stops. The
-          peer is told of a cancellation. An owner that gives the file up for good
-          removes what was kept.
+        - In every other case `keep_part` decides: the link was lost, or the owner
+          cancelled, as it does when its process stops. The peer is told of that.
 
         Args:
             transfer_id: The number in the offer.
             offer: The file.
             sink: Where it goes, for a file of that size in chunks of that size.
+            keep_part: Keep what arrived for a later transfer of the same file; without
+                it nothing is left.
             on_progress: Called with the number of bytes stored so far, those of
                 earlier transfers included.
 
@@ -227,7 +228,7 @@ class Transfers:
                 can't be written.
             LinkClosedError: If the link ended first.
         """
-        leave = sink.keep
+        leave = sink.keep if keep_part else sink.abandon
         try:
             receiver = Receiver(transfer_id, offer, chunk_map=sink.chunk_map)
             receiving = _Receiving(self._link, receiver, sink, on_progress)

@@ -209,7 +209,10 @@ async def test_cancelling_one_side_tells_the_other(
         job.check_kept()
 
 
-async def test_a_lost_link_ends_both_sides_and_keeps_the_part(tmp_path: Path) -> None:
+@pytest.mark.parametrize("keep_part", [True, False])
+async def test_a_lost_link_ends_both_sides_and_keeps_the_part_if_wanted(
+    tmp_path: Path, keep_part: bool
+) -> None:
     job = Job(tmp_path, 50 * CHUNK_SIZE)
 
     def cut_at_the_fifth(frame: Frame) -> list[Frame]:
@@ -221,7 +224,7 @@ async def test_a_lost_link_ends_both_sides_and_keeps_the_part(tmp_path: Path) ->
         assert isinstance(sender.link, MemoryLink)
         link = sender.link
         link.harm = cut_at_the_fifth
-        await send_and_receive(job, sender, receiver)
+        await send_and_receive(job, sender, receiver, keep_part=keep_part)
         with pytest.raises(LinkClosedError):
             await sender.transfers.send_file(
                 2, job.offer, ChunkReader(job.source_path, chunk_size=CHUNK_SIZE)
@@ -229,7 +232,10 @@ async def test_a_lost_link_ends_both_sides_and_keeps_the_part(tmp_path: Path) ->
     for side in ("sender", "receiver"):
         assert isinstance(job.errors[side], LinkClosedError)
         assert str(job.errors[side]) == "the network is gone"
-    job.check_kept()
+    if keep_part:
+        job.check_kept()
+    else:
+        job.check_nothing_left()
 
 
 async def test_a_file_arrives_over_quic(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import structlog
 import trio
+import trio.testing
+from trio.testing import MockClock
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import (
     AcceptConnection,
@@ -220,3 +222,9 @@ async def until(condition: Callable[[], bool]) -> None:
     """Wait until something has happened that nobody announces."""
     while not condition():  # noqa: ASYNC110
         await trio.sleep(0.01)
+
+
+async def pass_time(clock: MockClock, seconds: float) -> None:
+    """Let time pass, and whatever happens then happen."""
+    clock.jump(seconds)
+    await trio.testing.wait_all_tasks_blocked(0.05)

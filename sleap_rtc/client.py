@@ -27,7 +27,6 @@ import trio
 import sleap_rtc
 from sleap_rtc.client_session import (
     ClientSession,
-    PackageCopied,
     Plan,
     ResultsStored,
     SessionEvent,
@@ -58,7 +57,12 @@ from sleap_rtc.proto.job_client import JobEnded, LinePrinted, RouteChosen, State
 from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting
 from sleap_rtc.proto.paths import check_file_name_untrusted
 from sleap_rtc.proto.rendezvous import Metadata
-from sleap_rtc.proto.routes import RoutePreference
+from sleap_rtc.proto.routes import (
+    GiveUp,
+    RoutePreference,
+    asked_kinds,
+    choose_kinds,
+)
 from sleap_rtc.proto.workers import (
     Candidate,
     Choice,
@@ -74,7 +78,6 @@ __all__ = [
     "JobResult",
     "LinePrinted",
     "LinkOpened",
-    "PackageCopied",
     "ResultsStored",
     "RouteChosen",
     "StateChanged",
@@ -106,7 +109,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     Args:
         package: A package as SLEAP exports it: a zip file, or a directory.
         worker: Id, name or host name of the worker; None chooses one.
-        route: How the package travels.
+        route: How the package travels, and over which kind of link.
         output: Where results go; None means beside the caller, or, on the shared
             route, where they are.
         timeout: Seconds after which the job is cancelled.
@@ -130,10 +133,11 @@ class WorkerChosen(msgspec.Struct, frozen=True):
 
 
 class LinkOpened(msgspec.Struct, frozen=True):
-    """Event: the connection to the worker stands."""
+    """Event: the connection to the worker stands, and why it is this one."""
 
     kind: str
     address: str
+    reason: str
 
 
 Event = WorkerChosen | LinkOpened | SessionEvent
@@ -259,11 +263,10 @@ class _Submission:
         introduction = await self._meet(invite)
         ending: JobEnded | None = None
         try:
-            async with self._dial(introduction) as link:
+            async with self._dial(introduction) as (link, reason):
                 self._connected = True
-                self._tell(
-                    LinkOpened(link.statistics().kind, link.statistics().address)
-                )
+                opened = link.statistics()
+                self._tell(LinkOpened(opened.kind, opened.address, reason))
                 session = ClientSession(link, self._plan(package), size, self._on_event)
                 ending = await self._run_session(session)
         except LinkClosedError as error:
@@ -313,7 +316,8 @@ class _Submission:
             self._worker_id = choice.worker.peer_id
             self._tell(WorkerChosen(choice.worker, choice.reason))
             with trio.move_on_after(ANSWER_TIMEOUT):
-                return await ask_worker(room, keys, choice.worker)
+                kinds = asked_kinds(self._request.route)
+                return await ask_worker(room, keys, choice.worker, kinds)
             raise NoWorkerError(
                 f"The worker {self._worker_id} did not answer for "
                 f"{ANSWER_TIMEOUT:.0f} s.",
@@ -333,21 +337,31 @@ class _Submission:
         return choice
 
     @asynccontextmanager
-    async def _dial(self, introduction: Introduction) -> AsyncIterator[Link]:
+    async def _dial(
+        self, introduction: Introduction
+    ) -> AsyncIterator[tuple[Link, str]]:
+        """Open the link, and say why it is this one."""
         answer = introduction.answer
+        choice = choose_kinds(self._request.route, answer.kinds)
+        if isinstance(choice, GiveUp):
+            raise NoWorkerError(
+                f"The worker can't be reached: {choice.reason}.",
+                "Send the package without --route.",
+            )
         addresses = [(address.host, address.port) for address in answer.addresses]
         try:
             async with dial(
                 addresses,
                 certificate_der=answer.certificate,
                 auth=introduction.auth,
-            ) as link:
-                yield link
+                kinds=choice.kinds,
+            ) as (link, reason):
+                yield link, choice.reason or reason
         except DialError as error:
             raise NoWorkerError(
                 f"The worker can't be reached: {error}.",
-                "Its UDP port must be open to this machine: see the troubleshooting "
-                "guide, or use a shared network or VPN.",
+                "Its port, TCP or UDP, must be open to this machine: see the "
+                "troubleshooting guide, or use a shared network or VPN.",
             ) from None
 
     def _plan(self, package: Path) -> Plan:

@@ -19,6 +19,7 @@ from sleap_rtc.proto.envelope import (
     SEAL_LIFETIME,
     Address,
     Answer,
+    LinkKindName,
     Offer,
     OfferLedger,
     link_proof,
@@ -31,6 +32,7 @@ from sleap_rtc.proto.envelope import (
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.invite import RoomKeys
 from sleap_rtc.proto.messages import Auth
+from sleap_rtc.proto.routes import LINK_KINDS
 from sleap_rtc.proto.workers import Candidate
 
 
@@ -41,7 +43,12 @@ class Introduction(msgspec.Struct, frozen=True):
     auth: Auth
 
 
-async def ask_worker(room: Room, keys: RoomKeys, worker: Candidate) -> Introduction:
+async def ask_worker(
+    room: Room,
+    keys: RoomKeys,
+    worker: Candidate,
+    kinds: tuple[LinkKindName, ...] = LINK_KINDS,
+) -> Introduction:
     """Offer a link to a worker, and open its answer.
 
     The caller sets the deadline.
@@ -50,6 +57,7 @@ async def ask_worker(room: Room, keys: RoomKeys, worker: Candidate) -> Introduct
         room: The room that both are in.
         keys: The room's.
         worker: Whom to ask.
+        kinds: The kinds of link that would do.
 
     Raises:
         NoWorkerError: If it has left the room.
@@ -59,7 +67,7 @@ async def ask_worker(room: Room, keys: RoomKeys, worker: Candidate) -> Introduct
     try:
         sealed = seal_offer(
             keys,
-            Offer(kinds=("quic",)),
+            Offer(kinds),
             sender=room.peer_id,
             target=worker.peer_id,
             nonce=offer_nonce,
@@ -179,7 +187,7 @@ class Doorkeeper:
         self._ledger.expect(opened.nonce.hex(), answer_nonce, sender, expires)
         return seal_answer(
             self._keys,
-            Answer(addresses, self._certificate, ("quic",)),
+            Answer(addresses, self._certificate, LINK_KINDS),
             sender=self._peer_id,
             target=sender,
             nonce=answer_nonce,

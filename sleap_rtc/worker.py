@@ -28,9 +28,9 @@ from sleap_rtc.config import (
 from sleap_rtc.errors import RefusedError, UsageError
 from sleap_rtc.introductions import Doorkeeper
 from sleap_rtc.io.certificates import make_certificate
+from sleap_rtc.io.listener import Listener, open_listener
 from sleap_rtc.io.machine import MachineInfo, describe_machine
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.quic import QuicListener, open_quic_listener
 from sleap_rtc.io.signaling import RegistrationRefusedError, Room, open_room
 from sleap_rtc.io.signals import end_on_signal
 from sleap_rtc.proto.envelope import Address
@@ -73,7 +73,7 @@ class WorkerOptions(msgspec.Struct, frozen=True):
         gpus: Numbers of the GPUs that jobs may use; None for all.
         programs: Programs that jobs may run.
         name: What the worker is called in lists.
-        port: UDP port of the links; 0 takes a free one.
+        port: Port number of the links, TCP and UDP; 0 takes a free one.
         listen: Where its own signaling server listens, if the user said so.
         public_url: How others reach that server, if the user said so.
         public_address: How others reach the links, where a provider or a router maps
@@ -189,7 +189,7 @@ class Worker:
             async with AsyncExitStack() as stack:
                 try:
                     listener = await stack.enter_async_context(
-                        open_quic_listener(
+                        open_listener(
                             host,
                             self._options.port,
                             certificate,
@@ -198,8 +198,8 @@ class Worker:
                     )
                 except OSError as error:
                     raise ConfigError(
-                        f"UDP port {self._options.port} can't be used: "
-                        f"{error.strerror}. Choose another with --port."
+                        f"Links can't be listened for: {error.strerror}. "
+                        "Choose another port with --port."
                     ) from None
                 room = await stack.enter_async_context(
                     open_room(
@@ -301,7 +301,7 @@ class Worker:
 
     # ---------------------------------------------------------------------- the links
 
-    async def _serve_links(self, listener: QuicListener) -> None:
+    async def _serve_links(self, listener: Listener) -> None:
         """Accept clients for ever."""
         async with trio.open_nursery() as nursery:
             home = JobsHome(
@@ -317,7 +317,7 @@ class Worker:
             while True:
                 nursery.start_soon(serve_link, home, await listener.accept())
 
-    def _addresses(self, listener: QuicListener) -> tuple[Address, ...]:
+    def _addresses(self, listener: Listener) -> tuple[Address, ...]:
         """Say where the links can be reached, the likeliest first."""
         found = [Address(host, port) for host, port in listener.local_addresses()]
         public = self._options.public_address

@@ -19,6 +19,8 @@ class RouteOption(StrEnum):
     auto = "auto"
     shared = "shared"
     channel = "channel"
+    tcp = "tcp"
+    quic = "quic"
 
 
 def send(
@@ -32,7 +34,10 @@ def send(
     ] = None,
     route: Annotated[
         RouteOption,
-        typer.Option(help="Over shared storage, or in chunks through the channel."),
+        typer.Option(
+            help="Over shared storage, or in chunks through the channel: over TCP if "
+            "possible, or over the one that is named."
+        ),
     ] = RouteOption.auto,
     output: Annotated[
         Path | None,

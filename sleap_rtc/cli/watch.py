@@ -88,8 +88,8 @@ class TerminalWatch:
         match event:
             case client.WorkerChosen(worker=worker, reason=reason):
                 self._say("Worker", f"{worker.peer_id} ({reason})")
-            case client.LinkOpened(kind=kind, address=address):
-                self._say("Link", f"{kind} to {address}")
+            case client.LinkOpened(kind=kind, address=address, reason=reason):
+                self._say("Link", f"{kind} to {address} ({reason})")
             case client.RouteChosen(route=route, reason=reason):
                 self._say("Route", f"{route} ({reason})")
             case client.TransferProgress(what=what, done=done, total=total):
@@ -204,8 +204,8 @@ class JsonWatch:
         match event:
             case client.WorkerChosen(worker=worker, reason=reason):
                 print_json("worker", worker=worker.peer_id, reason=reason)
-            case client.LinkOpened(kind=kind, address=address):
-                print_json("link", kind=kind, address=address)
+            case client.LinkOpened(kind=kind, address=address, reason=reason):
+                print_json("link", kind=kind, address=address, reason=reason)
             case client.RouteChosen(route=route, reason=reason):
                 print_json("route", route=route, reason=reason)
             case client.TransferProgress(what=what, done=done, total=total):

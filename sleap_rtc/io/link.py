@@ -2,14 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
 
 import msgspec
 
+from sleap_rtc.proto.envelope import LinkKindName
 from sleap_rtc.proto.frames import Frame
 from sleap_rtc.proto.messages import Message
 
-LinkKind = Literal["quic", "tcp"]
+LinkKind = LinkKindName
 
 
 class LinkClosedError(Exception):
@@ -30,7 +30,8 @@ class DialError(Exception):
     """No link came about.
 
     Args:
-        failures: Each address that was tried, as ``host:port``, and what happened.
+        failures: Each attempt, as an address or a kind of link to an address, and what
+            happened.
     """
 
     def __init__(self, failures: Sequence[tuple[str, str]]) -> None:
@@ -94,6 +95,8 @@ class Link(ABC):
     @abstractmethod
     async def send_frame(self, frame: Frame) -> None:
         """Send a bulk frame; waits while the transport has enough to send.
+
+        Its payload must not change any more.
 
         Raises:
             LinkClosedError: If the link is gone.

@@ -236,16 +236,29 @@ async def open_quic_listener(
         OSError: If the address cannot be bound.
     """
     with open_udp_listener(host, port) as udp:
-        async with open_background_nursery() as nursery:
-            listener = QuicListener(
-                udp, certificate, authenticate, nursery, idle_timeout
-            )
-            nursery.start_soon(_receive, udp, listener.receive)
-            nursery.start_soon(_resume, udp, listener.pump)
-            try:
-                yield listener
-            finally:
-                listener.close_all("the listener was closed")
+        async with serve_quic(
+            udp, certificate, authenticate, idle_timeout=idle_timeout
+        ) as listener:
+            yield listener
+
+
+@asynccontextmanager
+async def serve_quic(
+    udp: UdpSocket,
+    certificate: Certificate,
+    authenticate: Callable[[Auth], str],
+    *,
+    idle_timeout: float = IDLE_TIMEOUT,
+) -> AsyncIterator[QuicListener]:
+    """Take QUIC links on a bound socket; see `open_quic_listener`."""
+    async with open_background_nursery() as nursery:
+        listener = QuicListener(udp, certificate, authenticate, nursery, idle_timeout)
+        nursery.start_soon(_receive, udp, listener.receive)
+        nursery.start_soon(_resume, udp, listener.pump)
+        try:
+            yield listener
+        finally:
+            listener.close_all("the listener was closed")
 
 
 @asynccontextmanager

@@ -48,6 +48,10 @@ class UdpSocket:
         traceback: TracebackType | None,
     ) -> None:
         """Close the socket."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the socket."""
         self._socket.close()
 
     @property

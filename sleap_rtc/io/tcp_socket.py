@@ -1,6 +1,7 @@
 """The sockets beneath TCP links."""
 
 import errno
+import os
 import socket
 import struct
 import sys
@@ -136,7 +137,9 @@ async def open_tcp_socket(host: str, port: int) -> TcpSocket:
         cause = error.__cause__
         while isinstance(cause, BaseExceptionGroup):
             cause = cause.exceptions[0]
-        raise (cause if isinstance(cause, OSError) else error) from None
+        if not isinstance(cause, OSError) or cause.errno is None:
+            raise
+        raise OSError(cause.errno, os.strerror(cause.errno)) from None
     return TcpSocket(socket.socket(fileno=stream.socket.detach()))
 
 

@@ -1,11 +1,20 @@
 import pytest
 
+from sleap_rtc.proto.envelope import LinkKindName
 from sleap_rtc.proto.routes import (
+    LINK_KINDS,
+    Attempt,
     GiveUp,
+    KeepLink,
+    LinkRace,
+    NoLink,
     RoutePreference,
+    StartAttempt,
+    TryLinks,
     TryShared,
     UseChannel,
     after_shared_failure,
+    choose_kinds,
     first_route,
 )
 
@@ -23,6 +32,8 @@ FIRST: list[tuple[RoutePreference, bool, bool, type, str]] = [
     ("channel", True, False, UseChannel, "was asked for"),
     ("channel", False, True, UseChannel, "was asked for"),
     ("channel", False, False, UseChannel, "was asked for"),
+    ("tcp", True, True, UseChannel, "the channel over TCP was asked for"),
+    ("quic", False, True, UseChannel, "the channel over QUIC was asked for"),
 ]
 
 
@@ -44,3 +55,213 @@ def test_a_failed_shared_route_that_was_asked_for_is_the_end() -> None:
     decision = after_shared_failure("shared", "The disk is full")
     assert isinstance(decision, GiveUp)
     assert decision.reason.startswith("The disk is full (")
+
+
+# ------------------------------------------------------------------- kinds of link
+
+# preference, what the worker listens for, kinds or None, words of the reason
+KINDS: list[
+    tuple[
+        RoutePreference,
+        tuple[LinkKindName, ...],
+        tuple[LinkKindName, ...] | None,
+        str,
+    ]
+] = [
+    ("auto", ("tcp", "quic"), ("tcp", "quic"), ""),
+    ("auto", ("quic", "tcp"), ("tcp", "quic"), ""),
+    ("shared", ("tcp", "quic"), ("tcp", "quic"), ""),
+    ("channel", ("tcp", "quic"), ("tcp", "quic"), ""),
+    ("channel", ("tcp",), ("tcp",), "the worker listens for TCP only"),
+    ("auto", ("quic",), ("quic",), "the worker listens for QUIC only"),
+    ("tcp", ("tcp", "quic"), ("tcp",), "it was asked for"),
+    ("quic", ("tcp", "quic"), ("quic",), "it was asked for"),
+    ("quic", ("quic",), ("quic",), "it was asked for"),
+    ("tcp", ("quic",), None, "does not listen for links over TCP"),
+    ("quic", ("tcp",), None, "does not listen for links over QUIC"),
+    ("auto", (), None, "does not listen for links over TCP or QUIC"),
+]
+
+
+@pytest.mark.parametrize(("preference", "offered", "kinds", "words"), KINDS)
+def test_the_kinds_of_link_are_what_both_sides_want(
+    preference: RoutePreference,
+    offered: tuple[LinkKindName, ...],
+    kinds: tuple[LinkKindName, ...] | None,
+    words: str,
+) -> None:
+    decision = choose_kinds(preference, offered)
+    if kinds is None:
+        assert isinstance(decision, GiveUp)
+        assert words in decision.reason
+    else:
+        assert decision == TryLinks(kinds, words)
+
+
+A, B = ("a", 1), ("b", 2)
+TCP_A, TCP_B = Attempt("tcp", *A), Attempt("tcp", *B)
+QUIC_A, QUIC_B = Attempt("quic", *A), Attempt("quic", *B)
+
+# At a time, in seconds: an attempt opens, or fails for a reason, or the clock is asked.
+Input = tuple[float, Attempt | None, str]
+# At a time: an attempt starts, or is kept for a reason; or (None, "lost").
+Outcome = tuple[float, Attempt | None, str]
+
+RACES: dict[str, tuple[tuple[LinkKindName, ...], list[Input], list[Outcome]]] = {
+    "the first link of the preferred kind wins at once": (
+        LINK_KINDS,
+        [(0.1, TCP_A, "")],
+        [(0, TCP_A, "start"), (0.1, TCP_A, "it answered first")],
+    ),
+    "every kind goes through the addresses, staggered": (
+        LINK_KINDS,
+        [(9, None, "")],
+        [
+            (0, TCP_A, "start"),
+            (0.25, TCP_B, "start"),
+            (0.25, QUIC_A, "start"),
+            (0.5, QUIC_B, "start"),
+        ],
+    ),
+    "the next address does not wait after a failure": (
+        LINK_KINDS,
+        [(0.1, TCP_A, "no route"), (0.2, TCP_B, "")],
+        [
+            (0, TCP_A, "start"),
+            (0.1, TCP_B, "start"),
+            (0.2, TCP_B, "it answered first"),
+        ],
+    ),
+    "the preferred kind has a grace after the other one answered": (
+        LINK_KINDS,
+        [(0.3, QUIC_A, ""), (0.45, TCP_B, "")],
+        [
+            (0, TCP_A, "start"),
+            (0.25, TCP_B, "start"),
+            (0.25, QUIC_A, "start"),
+            (0.45, TCP_B, "TCP is faster than QUIC, which answered first"),
+        ],
+    ),
+    "after the grace the other kind wins": (
+        LINK_KINDS,
+        [(0.3, QUIC_A, ""), (0.55, QUIC_B, ""), (9, TCP_A, "")],
+        [
+            (0, TCP_A, "start"),
+            (0.25, TCP_B, "start"),
+            (0.25, QUIC_A, "start"),
+            (0.5, QUIC_B, "start"),
+            (0.6, QUIC_A, "TCP did not answer within 0.6 s"),
+        ],
+    ),
+    "the other kind starts and wins at once when nothing else is left": (
+        LINK_KINDS,
+        [(0.1, TCP_A, "refused"), (0.1, TCP_B, "refused"), (0.2, QUIC_A, "")],
+        [
+            (0, TCP_A, "start"),
+            (0.1, TCP_B, "start"),
+            (0.1, QUIC_A, "start"),
+            (0.2, QUIC_A, "TCP was not reachable: refused"),
+        ],
+    ),
+    "a grace ends when the last attempt of the preferred kind fails": (
+        LINK_KINDS,
+        [(0.3, QUIC_A, ""), (0.4, TCP_A, "refused"), (0.45, TCP_B, "no route")],
+        [
+            (0, TCP_A, "start"),
+            (0.25, TCP_B, "start"),
+            (0.25, QUIC_A, "start"),
+            (0.45, QUIC_A, "TCP was not reachable: refused, no route"),
+        ],
+    ),
+    "a race of one kind has no grace": (
+        ("quic",),
+        [(0.1, QUIC_A, "")],
+        [(0, QUIC_A, "start"), (0.1, QUIC_A, "it answered first")],
+    ),
+    "a race is lost when every attempt has failed": (
+        LINK_KINDS,
+        [
+            (0.3, TCP_A, "no"),
+            (0.3, TCP_B, "no"),
+            (0.4, QUIC_A, "no"),
+            (0.4, QUIC_B, "no"),
+        ],
+        [
+            (0, TCP_A, "start"),
+            (0.25, TCP_B, "start"),
+            (0.25, QUIC_A, "start"),
+            (0.3, QUIC_B, "start"),
+            (0.4, None, "lost"),
+        ],
+    ),
+}
+
+
+def play(
+    race: LinkRace, inputs: list[Input], begin: float = 1000.0
+) -> list[tuple[float, Attempt | None, str]]:
+    """Run a race as a driver would, and note what it wants and when."""
+    found: list[tuple[float, Attempt | None, str]] = []
+
+    def drain(now: float) -> None:
+        while (output := race.next_output()) is not None:
+            match output:
+                case StartAttempt(attempt):
+                    found.append((now, attempt, "start"))
+                case KeepLink(attempt, reason):
+                    found.append((now, attempt, reason))
+                case NoLink():
+                    found.append((now, None, "lost"))
+
+    drain(begin)
+    for after, attempt, failure in inputs:
+        now = begin + after
+        while (due := race.deadline()) is not None and due < now:
+            race.handle_timeout(due)
+            drain(due)
+        if attempt is None:
+            race.handle_timeout(now)
+        elif failure:
+            race.attempt_failed(attempt, failure, now)
+        else:
+            race.attempt_opened(attempt, now)
+        drain(now)
+    return found
+
+
+@pytest.mark.parametrize("title", RACES)
+def test_a_race_between_links(title: str) -> None:
+    kinds, inputs, expected = RACES[title]
+    found = play(LinkRace([A, B], kinds, 1000.0), inputs)
+    assert [(round(now - 1000.0, 6), *what) for now, *what in found] == expected
+
+
+def test_a_race_without_addresses_is_lost() -> None:
+    race = LinkRace([], LINK_KINDS, 0.0)
+    assert race.next_output() == NoLink()
+    assert race.deadline() is None
+
+
+def test_an_address_that_is_named_twice_is_tried_once() -> None:
+    race = LinkRace([A, A, A], ("tcp",), 0.0)
+    assert play(race, [(9, None, "")], 0.0) == [(0.0, TCP_A, "start")]
+
+
+def test_a_settled_race_does_not_change_any_more() -> None:
+    race = LinkRace([A, B], LINK_KINDS, 0.0)
+    assert race.next_output() == StartAttempt(TCP_A)
+    race.attempt_opened(TCP_A, 0.1)
+    assert race.next_output() == KeepLink(TCP_A, "it answered first")
+    race.attempt_opened(QUIC_A, 0.2)
+    race.attempt_failed(TCP_B, "cancelled", 0.3)
+    race.handle_timeout(9.0)
+    assert race.next_output() is None
+    assert race.deadline() is None
+
+
+def test_a_race_that_is_asked_too_early_changes_nothing() -> None:
+    race = LinkRace([A, B], LINK_KINDS, 0.0)
+    assert race.next_output() == StartAttempt(TCP_A)
+    race.handle_timeout(0.2)
+    assert race.next_output() is None
+    assert race.deadline() == 0.25

@@ -1,7 +1,5 @@
 """One end of a WebSocket, with a raw peer at the other."""
 
-from itertools import count
-
 import pytest
 import trio
 import trio.testing
@@ -24,16 +22,8 @@ from sleap_rtc.io.websocket import (
     WRITE_SECONDS,
     WebSocket,
 )
-from sleap_rtc.proto.rendezvous import (
-    MAX_SIGNAL_BYTES,
-)
-from tests.io.signaling_lab import (
-    DEADLINE,
-    HOST,
-    RawPeer,
-    pass_time,
-    until,
-)
+from sleap_rtc.proto.rendezvous import MAX_SIGNAL_BYTES
+from tests.io.signaling_lab import DEADLINE, HOST, RawPeer, pass_time, until
 
 
 class Recorder:
@@ -142,12 +132,10 @@ async def test_a_pong_is_heard(end: OneEnd) -> None:
 
 async def test_a_ping_is_heard(end: OneEnd) -> None:
     with trio.fail_after(DEADLINE):
-        for number in count(1):
+        for _ in range(3):
             await end.peer.send(Ping())
             assert await end.peer.event() == Pong()
-            await until(lambda number=number: end.user.signs == number)  # type: ignore[misc]
-            if number == 3:
-                break
+        await until(lambda: end.user.signs == 3)
 
 
 @pytest.mark.timeout(20)

@@ -38,10 +38,10 @@ test: lint
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(READY)
-	@$(BIN)/python bench/transfer.py --size 64MiB --rounds 3
+	@$(BIN)/python bench/transfer.py --size 64MiB --routes shared,tcp,quic
 
 bench-full: $(READY)
-	@$(BIN)/python bench/transfer.py --size 5GiB --rounds 3
+	@$(BIN)/python bench/transfer.py --size 5GiB
 
 lint: $(READY)
 	@echo "== black"

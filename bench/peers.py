@@ -69,7 +69,7 @@ def deliver(package: Path, route: str, directory: Path) -> Delivery:
 
     Args:
         package: What to send.
-        route: `shared` or `channel`.
+        route: As in `sleap-rtc send --route`.
         directory: An empty directory for everything that the two write.
 
     Raises:

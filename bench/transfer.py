@@ -45,7 +45,10 @@ MEBIBYTE = 1024**2
 SMALL = 1024
 """Bytes of a package that shows what a route costs without its load."""
 
-ROUTES = ("shared", "channel")
+ROUTES = ("shared", "channel", "tcp", "quic")
+"""What `sleap-rtc send --route` takes; the last two are the channel over one link."""
+
+DEFAULT_ROUTES = ("shared", "channel")
 
 console = Console(highlight=False)
 
@@ -212,7 +215,7 @@ def send_once(route: str, source: Path, arrived: Path) -> Sample:
         worker_cpu=delivery.worker.cpu_seconds,
         client_peak=delivery.client.peak_bytes,
         worker_peak=delivery.worker.peak_bytes,
-        link=delivery.link if route == "channel" else "",
+        link="" if route == "shared" else delivery.link,
     )
 
 
@@ -262,6 +265,8 @@ def show(report: Report) -> None:
     rounds = len(report.ways[0].samples)
     table = Table(
         box=box.SIMPLE,
+        show_edge=False,
+        pad_edge=False,
         title=f"{report.size / 1e6:,.0f} MB, {rounds} rounds, medians",
         caption=f"{machine.system}, {machine.cores} cores, "
         f"{machine.memory_bytes / 1024**3:.0f} GiB memory, {machine.file_system}, "
@@ -282,11 +287,11 @@ def _row(size: int, way: Way) -> tuple[str, ...]:
     peaks = [(s.client_peak, s.worker_peak) for s in samples]
     link = samples[0].link
     return (
-        f"{way.name} ({link})" if link else way.name,
+        f"{way.name} ({link})" if link not in ("", way.name) else way.name,
         f"{statistics.median(rates):,.0f}",
         f"{min(rates):,.0f}-{max(rates):,.0f}",
         _pair(
-            [s.client_cpu for s in samples], [s.worker_cpu for s in samples], "{:.2f}"
+            [s.client_cpu for s in samples], [s.worker_cpu for s in samples], "{:.3g}"
         ),
         _pair(
             [None if one is None else one / MEBIBYTE for one, _ in peaks],
@@ -324,7 +329,10 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument(
-        "--routes", type=_parse_routes, default=",".join(ROUTES), help="such as shared"
+        "--routes",
+        type=_parse_routes,
+        default=",".join(DEFAULT_ROUTES),
+        help=f"some of {','.join(ROUTES)} (default: {','.join(DEFAULT_ROUTES)})",
     )
     parser.add_argument(
         "--directory", type=Path, help="where the files go (default: a temporary one)"

@@ -1,0 +1,375 @@
+"""What only TCP links do, over real sockets on loopback."""
+
+import socket
+import ssl
+import struct
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+
+from sleap_rtc.io.certificates import SERVER_NAME
+from sleap_rtc.io.link import DialError, LinkClosedError
+from sleap_rtc.io.session import ALPN
+from sleap_rtc.io.tcp import TcpListener, connect_tcp, dial_tcp, open_tcp_listener
+from sleap_rtc.io.tcp_socket import (
+    TcpSocket,
+    accept_tcp,
+    bind_tcp_listener,
+    open_tcp_socket,
+)
+from sleap_rtc.io.tls import client_context_untrusted
+from sleap_rtc.proto.messages import Error
+from tests.io.links import (
+    AUTH,
+    CANCEL,
+    CERTIFICATE,
+    DER,
+    MEGABYTE,
+    TCP,
+    judge,
+    line,
+    make_frame,
+    pair,
+    send_until_held_back,
+)
+
+
+@pytest.fixture(autouse=True)
+async def deadline() -> AsyncIterator[None]:
+    with trio.fail_after(60):
+        yield
+
+
+@pytest.fixture
+async def listener() -> AsyncIterator[TcpListener]:
+    async with open_tcp_listener("127.0.0.1", 0, CERTIFICATE, judge) as opened:
+        yield opened
+
+
+async def read_to_end(stream: trio.abc.ReceiveStream) -> bytes:
+    found = b""
+    try:
+        while data := await stream.receive_some():
+            found += data
+    except trio.BrokenResourceError:
+        pass  # an end as well
+    return found
+
+
+# ------------------------------------------------------------------------- strangers
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        b"GET / HTTP/1.1\r\nHost: worker\r\n\r\n",
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"\x16\x03\x01\x02\x00" + b"\xff" * 512,
+        b"",
+    ],
+    ids=["http", "ssh", "nearly tls", "nothing"],
+)
+async def test_a_stranger_is_sent_away_and_disturbs_nobody(
+    listener: TcpListener, words: bytes
+) -> None:
+    async with pair(TCP, listener) as (client, worker):
+        stranger = await trio.open_tcp_stream("127.0.0.1", listener.port)
+        async with stranger:
+            await stranger.send_all(words)
+            await stranger.send_eof()
+            answer = await read_to_end(stranger)
+        # At most an alert of TLS; nothing of ours.
+        assert len(answer) <= 7
+        await client.send_message(CANCEL)
+        assert await worker.receive_message() == CANCEL
+
+
+async def test_who_only_connects_is_sent_away_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sleap_rtc.io.session.HANDSHAKE_TIMEOUT", 0.3)
+    async with open_tcp_listener("127.0.0.1", 0, CERTIFICATE, judge) as listener:
+        stranger = await trio.open_tcp_stream("127.0.0.1", listener.port)
+        async with stranger:
+            begin = trio.current_time()
+            assert await read_to_end(stranger) == b""
+            assert 0.2 < trio.current_time() - begin < 5
+
+
+async def talk_until_the_end(stream: trio.SSLStream[trio.SocketStream]) -> None:
+    await stream.send_all(b"hello")
+    while await stream.receive_some():
+        pass
+
+
+def old_version(context: ssl.SSLContext) -> None:
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+
+
+def other_protocol(context: ssl.SSLContext) -> None:
+    context.set_alpn_protocols(["h2"])
+
+
+@pytest.mark.parametrize("change", [old_version, other_protocol])
+async def test_another_way_to_speak_tls_is_refused(
+    listener: TcpListener, change: Callable[[ssl.SSLContext], None]
+) -> None:
+    context = client_context_untrusted(DER)
+    change(context)
+    stream = trio.SSLStream(
+        await trio.open_tcp_stream("127.0.0.1", listener.port),
+        context,
+        server_hostname=SERVER_NAME,
+    )
+    # TLS 1.3 may let the client finish its handshake before it hears of the refusal.
+    with pytest.raises(trio.BrokenResourceError):
+        await talk_until_the_end(stream)
+    await trio.aclose_forcefully(stream)
+
+
+async def test_a_client_of_tls_alone_gets_no_further(listener: TcpListener) -> None:
+    context = client_context_untrusted(DER)
+    stream = trio.SSLStream(
+        await trio.open_tcp_stream("127.0.0.1", listener.port),
+        context,
+        server_hostname=SERVER_NAME,
+        https_compatible=True,
+    )
+    async with stream:
+        await stream.send_all(b"GET / HTTP/1.1\r\n\r\n")
+        assert b"there is no record type 71" in await read_to_end(stream)
+        assert stream.selected_alpn_protocol() == ALPN
+
+
+async def test_a_port_without_a_listener_refuses() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        with pytest.raises(DialError, match=rf"127.0.0.1:{port}: Connection refused"):
+            async with connect_tcp("127.0.0.1", port, certificate_der=DER):
+                pytest.fail("it must not open")
+
+
+async def test_a_listener_that_hangs_up_is_described() -> None:
+    with bind_tcp_listener("127.0.0.1", 0) as listening:
+
+        async def hang_up() -> None:
+            tcp, _ = await accept_tcp(listening)
+            with tcp:
+                await tcp.receive()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(hang_up)
+            host, port = listening.getsockname()
+            with pytest.raises(DialError, match="closed the connection without"):
+                async with connect_tcp(host, port, certificate_der=DER):
+                    pytest.fail("it must not open")
+
+
+class Relay:
+    """A line between a client and a listener that carries byte after byte."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._ends: list[trio.SocketStream] = []
+
+    async def carry(self, near: trio.SocketStream) -> None:
+        far = await trio.open_tcp_stream("127.0.0.1", self._port)
+        self._ends += [near, far]
+        async with near, far, trio.open_nursery() as nursery:
+            nursery.start_soon(self._carry_one_way, near, far)
+            nursery.start_soon(self._carry_one_way, far, near)
+
+    async def _carry_one_way(
+        self, source: trio.SocketStream, target: trio.SocketStream
+    ) -> None:
+        try:
+            async for data in source:
+                for n in range(len(data)):
+                    await target.send_all(data[n : n + 1])
+            await target.send_eof()
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            pass  # it was reset
+
+    def reset(self) -> None:
+        """Break both connections off."""
+        for end in self._ends:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            end.socket.close()
+
+
+@asynccontextmanager
+async def through_a_relay(port: int) -> AsyncIterator[tuple[int, Relay]]:
+    relay = Relay(port)
+    async with trio.open_nursery() as nursery:
+        [outside] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        nursery.start_soon(trio.serve_listeners, relay.carry, [outside])
+        yield outside.socket.getsockname()[1], relay
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_link_survives_a_line_that_carries_byte_after_byte(
+    listener: TcpListener,
+) -> None:
+    async with through_a_relay(listener.port) as (port, _), dial_tcp(
+        "127.0.0.1", port, certificate_der=DER, auth=AUTH
+    ) as client:
+        worker = await listener.accept()
+        await client.send_frame(make_frame(1, 3000))
+        await worker.send_message(CANCEL)
+        assert (await worker.receive_frame()).payload == make_frame(1, 3000).payload
+        assert await client.receive_message() == CANCEL
+
+
+# ------------------------------------------------------------------- under pressure
+
+
+async def test_messages_overtake_the_bulk_of_a_slow_reader(
+    listener: TcpListener,
+) -> None:
+    frames = 32
+    async with pair(TCP, listener) as (client, worker), trio.open_nursery() as nursery:
+
+        async def send() -> None:
+            for index in range(frames):
+                await client.send_frame(make_frame(index))
+                await client.send_message(line(index))
+
+        nursery.start_soon(send)
+        # Nobody reads frames: 16 MiB and what the kernels take are on the way.
+        for index in range(12):
+            assert await worker.receive_message() == line(index)
+        for index in range(frames):
+            assert (await worker.receive_frame()).header.index == index
+        for index in range(12, frames):
+            assert await worker.receive_message() == line(index)
+
+
+async def test_a_link_whose_frames_nobody_reads_lives_on() -> None:
+    async with (
+        open_tcp_listener(
+            "127.0.0.1", 0, CERTIFICATE, judge, idle_timeout=0.5
+        ) as listener,
+        pair(TCP, listener, idle_timeout=0.5) as (client, worker),
+    ):
+        sent = await send_until_held_back(client)
+        await trio.sleep(1)
+        for index in range(sent):
+            assert (await worker.receive_frame()).header.index == index
+        await worker.send_message(CANCEL)
+        assert await client.receive_message() == CANCEL
+
+
+async def test_a_reason_arrives_though_much_is_unread(listener: TcpListener) -> None:
+    async with pair(TCP, listener) as (client, worker):
+        for index in range(3):
+            await client.send_frame(make_frame(index))
+        worker.close_now("no room")
+        with pytest.raises(LinkClosedError, match=r"\Ano room\Z"):
+            await send_until_held_back(client)
+
+
+# --------------------------------------------------------------------- rough endings
+
+
+async def test_a_connection_that_is_reset_is_lost(listener: TcpListener) -> None:
+    async with through_a_relay(listener.port) as (port, relay), dial_tcp(
+        "127.0.0.1", port, certificate_der=DER, auth=AUTH
+    ) as client:
+        worker = await listener.accept()
+        relay.reset()
+        for link in (client, worker):
+            with pytest.raises(LinkClosedError, match="connection") as caught:
+                await link.receive_message()
+            assert not caught.value.by_peer
+
+
+async def test_statistics_outlive_the_link(listener: TcpListener) -> None:
+    async with pair(TCP, listener) as (client, worker):
+        await client.send_frame(make_frame(1))
+        await worker.receive_frame()
+    found = client.statistics()
+    assert found.kind == "tcp"
+    assert found.bytes_sent > MEGABYTE
+    assert 0 <= found.packets_lost < 10
+
+
+async def test_a_message_right_before_the_end_arrives_with_the_proof(
+    listener: TcpListener,
+) -> None:
+    async with dial_tcp(
+        "127.0.0.1", listener.port, certificate_der=DER, auth=AUTH
+    ) as client:
+        await client.send_message(Error("that was all"))
+        await client.aclose("bye")
+    worker = await listener.accept()
+    assert await worker.receive_message() == Error("that was all")
+    with pytest.raises(LinkClosedError, match="bye"):
+        await worker.receive_message()
+
+
+# -------------------------------------------------------------------------- sockets
+
+
+async def test_a_socket_says_when_it_is_full_and_when_it_is_not() -> None:
+    with bind_tcp_listener("127.0.0.1", 0) as listening:
+        near = await open_tcp_socket(*listening.getsockname())
+        far, _ = await accept_tcp(listening)
+        with near, far:
+            data = memoryview(bytes(MEGABYTE))
+            sent = 0
+            while not near.full:
+                sent += near.send(data)
+            with trio.move_on_after(0.05):
+                await near.wait_until_writable()
+                pytest.fail("nobody has read")
+            received = 0
+            while received < sent:
+                received += len(await far.receive())
+            await near.wait_until_writable()
+            assert not near.full
+            assert near.send(data) > 0
+
+
+async def test_the_end_of_a_stream_is_told_once() -> None:
+    with bind_tcp_listener("127.0.0.1", 0) as listening:
+        near = await open_tcp_socket(*listening.getsockname())
+        far, _ = await accept_tcp(listening)
+        with near, far:
+            assert far.receive_now() is None
+            near.send(memoryview(b"last"))
+            near.end_sending()
+            near.end_sending()
+            assert await far.receive() == b"last"
+            assert await far.receive() == b""
+            assert far.receive_now() == b""
+
+
+async def test_a_name_that_nobody_has_is_an_error() -> None:
+    with pytest.raises(OSError):  # noqa: PT011 - the text differs between systems
+        await open_tcp_socket("no.such.invalid", 1)
+
+
+async def test_a_connection_that_is_gone_before_it_is_taken_is_no_error() -> None:
+    with bind_tcp_listener("127.0.0.1", 0) as listening:
+        with socket.create_connection(listening.getsockname()) as gone:
+            gone.setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
+            )
+        near = await open_tcp_socket(*listening.getsockname())
+        with near:
+            near.send(memoryview(b"here"))
+            found = b""
+            while not found:
+                tcp, _ = await accept_tcp(listening)
+                assert isinstance(tcp, TcpSocket)
+                with tcp:
+                    try:
+                        found = await tcp.receive()
+                    except ConnectionResetError:
+                        continue
+            assert found == b"here"

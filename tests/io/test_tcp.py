@@ -215,9 +215,10 @@ async def through_a_relay(port: int) -> AsyncIterator[tuple[int, Relay]]:
 async def test_a_link_survives_a_line_that_carries_byte_after_byte(
     listener: TcpListener,
 ) -> None:
-    async with through_a_relay(listener.port) as (port, _), dial_tcp(
-        "127.0.0.1", port, certificate_der=DER, auth=AUTH
-    ) as client:
+    async with (
+        through_a_relay(listener.port) as (port, _),
+        dial_tcp("127.0.0.1", port, certificate_der=DER, auth=AUTH) as client,
+    ):
         worker = await listener.accept()
         await client.send_frame(make_frame(1, 3000))
         await worker.send_message(CANCEL)
@@ -277,9 +278,10 @@ async def test_a_reason_arrives_though_much_is_unread(listener: TcpListener) -> 
 
 
 async def test_a_connection_that_is_reset_is_lost(listener: TcpListener) -> None:
-    async with through_a_relay(listener.port) as (port, relay), dial_tcp(
-        "127.0.0.1", port, certificate_der=DER, auth=AUTH
-    ) as client:
+    async with (
+        through_a_relay(listener.port) as (port, relay),
+        dial_tcp("127.0.0.1", port, certificate_der=DER, auth=AUTH) as client,
+    ):
         worker = await listener.accept()
         relay.reset()
         for link in (client, worker):

@@ -30,9 +30,9 @@ from sleap_rtc.proto.records import (
     encode_record_header,
 )
 
-BATCH = 256 * 1024
-"""Bytes that are encrypted at once: few large steps, and a message overtakes what is
-not encrypted yet."""
+BATCH = 96 * 1024
+"""Bytes that are encrypted at once. A message overtakes what is not encrypted yet; and
+memory in pieces of 128 KiB or more would come from the system anew each time."""
 
 MESSAGE_COST = 512
 """Bytes that the shortest unread message takes beside its text."""
@@ -97,7 +97,7 @@ class TcpSession(Session):
 
     # ------------------------------------------------------------------ the world
 
-    def receive_data(self, data: bytes, now: float) -> None:
+    def receive_data(self, data: bytes | memoryview, now: float) -> None:
         """Take bytes of the stream."""
         self.bytes_received += len(data)
         self._silent_at = now + self._idle_timeout
@@ -192,7 +192,7 @@ class TcpSession(Session):
 
     # ------------------------------------------------------------------ receiving
 
-    def _receive_untrusted(self, data: bytes, now: float) -> None:
+    def _receive_untrusted(self, data: bytes | memoryview, now: float) -> None:
         if not self._engine.secured:
             self._engine.shake_hands_untrusted(data)
             if not self._engine.secured:

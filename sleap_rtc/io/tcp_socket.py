@@ -36,6 +36,7 @@ class TcpSocket:
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
+        self._buffer = memoryview(bytearray(RECEIVE_SIZE))
         self._full = trio.Event()
         self._sending = True
         connected.setblocking(False)
@@ -73,8 +74,10 @@ class TcpSocket:
         retransmissions: int = _TCP_INFO.unpack(info)[0]
         return retransmissions
 
-    async def receive(self) -> bytes:
+    async def receive(self) -> memoryview:
         """Wait for bytes, and take those that are there; empty at the end.
+
+        They stay as they are until the next call.
 
         Raises:
             OSError: If the connection is lost.
@@ -84,14 +87,14 @@ class TcpSocket:
             await trio.lowlevel.wait_readable(self._socket)
         return data
 
-    def receive_now(self) -> bytes | None:
-        """Take the bytes that are there; empty at the end, None before that.
+    def receive_now(self) -> memoryview | None:
+        """Take the bytes that are there, as `receive` does; None if there are none yet.
 
         Raises:
             OSError: If the connection is lost.
         """
         try:
-            return self._socket.recv(RECEIVE_SIZE)
+            return self._buffer[: self._socket.recv_into(self._buffer)]
         except BlockingIOError:
             return None
 

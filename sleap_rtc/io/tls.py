@@ -5,7 +5,6 @@ import secrets
 import ssl
 import tempfile
 from collections.abc import Iterator
-from typing import cast
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import (
@@ -143,8 +142,8 @@ class TlsEngine:
         while filled < PLAIN_BUFFER and self._fault is None:
             room = self._plain[filled:]
             try:
-                # With a buffer it returns the number of bytes.
-                count = cast(int, self._tls.read(len(room), cast(bytearray, room)))
+                # With a buffer, of any kind, it returns the number of bytes.
+                count: int = self._tls.read(len(room), room)  # type: ignore[assignment]
             except ssl.SSLWantReadError:
                 break
             except ssl.SSLError as error:

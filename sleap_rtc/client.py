@@ -27,6 +27,7 @@ import trio
 import sleap_rtc
 from sleap_rtc.client_session import (
     ClientSession,
+    PackageCopied,
     Plan,
     ResultsStored,
     SessionEvent,
@@ -78,6 +79,7 @@ __all__ = [
     "JobResult",
     "LinePrinted",
     "LinkOpened",
+    "PackageCopied",
     "ResultsStored",
     "RouteChosen",
     "StateChanged",

@@ -64,6 +64,20 @@ class TransferProgress(msgspec.Struct, frozen=True):
     total: int
 
 
+class PackageCopied(msgspec.Struct, frozen=True):
+    """Event: the package is on the shared storage.
+
+    Args:
+        method: How it was copied, such as ``reflink`` or ``copy_file_range``.
+        size: Its bytes.
+        seconds: How long it took until it was safe on the disk.
+    """
+
+    method: str
+    size: int
+    seconds: float
+
+
 class ResultsStored(msgspec.Struct, frozen=True):
     """Event: where the results are, and how many files and bytes they have."""
 
@@ -78,6 +92,7 @@ SessionEvent = (
     | core.LinePrinted
     | core.StageComplete
     | TransferProgress
+    | PackageCopied
     | ResultsStored
 )
 
@@ -344,15 +359,19 @@ class ClientSession:
             await trio.to_thread.run_sync(
                 remove_tree_beneath, root, probe, abandon_on_cancel=True
             )
-            await copy_with_deadline(
+            report = await copy_with_deadline(
                 self._plan.package,
                 root,
                 path,
+                size=self._size,
                 on_progress=lambda done: self._progress(what, done, self._size),
             )
         except _BROKEN as error:
             self._shared_failed(str(error))
         else:
+            self._on_event(
+                PackageCopied(report.method, report.size, round(report.seconds, 3))
+            )
             self._job.package_copied(path, trio.current_time())
 
     async def _discard_shared(self, job_id: str) -> None:
@@ -492,7 +511,9 @@ class ClientSession:
         source = await trio.to_thread.run_sync(
             _path_beneath, self._root(), relative, abandon_on_cancel=True
         )
-        await copy_with_deadline(source, directory, file.path, on_progress=progress)
+        await copy_with_deadline(
+            source, directory, file.path, size=file.size, on_progress=progress
+        )
 
     def _progress(self, what: str, done: int, total: int) -> None:
         self._on_event(TransferProgress(what, done, total))

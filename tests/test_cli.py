@@ -11,7 +11,7 @@ import structlog
 from sleap_rtc.cli import main
 from sleap_rtc.cli.console import plain, reported_errors
 from sleap_rtc.cli.watch import JsonWatch, TerminalWatch
-from sleap_rtc.client import LinePrinted, RouteChosen, TransferProgress
+from sleap_rtc.client import LinePrinted, PackageCopied, RouteChosen, TransferProgress
 from sleap_rtc.errors import ExitCode, JobFailedError, NoWorkerError, UserError
 
 COMMANDS = ("send", "daemon", "invite", "join", "workers", "doctor", "config")
@@ -163,12 +163,21 @@ def test_progress_is_a_line_now_and_then_where_nothing_can_be_redrawn(
     assert lines[-1].startswith("Sending x: 100 %")
 
 
+def test_a_copy_tells_how_it_was_made(capsys: pytest.CaptureFixture[str]) -> None:
+    with TerminalWatch() as watch:
+        watch(PackageCopied("parallel read/write", 3 * 2**30, 1.5))
+    shown = capsys.readouterr().err
+    assert shown == "Copied: 3.0 GiB in 1.5 s (parallel read/write)\n"
+
+
 def test_json_tells_each_event_on_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with JsonWatch() as watch:
         watch(LinePrinted(7, "two\nlines"))
         watch(TransferProgress("Sending x", 1, 2))
+        watch(PackageCopied("reflink", 2, 0.5))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         {"event": "line", "line": 7, "text": "two\nlines"},
         {"event": "progress", "what": "Sending x", "done": 1, "total": 2},
+        {"event": "copied", "method": "reflink", "size": 2, "seconds": 0.5},
     ]

@@ -94,6 +94,8 @@ class TerminalWatch:
                 self._say("Route", f"{route} ({reason})")
             case client.TransferProgress(what=what, done=done, total=total):
                 self._show_progress(what, done, total)
+            case client.PackageCopied(method=method, size=size, seconds=seconds):
+                self._say("Copied", f"{human_size(size)} in {seconds:.1f} s ({method})")
             case client.StateChanged(progress=progress):
                 if progress.state == "QUEUED":
                     ahead = progress.position
@@ -210,6 +212,8 @@ class JsonWatch:
                 print_json("route", route=route, reason=reason)
             case client.TransferProgress(what=what, done=done, total=total):
                 print_json("progress", what=what, done=done, total=total)
+            case client.PackageCopied(method=method, size=size, seconds=seconds):
+                print_json("copied", method=method, size=size, seconds=seconds)
             case client.StateChanged(progress=progress):
                 print_json("state", **msgspec.to_builtins(progress))
             case client.LinePrinted(line=line, text=text):

@@ -1,21 +1,18 @@
 """Copy a file to shared storage: fast, whole or not at all, and never for ever."""
 
-import errno
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
+import msgspec
 import trio
 
-from sleap_rtc.io.files import (
-    PartFile,
-    file_identity,
-    read_at,
-    start_part_file,
-    write_at,
-)
+from sleap_rtc.io.copy_ladder import LADDER
+from sleap_rtc.io.files import PartFile, file_identity, start_part_file
 from sleap_rtc.io.folder import (
     CopyTimeoutError,
     SharedStorageError,
@@ -37,27 +34,24 @@ SHORTEST_TIMEOUT = 60.0
 _CLEANUP_SECONDS = 2.0
 """How long an ended copy may take to remove its part file before it is left to it."""
 
-_MEBIBYTE = 1024 * 1024
-_BUFFER = 4 * _MEBIBYTE
-_FIRST_RANGE = 8 * _MEBIBYTE
-_SMALLEST_RANGE = _MEBIBYTE
-_LARGEST_RANGE = 64 * _MEBIBYTE
-_SHORT_CALL = 0.05
-_LONG_CALL = 0.25
-"""Seconds. A range grows while calls are short, so that a stop is never far."""
+_REPORT_SECONDS = 0.1
+"""How often the event loop is told of progress: a call costs as much as a block."""
 
-_KERNEL_CAN_NOT = frozenset(
-    [
-        errno.EXDEV,
-        errno.EOPNOTSUPP,
-        errno.ENOTSUP,
-        errno.ENOSYS,
-        errno.EINVAL,
-        errno.EPERM,  # old sandboxes answer so for calls that they do not know
-        errno.EBADF,
-    ]
-)
-"""What copy_file_range() answers for a pair of file systems that it can't serve."""
+
+class CopyReport(msgspec.Struct, frozen=True):
+    """What a copy did.
+
+    Args:
+        path: The copy.
+        method: How it was made, such as ``reflink`` or ``parallel read/write``.
+        size: Its bytes.
+        seconds: How long it took until it was safe on the disk.
+    """
+
+    path: Path
+    method: str
+    size: int
+    seconds: float
 
 
 def copy_file(
@@ -67,8 +61,9 @@ def copy_file(
     *,
     progress: Callable[[int], None],
     cancelled: Callable[[], bool],
+    size: int | None = None,
     replace: bool = False,
-) -> Path:
+) -> CopyReport:
     """Copy a file to a new one beneath a root, in the calling thread.
 
     Nothing has the new name before all of the content is on the disk; after a failure
@@ -80,32 +75,51 @@ def copy_file(
         relative: Where beneath it the copy goes; missing directories are made.
         progress: Called now and then with the bytes copied so far.
         cancelled: Asked between calls to the system whether to stop.
+        size: Bytes that the source has to have; by default any number.
         replace: Take the place of a file of that name, instead of refusing.
 
     Returns:
-        The path of the copy.
+        Where the copy is, and how it was made.
 
     Raises:
         PathValidationError: If the source is no readable file, or the path leads out.
         InsufficientSpaceError: If less than 120 % of the size is free.
-        SharedStorageError: If the name is taken, the source changed meanwhile, or
-            storage failed.
+        SharedStorageError: If the name is taken, the source has another size or
+            changes meanwhile, or storage failed.
         StoppedError: If `cancelled` said so.
     """
+    began = time.monotonic()
     _stop_if(cancelled)
     fd = open_owned(source)
     try:
         with explain_errors(f"Failed to copy {source.name}"):
+            before = file_identity(fd)
+            found = before[0]
+            if size not in (None, found):
+                raise SharedStorageError(
+                    f"{source.name} has {found} bytes instead of {size}:"
+                    " it changed meanwhile"
+                )
             part = start_part_file(
                 root,
                 split_path(relative),
-                needed=os.fstat(fd).st_size * SPACE_PERCENT // 100,
+                needed=found * SPACE_PERCENT // 100,
                 where="on shared storage",
                 replace=replace,
             )
             try:
-                _fill(part, fd, progress, cancelled)
-                return part.publish()
+                method = _fill(part, fd, found, progress, cancelled)
+                if file_identity(fd) != before:
+                    raise SharedStorageError(
+                        f"{source.name} changed while it was copied: wait until"
+                        " nothing writes to it, and try again"
+                    )
+                # Storage that hung may come back after the owner has given up.
+                with part.use() as target:
+                    os.fsync(target)
+                _stop_if(cancelled)
+                path = part.publish()
+                return CopyReport(path, method, found, time.monotonic() - began)
             finally:
                 part.discard()
     finally:
@@ -117,9 +131,10 @@ async def copy_with_deadline(
     root: Path,
     relative: str,
     *,
+    size: int,
     on_progress: Callable[[int], None],
     timeout: float | None = None,
-) -> Path:
+) -> CopyReport:
     """Copy a file to a new one beneath a root, in a worker thread.
 
     The event loop stays responsive when storage hangs; the thread is then left behind.
@@ -129,12 +144,13 @@ async def copy_with_deadline(
         source: A file that the owner of this process named.
         root: An existing directory that the owner named.
         relative: Where beneath it the copy goes; missing directories are made.
+        size: Bytes that the source has to have.
         on_progress: Called in the event loop with the bytes copied so far.
         timeout: Seconds for the whole copy. By default 30 and one for each 10 MiB,
             but at least 60.
 
     Returns:
-        The path of the copy.
+        Where the copy is, and how it was made.
 
     Raises:
         CopyTimeoutError: If it took longer.
@@ -142,16 +158,11 @@ async def copy_with_deadline(
         InsufficientSpaceError: As `copy_file`.
         SharedStorageError: As `copy_file`.
     """
-    began = trio.current_time()
-    with trio.move_on_after(SHORTEST_TIMEOUT if timeout is None else timeout) as scope:
-        if timeout is None:
-            size = await trio.to_thread.run_sync(
-                _size_of, source, abandon_on_cancel=True
-            )
-            scope.deadline = began + default_timeout(size)
-        return await _copy_in_thread(source, root, relative, on_progress)
+    limit = default_timeout(size) if timeout is None else timeout
+    with trio.move_on_after(limit):
+        return await _copy_in_thread(source, root, relative, size, on_progress)
     raise CopyTimeoutError(
-        f"File copy timed out after {round(scope.deadline - began, 1):g} seconds:"
+        f"File copy timed out after {round(limit, 1):g} seconds:"
         f" {relative}. Check that the shared storage answers"
     )
 
@@ -162,21 +173,39 @@ def default_timeout(size: int) -> float:
 
 
 async def _copy_in_thread(
-    source: Path, root: Path, relative: str, on_progress: Callable[[int], None]
-) -> Path:
+    source: Path,
+    root: Path,
+    relative: str,
+    size: int,
+    on_progress: Callable[[int], None],
+) -> CopyReport:
     """Run `copy_file`; when cancelled, give it a moment to clean up."""
     token = trio.lowlevel.current_trio_token()
     running, stop = threading.Event(), threading.Event()
     ended = trio.Event()
+    told = -math.inf
+
+    def tell(copied: int) -> None:
+        if not stop.is_set():  # what was given up is over for the caller
+            on_progress(copied)
 
     def report(copied: int) -> None:
-        trio.from_thread.run_sync(on_progress, copied)
+        nonlocal told
+        now = time.monotonic()
+        if copied == size or now - told >= _REPORT_SECONDS:
+            told = now
+            trio.from_thread.run_sync(tell, copied)
 
-    def run() -> Path:
+    def run() -> CopyReport:
         running.set()
         try:
             return copy_file(
-                source, root, relative, progress=report, cancelled=stop.is_set
+                source,
+                root,
+                relative,
+                progress=report,
+                cancelled=stop.is_set,
+                size=size,
             )
         finally:
             try:
@@ -193,83 +222,33 @@ async def _copy_in_thread(
                 await ended.wait()
 
 
-def _size_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0  # copy_file() will say what is wrong with it
-
-
 def _fill(
     part: PartFile,
     source: int,
+    size: int,
     progress: Callable[[int], None],
     cancelled: Callable[[], bool],
-) -> None:
-    """Copy all of an open file."""
-    before = file_identity(source)
-    copied = 0
+) -> str:
+    """Try the ways to copy; each goes on where the one before it stopped.
+
+    Returns:
+        The names of those that did something.
+    """
+    copied, used = 0, []
     with part.use() as target:
-        for rung in _RUNGS:
-            for offset in rung(source, target, copied, before[0]):
-                copied = offset
-                progress(copied)
-                _stop_if(cancelled)
-    if file_identity(source) != before:
-        raise SharedStorageError(f"{part.path.name} changed while it was copied")
+        for method, rung in LADDER:
+            start = copied
+            with closing(rung(source, target, copied, size)) as steps:
+                for copied in steps:
+                    progress(copied)
+                    _stop_if(cancelled)
+            if copied > start:
+                used.append(method)
+            if copied == size:
+                break
+    return ", then ".join(used) or "nothing to copy"
 
 
 def _stop_if(cancelled: Callable[[], bool]) -> None:
     if cancelled():
         raise StoppedError("The copy was stopped")
-
-
-def _copy_in_kernel(source: int, target: int, offset: int, size: int) -> Iterator[int]:
-    """Copy without moving the data through this process, where the kernel can.
-
-    On XFS and btrfs it shares the blocks, on NFS 4.2 and SMB 3 the server copies.
-
-    Yields:
-        The bytes copied so far; the last is where it could not go on.
-    """
-    length = _FIRST_RANGE
-    while offset < size and hasattr(os, "copy_file_range"):
-        began = time.monotonic()
-        try:
-            count = os.copy_file_range(
-                source, target, min(length, size - offset), offset, offset
-            )
-        except OSError as error:
-            if error.errno in _KERNEL_CAN_NOT:
-                return
-            raise
-        if count == 0:
-            return
-        took = time.monotonic() - began
-        offset += count
-        yield offset
-        if took < _SHORT_CALL:
-            length = min(length * 2, _LARGEST_RANGE)
-        elif took > _LONG_CALL:
-            length = max(length // 2, _SMALLEST_RANGE)
-
-
-def _copy_through_memory(
-    source: int, target: int, offset: int, size: int
-) -> Iterator[int]:
-    """Copy with reads and writes, which any pair of file systems can.
-
-    Yields:
-        The bytes copied so far.
-    """
-    while offset < size:
-        data = read_at(source, min(_BUFFER, size - offset), offset)
-        if not data:
-            return  # the file became shorter: the caller compares
-        write_at(target, data, offset)
-        offset += len(data)
-        yield offset
-
-
-_RUNGS = (_copy_in_kernel, _copy_through_memory)
-"""The ways to copy, best first; each goes on where the one before it stopped."""

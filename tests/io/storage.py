@@ -56,6 +56,34 @@ def busy_file(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def read_only_mount(path: Path) -> Iterator[Path]:
+    """Mount a tmpfs that nobody may write to; skip where that is refused."""
+    with _mounted("-t", "tmpfs", "-o", "ro", "none", str(path)):
+        yield path
+
+
+@contextmanager
+def disk_mount(folder: Path, kind: str, megabytes: int) -> Iterator[Path]:
+    """Mount a new file system that lies in a file; skip where that is refused.
+
+    Args:
+        folder: An empty directory for the file and the mount point.
+        kind: ``xfs`` or ``btrfs``; both can share blocks between files.
+        megabytes: Its size; what is not used takes no space.
+    """
+    maker = shutil.which(f"mkfs.{kind}", path=os.environ["PATH"] + ":/usr/sbin:/sbin")
+    if maker is None:
+        pytest.skip(f"NOT TESTED: mkfs.{kind} is not installed")
+    image, path = folder / "image", folder / "mount"
+    path.mkdir()
+    with image.open("wb") as file:
+        file.truncate(megabytes * 2**20)
+    subprocess.run([maker, "-q", str(image)], check=True, capture_output=True)
+    with _mounted("-t", kind, "-o", "loop", str(image), str(path)):
+        yield path
+
+
+@contextmanager
 def _mounted(*arguments: str) -> Iterator[None]:
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("NOT TESTED: only root on Linux may mount")

@@ -60,13 +60,15 @@ def test_a_copy_is_equal(places: tuple[Path, Path], size: int) -> None:
     source, root = places
     data = make_file(source / "a.zip", size)
     seen: list[int] = []
-    path = copy_file(
+    report = copy_file(
         source / "a.zip", root, "jobs/j/a.zip", progress=seen.append, cancelled=never
     )
+    path = report.path
     assert path == root / "jobs/j/a.zip"
     assert path.read_bytes() == data
     assert files(root) == ["jobs/j/a.zip"]
-    assert seen == sorted(set(seen))
+    assert seen == sorted(seen)
+    assert report.size == size
     assert seen[-1:] == ([size] if size else [])
 
 
@@ -137,7 +139,7 @@ async def test_a_disk_without_120_percent_is_refused_before_a_byte(
     with small_mount(tmp_path / "full", megabytes=8) as root, trio.fail_after(10):
         with pytest.raises(InsufficientSpaceError) as caught:
             await copy_with_deadline(
-                tmp_path / "a.zip", root, "a.zip", on_progress=ignore
+                tmp_path / "a.zip", root, "a.zip", size=7 * MEBIBYTE, on_progress=ignore
             )
         assert str(caught.value) == (
             "Insufficient disk space on shared storage: need 8.4 MiB, have 8.0 MiB"
@@ -165,13 +167,14 @@ async def test_progress_is_told_in_the_event_loop(tmp_path: Path) -> None:
     data = make_file(tmp_path / "a.zip", 9 * MEBIBYTE)
     threads: set[threading.Thread] = set()
     with trio.fail_after(10):
-        path = await copy_with_deadline(
+        report = await copy_with_deadline(
             tmp_path / "a.zip",
             tmp_path,
             "copy/a.zip",
+            size=9 * MEBIBYTE,
             on_progress=lambda copied: threads.add(threading.current_thread()),
         )
-    assert path.read_bytes() == data
+    assert report.path.read_bytes() == data
     assert threads == {threading.current_thread()}
 
 
@@ -184,7 +187,11 @@ async def test_a_failing_progress_display_stops_the_copy(tmp_path: Path) -> None
 
     with trio.fail_after(10), pytest.raises(LookupError):
         await copy_with_deadline(
-            tmp_path / "a.zip", tmp_path / "root", "a.zip", on_progress=fail
+            tmp_path / "a.zip",
+            tmp_path / "root",
+            "a.zip",
+            size=MEBIBYTE,
+            on_progress=fail,
         )
     assert files(tmp_path / "root") == []
 
@@ -212,6 +219,7 @@ async def test_a_copy_that_takes_too_long_times_out(tmp_path: Path) -> None:
                     source / "a.zip",
                     tmp_path / "root",
                     "a.zip",
+                    size=2**31,
                     on_progress=ignore,
                     timeout=0.2,
                 )
@@ -229,6 +237,7 @@ async def test_cancellation_removes_what_was_copied(tmp_path: Path) -> None:
             tmp_path / "a.zip",
             tmp_path / "root",
             "a.zip",
+            size=2**30,
             on_progress=lambda copied: scope.cancel(),
         )
     assert scope.cancelled_caught
@@ -238,7 +247,7 @@ async def test_cancellation_removes_what_was_copied(tmp_path: Path) -> None:
 async def test_a_missing_source_is_named(tmp_path: Path) -> None:
     with trio.fail_after(10), pytest.raises(PathValidationError, match="not found"):
         await copy_with_deadline(
-            tmp_path / "a.zip", tmp_path, "b.zip", on_progress=ignore
+            tmp_path / "a.zip", tmp_path, "b.zip", size=1, on_progress=ignore
         )
 
 

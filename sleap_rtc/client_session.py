@@ -494,11 +494,20 @@ class ClientSession:
             raise TransferError(offer)
         if offer.size != file.size:
             raise TransferError(f"it has {offer.size} bytes instead of {file.size}")
-        sink = await trio.to_thread.run_sync(
-            lambda: ChunkWriter(
-                directory, file.path, size=offer.size, chunk_size=offer.chunk_size
+        try:
+            sink = await trio.to_thread.run_sync(
+                lambda: ChunkWriter(
+                    directory,
+                    file.path,
+                    size=offer.size,
+                    chunk_size=offer.chunk_size,
+                    origin=self._plan.job_id,
+                )
             )
-        )
+        except _BROKEN as error:
+            # The worker would wait for ever to send it.
+            await self._link.send_message(m.FileError(transfer_id, str(error)))
+            raise
         await self._transfers.receive_file(
             transfer_id, offer, sink, on_progress=progress
         )

@@ -4,7 +4,7 @@ import math
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 import trio
 
@@ -81,6 +81,11 @@ class TcpListener:
         for link in tuple(self._links):
             link.close_now(reason)
 
+    def drop_all(self) -> None:
+        """Close all connections, after their tasks have ended."""
+        for link in self._links:
+            link.drop()
+
     async def _serve(self, tcp: TcpSocket, address: str) -> None:
         session = TcpSession(
             TlsEngine(self._context, server_side=True),
@@ -144,13 +149,17 @@ async def serve_tcp(
 ) -> AsyncIterator[TcpListener]:
     """Take TCP links on a socket that listens; see `open_tcp_listener`."""
     context = await trio.to_thread.run_sync(server_context, certificate)
-    async with open_background_nursery() as nursery:
-        listener = TcpListener(listening, context, authenticate, nursery, idle_timeout)
-        nursery.start_soon(listener.run)
-        try:
-            yield listener
-        finally:
-            listener.close_all("the listener was closed")
+    with ExitStack() as stack:
+        async with open_background_nursery() as nursery:
+            listener = TcpListener(
+                listening, context, authenticate, nursery, idle_timeout
+            )
+            stack.callback(listener.drop_all)
+            nursery.start_soon(listener.run)
+            try:
+                yield listener
+            finally:
+                listener.close_all("the listener was closed")
 
 
 @asynccontextmanager

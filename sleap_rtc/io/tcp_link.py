@@ -13,7 +13,7 @@ class TcpLink(SessionLink):
 
     Args:
         session: The protocol.
-        tcp: The connection, which the link has for itself; `run` closes it.
+        tcp: The connection, which the link has for itself.
     """
 
     def __init__(self, session: TcpSession, tcp: TcpSocket) -> None:
@@ -23,14 +23,21 @@ class TcpLink(SessionLink):
         self._done = trio.Event()
 
     async def run(self) -> None:
-        """Serve the link until its session is finished."""
-        with self._tcp:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._receive)
-                nursery.start_soon(self._resume)
-                await self.run_timer()
-                nursery.cancel_scope.cancel(reason="the link is finished")
+        """Serve the link until its session is finished, then close the connection.
+
+        When it is cancelled the connection stays: the link may have a last word.
+        """
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._receive)
+            nursery.start_soon(self._resume)
+            await self.run_timer()
+            nursery.cancel_scope.cancel(reason="the link is finished")
+        self._tcp.close()
         self._done.set()
+
+    def drop(self) -> None:
+        """Close the connection after `run` was cancelled."""
+        self._tcp.close()
 
     async def wait_done(self) -> None:
         """Wait until `run` has ended."""

@@ -56,6 +56,10 @@ class TcpSocket:
         traceback: TracebackType | None,
     ) -> None:
         """Close the connection."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection; nobody may wait for it any more."""
         self._socket.close()
 
     @property

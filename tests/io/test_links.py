@@ -255,6 +255,38 @@ async def test_a_link_ends_with_its_listener(kind: Kind) -> None:
                 await client.receive_message()
 
 
+async def test_a_last_word_can_be_said_when_everything_is_cancelled(
+    kind: Kind,
+) -> None:
+    async def serve(task_status: trio.TaskStatus[AnyListener]) -> None:
+        async with kind.listen("127.0.0.1", 0, CERTIFICATE, judge) as opened:
+            task_status.started(opened)
+            link = await opened.accept()
+            try:
+                await trio.sleep_forever()
+            finally:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+                with trio.CancelScope(shield=True):
+                    await link.aclose("the power went away")
+
+    async with trio.open_nursery() as clients, trio.open_nursery() as servers:
+        listener: AnyListener = await servers.start(serve)
+        opened = trio.Event()
+
+        async def hear() -> None:
+            async with kind.dial(
+                "127.0.0.1", listener.port, certificate_der=DER, auth=AUTH
+            ) as link:
+                opened.set()
+                with pytest.raises(LinkClosedError, match="the power went away"):
+                    await link.receive_message()
+
+        clients.start_soon(hear)
+        await opened.wait()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        servers.cancel_scope.cancel()
+
+
 async def test_what_the_body_raises_leaves_as_it_is(
     kind: Kind, listener: AnyListener
 ) -> None:

@@ -2,7 +2,7 @@
 # make have to be there.
 
 PYTHON ?= python3
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto
 
 BIN := .venv/bin
 READY := .venv/.ready

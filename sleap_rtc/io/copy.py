@@ -114,9 +114,8 @@ def copy_file(
                         f"{source.name} changed while it was copied: wait until"
                         " nothing writes to it, and try again"
                     )
+                _settle(part, source.name, found)
                 # Storage that hung may come back after the owner has given up.
-                with part.use() as target:
-                    os.fsync(target)
                 _stop_if(cancelled)
                 path = part.publish()
                 return CopyReport(path, method, found, time.monotonic() - began)
@@ -247,6 +246,17 @@ def _fill(
             if copied == size:
                 break
     return ", then ".join(used) or "nothing to copy"
+
+
+def _settle(part: PartFile, name: str, size: int) -> None:
+    """Bring a copy to the disk, and see that all of it is there."""
+    with part.use() as target:
+        os.fsync(target)
+        arrived = os.fstat(target).st_size
+    if arrived != size:
+        raise SharedStorageError(
+            f"Failed to copy {name}: {arrived} of {size} bytes arrived on the storage"
+        )
 
 
 def _stop_if(cancelled: Callable[[], bool]) -> None:

@@ -34,7 +34,7 @@ from tests.io.storage import (
 )
 
 MEBIBYTE = 1024 * 1024
-BLOCK = MEBIBYTE
+BLOCK = MEBIBYTE // 2
 SIZES = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 25 * MEBIBYTE + 3]
 
 needs_linux = pytest.mark.skipif(
@@ -242,6 +242,14 @@ def test_holes_are_zeros_in_the_copy(tmp_path: Path, memory: Path) -> None:
     for root in (tmp_path, memory):
         report = copy(tmp_path / "a", root)
         assert report.path.read_bytes() == (tmp_path / "a").read_bytes()
+
+
+@needs_linux
+def test_a_copy_that_is_too_short_is_not_published(tmp_path: Path) -> None:
+    source = Path("/sys/devices/system/cpu/possible")  # holds less than its size says
+    with pytest.raises(SharedStorageError, match=r"\d+ of \d+ bytes arrived"):
+        copy(source, tmp_path)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_read_only_root_is_an_error(tmp_path: Path) -> None:

@@ -45,6 +45,9 @@ CLEANUP_TIMEOUT = 10.0
 RESULTS_AT_ONCE = 4
 """Result files that are fetched side by side: most are small, and wait for replies."""
 
+PROGRESS_INTERVAL = 0.1
+"""Seconds between two events of progress: there are hundreds of chunks a second."""
+
 PROBE_NAME = "mount-probe"
 
 _BROKEN = (RemoteProtocolError, PathValidationError, SharedStorageError)
@@ -146,6 +149,7 @@ class ClientSession:
         self._work = trio.CancelScope()
         self._done = trio.Event()
         self._done.set()
+        self._progress_told = float("-inf")
         self._changed = trio.Event()
         self._over = trio.Event()
         self._ending = core.JobEnded("lost", "the job has not begun")
@@ -525,7 +529,11 @@ class ClientSession:
         )
 
     def _progress(self, what: str, done: int, total: int) -> None:
-        self._on_event(TransferProgress(what, done, total))
+        """Tell how far a transfer is, now and then, and at its end."""
+        now = trio.current_time()
+        if done >= total or now - self._progress_told >= PROGRESS_INTERVAL:
+            self._progress_told = now
+            self._on_event(TransferProgress(what, done, total))
 
 
 def _free_directory(wanted: Path, job_id: str, files: tuple[m.ResultFile, ...]) -> Path:

@@ -15,6 +15,7 @@ from aioquic.quic.congestion.cubic import CubicCongestionControl
 from aioquic.quic.connection import QuicConnection
 from aioquic.quic.events import ConnectionTerminated
 from aioquic.quic.packet_builder import QuicSentPacket
+from aioquic.quic.recovery import QuicPacketPacer
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -58,6 +59,22 @@ class _Congestion(CubicCongestionControl):
         super().on_packets_lost(now=now, packets=lost)
 
 
+class _Pacer(QuicPacketPacer):
+    """The engine's pacer, with bursts that stay bursts when the window is large.
+
+    It never spaces packets closer than a microsecond, but shrinks the burst with the
+    window all the same: late in a long transfer every call would send one packet.
+    """
+
+    def update_rate(self, congestion_window: int, smoothed_rtt: float) -> None:
+        super().update_rate(congestion_window, smoothed_rtt)
+        if self.packet_time is not None:
+            self.bucket_max = max(self.bucket_max, _BURST * self.packet_time)
+
+
+_BURST = 16
+"""Packets; what the engine itself allows where the window is small."""
+
 _CONGESTION = "sleap-rtc-cubic"
 register_congestion_control(_CONGESTION, _Congestion)
 
@@ -66,6 +83,11 @@ class QuicEngine(QuicConnection):
     """A QUIC connection that tells what is queued, and that can hold a peer back."""
 
     _granted = 0
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        size = self._configuration.max_datagram_size
+        self._loss._pacer = _Pacer(max_datagram_size=size)
 
     @property
     def close_event(self) -> ConnectionTerminated | None:

@@ -138,9 +138,8 @@ LADDER: tuple[tuple[str, Rung], ...] = (
 class _Blocks:
     """The blocks of a file, each moved by whichever thread is free.
 
-    One thread at a time reads, in order, which suits the read-ahead of the system. One
-    thread at a time writes, because file systems allow no more for one file, and make
-    others wait in a loop that takes a processor. So two threads are enough.
+    One thread at a time reads, in order, which suits the read-ahead of the system. File
+    systems let one thread at a time write to a file, so two threads are enough.
     """
 
     def __init__(self, source: int, target: int, offset: int, size: int) -> None:
@@ -150,7 +149,7 @@ class _Blocks:
         self._next = offset
         self._size = size
         self._reading = threading.Lock()
-        self._writing = threading.Lock()
+        self._counting = threading.Lock()
         self._failure: OSError | MemoryError | None = None
 
     def move(self) -> Steps:
@@ -166,8 +165,8 @@ class _Blocks:
                 data = self._read_next(buffer)
             if not data:
                 return
-            with self._writing:
-                write_at(self._target, data, offset)
+            write_at(self._target, data, offset)
+            with self._counting:
                 self.copied += len(data)
             yield self.copied
 

@@ -9,6 +9,7 @@ import pytest
 
 from tests.e2e.harness import (
     END_TO_END,
+    UPLOADING,
     Lab,
     Machine,
     Running,
@@ -71,8 +72,8 @@ def test_a_client_that_dies_changes_nothing_for_its_job(lab: Lab) -> None:
 def test_a_client_that_dies_in_the_upload_leaves_no_half_job(lab: Lab) -> None:
     machine = lab.machine("gpu")
     worker = machine.start_worker()
-    client = machine.start("send", big_package(machine))
-    client.wait_for(r"Sending big\.zip: [1-9]0 %")
+    client = machine.start("send", big_package(machine), "--route", "quic")
+    client.wait_for(UPLOADING)
     client.kill()
     worker.wait_for("client gone")
     wait_until(lambda: machine.jobs_left() == [], "the half job to go")
@@ -86,8 +87,8 @@ def test_a_client_notices_that_its_worker_died(lab: Lab, moment: str) -> None:
     machine = lab.machine("gpu")
     worker = machine.start_worker()
     if moment == "upload":
-        client = machine.start("send", big_package(machine))
-        client.wait_for(r"Sending big\.zip: [1-9]0 %")
+        client = machine.start("send", big_package(machine), "--route", "quic")
+        client.wait_for(UPLOADING)
     else:
         package = make_package(machine.home / "job.zip", f"act wait {lab.fifo()}")
         client = machine.start("send", package)

@@ -10,6 +10,7 @@ from sleap_rtc.proto.invite import Invite, encode_invite
 from tests.e2e.harness import (
     DEADLINE,
     END_TO_END,
+    UPLOADING,
     Lab,
     Machine,
     Running,
@@ -78,8 +79,8 @@ def test_while_it_uploads(lab: Lab) -> None:
     worker = machine.start_worker()
     files: dict[str, str | bytes] = {"big.bin": os.urandom(64 * 1024 * 1024)}
     package = make_package(machine.home / "big.zip", "act say never", files=files)
-    client = machine.start("send", package)
-    client.wait_for(r"Sending big\.zip: [1-9]0 %")
+    client = machine.start("send", package, "--route", "quic")
+    client.wait_for(UPLOADING)
     interrupt(client)
     client.finish(SOON).expect(130)
     wait_until(lambda: machine.jobs_left() == [], "the half job to go")

@@ -62,6 +62,11 @@ def read_only_mount(path: Path) -> Iterator[Path]:
         yield path
 
 
+def find_program(name: str) -> str | None:
+    """Find a program, also one for administrators, which many users' PATH lacks."""
+    return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
 @contextmanager
 def disk_mount(folder: Path, kind: str, megabytes: int) -> Iterator[Path]:
     """Mount a new file system that lies in a file; skip where that is refused.
@@ -71,7 +76,7 @@ def disk_mount(folder: Path, kind: str, megabytes: int) -> Iterator[Path]:
         kind: ``xfs`` or ``btrfs``; both can share blocks between files.
         megabytes: Its size; what is not used takes no space.
     """
-    maker = shutil.which(f"mkfs.{kind}", path=os.environ["PATH"] + ":/usr/sbin:/sbin")
+    maker = find_program(f"mkfs.{kind}")
     if maker is None:
         pytest.skip(f"NOT TESTED: mkfs.{kind} is not installed")
     image, path = folder / "image", folder / "mount"

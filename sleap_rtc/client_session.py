@@ -23,7 +23,7 @@ from sleap_rtc.io.folder import (
 from sleap_rtc.io.link import Link, LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.outbox import Outbox
-from sleap_rtc.io.probe import probe_storage, write_probe
+from sleap_rtc.io.probe import ask_storage, call_in_time, write_probe
 from sleap_rtc.io.transfers import TransferError, Transfers
 from sleap_rtc.proto import job_client as core
 from sleap_rtc.proto import messages as m
@@ -340,28 +340,21 @@ class ClientSession:
             make_directories_beneath(root, f"jobs/{job_id}")
             write_probe(root, path, nonce)
 
-        health = await probe_storage(root, STORAGE_TIMEOUT / 2)
-        if not health.ok:
-            self._shared_failed(health.reason)
-            return
-        with trio.move_on_after(STORAGE_TIMEOUT / 2):
-            try:
-                await trio.to_thread.run_sync(write, abandon_on_cancel=True)
-            except _BROKEN as error:
-                self._shared_failed(str(error))
-            else:
-                content = blake3(nonce).hexdigest()
-                self._job.probe_written(path, content, trio.current_time())
-            return
-        self._shared_failed(f"Storage at {root} does not answer")
+        try:
+            await ask_storage(root, write, timeout=STORAGE_TIMEOUT)
+        except _BROKEN as error:
+            self._shared_failed(str(error))
+        else:
+            content = blake3(nonce).hexdigest()
+            self._job.probe_written(path, content, trio.current_time())
 
     async def _copy_package(self, path: str) -> None:
         root, name = self._root(), self._plan.package.name
         what = f"Copying {name} to shared storage"
         probe = path.removesuffix(name) + PROBE_NAME
         try:
-            await trio.to_thread.run_sync(
-                remove_tree_beneath, root, probe, abandon_on_cancel=True
+            await call_in_time(
+                root, remove_tree_beneath, root, probe, timeout=STORAGE_TIMEOUT
             )
             report = await copy_with_deadline(
                 self._plan.package,
@@ -521,8 +514,9 @@ class ClientSession:
     ) -> None:
         """Copy one file out of the shared storage."""
         relative = f"jobs/{self._plan.job_id}/{file.path}"
-        source = await trio.to_thread.run_sync(
-            _path_beneath, self._root(), relative, abandon_on_cancel=True
+        root = self._root()
+        source = await call_in_time(
+            root, _path_beneath, root, relative, timeout=STORAGE_TIMEOUT
         )
         await copy_with_deadline(
             source, directory, file.path, size=file.size, on_progress=progress

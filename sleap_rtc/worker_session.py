@@ -23,7 +23,7 @@ from sleap_rtc.io.folder import (
 from sleap_rtc.io.link import Link, LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.outbox import Outbox
-from sleap_rtc.io.probe import probe_storage, read_probe
+from sleap_rtc.io.probe import ask_storage, read_probe
 from sleap_rtc.io.transfers import TransferError, Transfers
 from sleap_rtc.proto import job_worker as core
 from sleap_rtc.proto import messages as m
@@ -232,21 +232,11 @@ class _Session:
     async def _ask_storage(
         self, root: Path, function: Callable[..., T], *args: object
     ) -> T:
-        """Call a function that touches the shared storage, but do not wait for ever.
-
-        Raises:
-            SharedStorageError: If the storage does not answer, or failed.
-        """
-        health = await probe_storage(root, STORAGE_TIMEOUT / 2)
-        if not health.ok:
-            raise SharedStorageError(f"the worker's shared storage: {health.reason}")
-        with trio.move_on_after(STORAGE_TIMEOUT / 2) as scope:
-            answer = await trio.to_thread.run_sync(
-                lambda: function(*args), abandon_on_cancel=True
-            )
-        if scope.cancelled_caught:
-            raise SharedStorageError("the worker's shared storage does not answer")
-        return answer
+        """Touch the shared storage; the errors say that it is the worker's."""
+        try:
+            return await ask_storage(root, function, *args, timeout=STORAGE_TIMEOUT)
+        except SharedStorageError as error:
+            raise SharedStorageError(f"the worker's shared storage: {error}") from None
 
     # -------------------------------------------------------------- the channel route
 

@@ -3,14 +3,23 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import trio
 
 from sleap_rtc.io import probe_child
 from sleap_rtc.io.files import write_at
-from sleap_rtc.io.folder import create_beneath, explain_errors, open_beneath
+from sleap_rtc.io.folder import (
+    SharedStorageError,
+    create_beneath,
+    explain_errors,
+    open_beneath,
+)
+
+T = TypeVar("T")
 
 MAX_PROBE_BYTES = 64
 """A mount probe holds a nonce; of anything longer only the beginning is read."""
@@ -64,6 +73,43 @@ async def probe_storage(path: Path, timeout: float) -> StorageHealth:
         reason = f"Storage at {path} did not answer within {timeout:g} seconds"
         return StorageHealth(ok=False, reason=reason)
     return msgspec.json.decode(answer, type=StorageHealth)
+
+
+async def ask_storage(
+    root: Path, function: Callable[..., T], *args: object, timeout: float
+) -> T:
+    """Call a function that touches storage, but do not wait for ever.
+
+    Args:
+        root: A directory on the storage; it is probed first.
+        function: Is called in a worker thread, which is left behind if it hangs.
+        args: Its arguments.
+        timeout: Seconds for the probe and the call together.
+
+    Raises:
+        SharedStorageError: If the storage does not answer, or failed.
+    """
+    health = await probe_storage(root, timeout / 2)
+    if not health.ok:
+        raise SharedStorageError(health.reason)
+    return await call_in_time(root, function, *args, timeout=timeout / 2)
+
+
+async def call_in_time(
+    root: Path, function: Callable[..., T], *args: object, timeout: float
+) -> T:
+    """Do as `ask_storage`, for storage that has just answered.
+
+    Raises:
+        SharedStorageError: If it takes longer than the timeout, or the storage failed.
+    """
+    with trio.move_on_after(timeout) as scope:
+        answer = await trio.to_thread.run_sync(
+            lambda: function(*args), abandon_on_cancel=True
+        )
+    if scope.cancelled_caught:
+        raise SharedStorageError(f"Storage at {root} does not answer")
+    return answer
 
 
 def write_probe(root: Path, relative: str, nonce: bytes) -> None:

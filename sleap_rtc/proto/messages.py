@@ -49,6 +49,14 @@ Number = Annotated[int, Meta(ge=0, le=2**53)]
 WirePath = Annotated[str, Meta(min_length=1, max_length=4096)]
 """A relative POSIX path; `sleap_rtc.proto.paths` decides whether it is harmless."""
 
+Port = Annotated[int, Meta(ge=0, le=2**16 - 1)]
+"""A UDP or TCP port; 0 where it says so."""
+
+MAX_LANES = 4
+"""Connections of one link, the first one included. Each may take some 10 MiB of memory
+on both sides, and four processes that encrypt fill a line of a gigabit."""
+
+LaneCount = Annotated[int, Meta(ge=1, le=MAX_LANES - 1)]
 FileName = Annotated[str, Meta(min_length=1, max_length=255)]
 Text = str
 Route = Literal["shared", "channel"]
@@ -115,6 +123,13 @@ class JobProgress(Json, frozen=True):
     """For people: which command runs, or why the job ended."""
 
 
+class ResumePoint(Json, frozen=True):
+    """What a client has of a job that it comes back to."""
+
+    next_sequence: Number = 0
+    """The first `JobLog` that it misses."""
+
+
 class ResultFile(Json, frozen=True):
     """One file that a job made, relative to the job directory."""
 
@@ -150,6 +165,29 @@ class Error(Message, frozen=True):
     """Both sides: the link ends, and why."""
 
     reason: Text
+
+
+class LaneRequest(Message, frozen=True):
+    """Client to worker: it would use so many lanes beside the link.
+
+    ``port`` is ``any``, or ``same`` if the client reaches no other port of the worker
+    than that of the link.
+    """
+
+    count: LaneCount
+    port: Literal["any", "same"]
+
+
+class LaneTicket(Message, frozen=True):
+    """Worker to client: the proof of one lane, good for one connection, and soon.
+
+    The lane is opened like a link, at this port, and `Auth` carries the proof; port 0
+    is that of the link.
+    """
+
+    session: Nonce
+    proof: Hash
+    port: Port
 
 
 # ----------------------------------------------------------------- shared storage
@@ -210,6 +248,29 @@ class SharedStorageJob(Message, frozen=True):
     """Client to worker: run the job whose paths were validated."""
 
     action: Literal["start"] = "start"
+
+
+# ---------------------------------------------------------- after a link was lost
+
+
+class JobResume(Message, frozen=True):
+    """Client to worker, first on a new link: go on with this job."""
+
+    job_id: JobId
+    point: ResumePoint
+
+
+class JobResumed(Message, frozen=True):
+    """Worker to client: where it stands; what was missed follows."""
+
+    job_id: JobId
+    progress: JobProgress
+
+
+class JobUnknown(Message, frozen=True):
+    """Worker to client: there is nothing to go on with; it may be submitted."""
+
+    job_id: JobId
 
 
 # ------------------------------------------------------------------ channel route
@@ -354,6 +415,8 @@ TABLE: dict[str, type[Message]] = {
     "AUTH": Auth,
     "HELLO": Hello,
     "ERROR": Error,
+    "LANE_REQUEST": LaneRequest,
+    "LANE_TICKET": LaneTicket,
     "JOB_ID": JobIdentity,
     "MOUNT_PROBE": MountProbe,
     "MOUNT_PROBED": MountProbed,
@@ -363,6 +426,9 @@ TABLE: dict[str, type[Message]] = {
     "PATH_VALIDATED": PathValidated,
     "PATH_ERROR": PathError,
     "SHARED_STORAGE_JOB": SharedStorageJob,
+    "JOB_RESUME": JobResume,
+    "JOB_RESUMED": JobResumed,
+    "JOB_UNKNOWN": JobUnknown,
     "JOB_SUBMIT": JobSubmit,
     "JOB_ACCEPTED": JobAccepted,
     "JOB_REJECTED": JobRejected,

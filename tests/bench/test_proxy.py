@@ -1,0 +1,158 @@
+"""The proxy that stands for a long path, as a process with real sockets."""
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+from line import Conditions, Line, LineCounts
+from proxy import IS_LINUX, UDP_SEGMENT, ProxyProcess, Totals, open_proxy
+
+pytestmark = pytest.mark.skipif(
+    sys.platform == "win32", reason="Windows has no recvmsg(2)"
+)
+
+DEADLINE = 20.0
+SCRIPT = Path(__file__).parents[2] / "bench" / "proxy.py"
+
+
+@contextmanager
+def open_socket() -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
+        opened.bind(("127.0.0.1", 0))
+        opened.settimeout(DEADLINE)
+        yield opened
+
+
+@contextmanager
+def path(
+    conditions: Conditions,
+) -> Iterator[tuple[socket.socket, socket.socket, ProxyProcess]]:
+    """A client that is connected to a proxy, and the proxy's target."""
+    with (
+        open_socket() as client,
+        open_socket() as target,
+        open_proxy(target.getsockname(), conditions) as proxy,
+    ):
+        client.connect(proxy.address)
+        yield client, target, proxy
+
+
+def totals(proxy: ProxyProcess) -> Totals:
+    assert proxy.totals is not None
+    assert proxy.totals.dropped == 0
+    return proxy.totals
+
+
+def test_datagrams_go_there_and_back() -> None:
+    with path(Conditions()) as (client, target, proxy), open_socket() as other:
+        other.connect(proxy.address)
+        for sender in (client, other):
+            sender.send(b"ping")
+            data, address = target.recvfrom(100)
+            assert data == b"ping"
+            target.sendto(b"pong", address)
+            assert sender.recv(100) == b"pong"
+    assert totals(proxy).up.entered == totals(proxy).down.entered == 2
+
+
+def test_delay_applies_in_both_directions() -> None:
+    with path(Conditions(delay=0.05)) as (client, target, _):
+        began = time.monotonic()
+        client.send(b"ping")
+        _, address = target.recvfrom(100)
+        there = time.monotonic() - began
+        target.sendto(b"pong", address)
+        client.recv(100)
+        there_and_back = time.monotonic() - began
+    # A busy machine may take longer, but the proxy must not take less.
+    assert 0.05 <= there < 0.15
+    assert 0.10 <= there_and_back < 0.30
+
+
+def survivors(conditions: Conditions, count: int) -> list[int]:
+    line = Line(conditions, "up")
+    return [number for number in range(count) if line.enter(1, 0.0) is not None]
+
+
+def test_the_seed_decides_which_datagrams_arrive() -> None:
+    conditions = Conditions(loss=0.2, seed=7)
+    expected = survivors(conditions, 200)
+    with path(conditions) as (client, target, proxy):
+        for number in range(200):
+            client.send(bytes([number]))
+        assert [target.recv(100)[0] for _ in expected] == expected
+    assert totals(proxy).up == LineCounts(200, 200 - len(expected), 0)
+
+
+@pytest.mark.skipif(not IS_LINUX, reason="only Linux sends trains")
+def test_a_train_loses_single_datagrams() -> None:
+    sizes = [1000] * 39 + [500]
+    content = b"".join(bytes([n]) * size for n, size in enumerate(sizes))
+    option = [(socket.IPPROTO_UDP, UDP_SEGMENT, (1000).to_bytes(2, sys.byteorder))]
+    conditions = Conditions(loss=0.2, seed=7)
+    expected = survivors(conditions, 40)
+    assert 20 < len(expected) < 40
+    with path(conditions) as (client, target, proxy):
+        client.sendmsg([content], option)
+        found = [target.recv(2000) for _ in expected]
+    assert found == [bytes([number]) * sizes[number] for number in expected]
+    assert totals(proxy).up == LineCounts(40, 40 - len(expected), 0)
+
+
+def test_a_rate_narrows_the_path() -> None:
+    with path(Conditions(rate=100_000)) as (client, target, _):
+        began = time.monotonic()
+        for _ in range(20):
+            client.send(bytes(1000))
+        for _ in range(20):
+            target.recv(2000)
+        assert 0.2 <= time.monotonic() - began < 0.6
+
+
+def test_a_full_queue_drops_and_counts() -> None:
+    with path(Conditions(rate=1e6, queue=5000)) as (client, target, proxy):
+        for _ in range(20):
+            client.send(bytes(1000))
+        for _ in range(5):
+            target.recv(2000)
+    assert totals(proxy).up.overflowed > 0
+
+
+def test_the_proxy_ends_when_its_owner_fails() -> None:
+    seen: list[ProxyProcess] = []
+
+    def fail() -> None:
+        with path(Conditions()) as (_, _, proxy):
+            seen.append(proxy)
+            raise RuntimeError("the owner failed")
+
+    with pytest.raises(RuntimeError, match="the owner failed"):
+        fail()
+    assert totals(seen[0]).up.entered == 0
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as again:
+        again.bind(seen[0].address)  # nobody has it any more
+
+
+def test_the_command_says_where_it_listens_and_what_happened() -> None:
+    command = [sys.executable, str(SCRIPT), "127.0.0.1:9", "--delay", "0.01"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("forwarding to 127.0.0.1:9 from ")
+        out, _ = process.communicate(timeout=DEADLINE)
+    assert msgspec.json.decode(out, type=Totals).up.entered == 0
+    assert process.returncode == 0
+
+
+def test_the_command_refuses_impossible_conditions() -> None:
+    command = [sys.executable, str(SCRIPT), "127.0.0.1:9", "--loss", "2"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    assert found.returncode == 2
+    assert "a loss of 2.0" in found.stderr

@@ -69,6 +69,94 @@ def test_every_file_arrives_over_a_thousand_bad_networks() -> None:
         assert again <= world.damages + world.in_flight_when_broken, seed
 
 
+def test_every_file_arrives_over_a_thousand_links_whose_lanes_die() -> None:
+    over_lanes = 0
+    for seed in range(1000):
+        chunks = seed * 97 % 60
+        world = World(seed, content_of(chunks * CHUNK_SIZE), 1 + seed % 9)
+        world.damage_chance = world.random.choice([0, 0, 0.05])
+        break_chance = world.random.choice([0, 0.02, 0.1])
+        breaks = [world.break_a_lane] * 8 + [world.lose_link, world.restart_sender]
+        while not world.done and world.step():
+            if len(world.lanes) < 3 and world.random.random() < 0.2:
+                world.open_lane()
+            if world.random.random() < break_chance:
+                world.random.choice(breaks)()
+            over_lanes += sum(lane != 0 for lane, *_ in world.frames)
+        world.run()
+        assert world.done, seed
+        assert world.failure is None, seed
+        assert world.sender_failure is None, seed
+        assert bytes(world.disk) == world.content, seed
+        again = world.frames_sent - chunks
+        assert again <= world.damages + world.in_flight_when_broken, seed
+    assert over_lanes > 10_000
+
+
+@pytest.mark.parametrize("first", ["sender", "receiver"])
+def test_a_lane_that_dies_costs_what_was_on_it_whoever_notices_first(
+    first: str,
+) -> None:
+    for steps in range(120):
+        world = World(steps, content_of(40 * CHUNK_SIZE))
+        number = world.open_lane()
+        for _ in range(steps):
+            world.step()
+        world.break_lane(number)
+        # The other one goes on as if nothing had happened, until nothing else can.
+        lane = world.lanes[number]
+        lane.receiver_knows = lane.sender_knows = True
+        getattr(world, f"{first}_notices")(number)
+        if first == "receiver":
+            lane.sender_knows = False
+        world.drain()
+        lane.is_broken = True
+        world.run()
+        if first == "sender":
+            world.receiver_notices(number)
+            world.drain()
+            world.run()
+        check_arrived(world)
+        assert world.frames_sent <= 40 + 8
+        assert world.receiver.duplicates <= 8
+
+
+def test_a_lane_that_dies_without_frames_on_the_way_costs_nothing() -> None:
+    world = World(1, content_of(40 * CHUNK_SIZE))
+    number = world.open_lane()
+    while world.lanes[number].grants:
+        world.deliver_grant(number)
+        world.drain()
+    while any(getattr(read, "lane", 0) for read in world.reads):
+        world.finish_read()
+        world.drain()
+    sent = world.frames_sent
+    while world.frames:
+        world.deliver_frame()
+        world.drain()
+    world.sender_notices(number)
+    world.receiver_notices(number)
+    world.drain()
+    world.run()
+    check_arrived(world)
+    assert sent > 0
+    assert world.frames_sent == 40
+    assert world.receiver.duplicates == 0
+
+
+def test_more_lanes_share_the_work() -> None:
+    world = World(1, content_of(200 * CHUNK_SIZE), window=4)
+    for _ in range(3):
+        world.open_lane()
+    seen: set[tuple[int, int]] = set()
+    while world.step():
+        seen.update((lane, header.index) for lane, header, _ in world.frames)
+    check_arrived(world)
+    for lane in range(4):
+        assert sum(number == lane for number, _ in seen) > 20
+    assert world.frames_sent == 200
+
+
 Break = Callable[[World], None]
 BREAKS: list[Break] = [World.lose_link, World.restart_receiver, World.restart_sender]
 

@@ -1,21 +1,15 @@
 """The QUIC engine, set up for a link.
 
 aioquic tells less than a link has to know. What it does not tell is read here from
-its private attributes, and nowhere else.
+its private attributes, and in `quic_fast`, and nowhere else.
 """
 
 import logging
 import ssl
-from collections.abc import Iterable
 from typing import Any, cast
 
 from aioquic.quic.configuration import QuicConfiguration
-from aioquic.quic.congestion.base import register_congestion_control
-from aioquic.quic.congestion.cubic import CubicCongestionControl
-from aioquic.quic.connection import QuicConnection
 from aioquic.quic.events import ConnectionTerminated
-from aioquic.quic.packet_builder import QuicSentPacket
-from aioquic.quic.recovery import QuicPacketPacer
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
@@ -24,12 +18,25 @@ from sleap_rtc.io.certificates import (
     Certificate,
     certificate_pem_untrusted,
 )
+from sleap_rtc.io.quic_bulk import Payload
+from sleap_rtc.io.quic_congestion import CONGESTION, Congestion
+from sleap_rtc.io.quic_fast import Address, BulkConnection, Datagram
+from sleap_rtc.io.quic_packets import CONNECTION_ID_LENGTH, SUITES
 from sleap_rtc.io.session import ALPN
+
+__all__ = [
+    "CONNECTION_ID_LENGTH",
+    "DATAGRAM_SIZE",
+    "FIRST_WINDOW",
+    "Address",
+    "Datagram",
+    "QuicEngine",
+    "client_engine_untrusted",
+    "server_engine",
+]
 
 # The engine warns about every fault of a peer; without a handler that is printed.
 logging.getLogger("quic").addHandler(logging.NullHandler())
-
-CONNECTION_ID_LENGTH = 8
 
 DATAGRAM_SIZE = 1350
 """UDP payload in bytes: with IPv6 and UDP headers 1398, what most tunnels let pass."""
@@ -40,54 +47,13 @@ FIRST_WINDOW = 256 * 1024
 STREAM_WINDOW = 16 * 1024 * 1024
 """As long as the window of the whole connection, which is the one that counts."""
 
-Address = tuple[Any, ...]
-"""A socket address, as the operating system gives it."""
 
-Datagram = tuple[bytes, Address]
-
-
-class _Congestion(CubicCongestionControl):
-    """Cubic, which fills long lines better than Reno, with a count of losses."""
-
-    def __init__(self, *, max_datagram_size: int) -> None:
-        super().__init__(max_datagram_size=max_datagram_size)
-        self.packets_lost = 0
-
-    def on_packets_lost(self, *, now: float, packets: Iterable[QuicSentPacket]) -> None:
-        lost = list(packets)
-        self.packets_lost += len(lost)
-        super().on_packets_lost(now=now, packets=lost)
-
-
-class _Pacer(QuicPacketPacer):
-    """The engine's pacer, with bursts that stay bursts when the window is large.
-
-    It never spaces packets closer than a microsecond, but shrinks the burst with the
-    window all the same: late in a long transfer every call would send one packet.
-    """
-
-    def update_rate(self, congestion_window: int, smoothed_rtt: float) -> None:
-        super().update_rate(congestion_window, smoothed_rtt)
-        if self.packet_time is not None:
-            self.bucket_max = max(self.bucket_max, _BURST * self.packet_time)
-
-
-_BURST = 16
-"""Packets; what the engine itself allows where the window is small."""
-
-_CONGESTION = "sleap-rtc-cubic"
-register_congestion_control(_CONGESTION, _Congestion)
-
-
-class QuicEngine(QuicConnection):
+class QuicEngine(BulkConnection):
     """A QUIC connection that tells what is queued, and that can hold a peer back."""
 
     _granted = 0
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        size = self._configuration.max_datagram_size
-        self._loss._pacer = _Pacer(max_datagram_size=size)
+    # -------------------------------------------------------------- what is there
 
     @property
     def close_event(self) -> ConnectionTerminated | None:
@@ -101,7 +67,7 @@ class QuicEngine(QuicConnection):
     def packets_lost(self) -> int:
         """Packets that were declared lost."""
         congestion = self._loss._cc
-        return congestion.packets_lost if isinstance(congestion, _Congestion) else 0
+        return congestion.packets_lost if isinstance(congestion, Congestion) else 0
 
     @property
     def peer_certificate(self) -> bytes:
@@ -112,9 +78,13 @@ class QuicEngine(QuicConnection):
     def unacknowledged(self, stream_id: int) -> int:
         """Bytes of our side of a stream that the peer has not acknowledged."""
         stream = self._streams.get(stream_id)
+        if stream is not None and stream is self._bulk:
+            return self._bulk_sender.unacknowledged
         return 0 if stream is None else len(stream.sender._buffer)
 
-    def send(self, stream_id: int, data: bytes | bytearray | memoryview) -> None:
+    # ------------------------------------------------------------------- commands
+
+    def send(self, stream_id: int, data: Payload) -> None:
         """Queue bytes of a stream; they are copied."""
         self.send_stream_data(stream_id, cast(bytes, data))
 
@@ -187,7 +157,8 @@ def server_engine(
 
 def _common(idle_timeout: float, datagram_size: int) -> dict[str, Any]:
     return {
-        "congestion_control_algorithm": _CONGESTION,
+        "cipher_suites": list(SUITES),
+        "congestion_control_algorithm": CONGESTION,
         "connection_id_length": CONNECTION_ID_LENGTH,
         "idle_timeout": idle_timeout,
         "max_data": FIRST_WINDOW,

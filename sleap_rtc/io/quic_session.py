@@ -165,8 +165,7 @@ class QuicSession(Session):
         self.bytes_received += sum(len(data) for data, _ in datagrams)
         if self.ended is not None:
             self._farewell_due = True
-        for data, address in datagrams:
-            self._engine.receive_datagram(data, address, now)
+        self._engine.receive_datagrams(datagrams, now)
         self._drain_engine(now)
 
     def handle_timeout(self, now: float) -> None:
@@ -243,8 +242,8 @@ class QuicSession(Session):
     def _queue_frame(
         self, header: bytes, payload: bytes | bytearray | memoryview
     ) -> None:
-        self._engine.send(self._our_bulk, header)
-        self._engine.send(self._our_bulk, payload)
+        self._engine.send_bulk(self._our_bulk, header)
+        self._engine.send_bulk(self._our_bulk, payload)
 
     def _send_ping(self, uid: int) -> None:
         self._engine.send_ping(uid)

@@ -1,0 +1,35 @@
+"""A process that saves one job after the other, for a test to kill.
+
+It says the number of each job once it is saved.
+"""
+
+import itertools
+import sys
+from pathlib import Path
+
+from sleap_rtc.io.store import JobRecord, open_store
+
+
+def main() -> None:
+    store = open_store(Path(sys.argv[1]))
+    for number in itertools.count(int(sys.argv[2])):
+        store.save(
+            JobRecord(
+                job_id=f"job_{number:08x}",
+                worker_id="worker-here-0123ab",
+                route="channel",
+                directory="/state/jobs/1",
+                package="training.zip",
+                size=1,
+                state="RUNNING",
+                detail=f"{number} " * 300,
+                output_path="models",
+                results={},
+                updated=float(number),
+            )
+        )
+        print(number, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -51,6 +51,21 @@ class LineCounts(msgspec.Struct):
     overflowed: int = 0
 
 
+class Totals(msgspec.Struct):
+    """What has become of all datagrams.
+
+    Args:
+        up: On the way to the target.
+        down: On the way back.
+        dropped: What the operating system dropped for want of room in a buffer; if it
+            is more than nothing, the proxy was too slow.
+    """
+
+    up: LineCounts
+    down: LineCounts
+    dropped: int
+
+
 class Line:
     """Decides when a datagram comes out, if it does; time is an argument.
 

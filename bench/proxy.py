@@ -1,9 +1,10 @@
-"""A UDP path with delay, jitter, loss and a limited rate, as a process of its own.
+"""A path with delay, jitter, loss and a limited rate, as a process of its own.
 
     python bench/proxy.py 127.0.0.1:5000 --delay 0.025 --loss 0.001
 
-What is sent to the port that it prints goes on to the target, and the answers go back.
-It ends with its standard input, and prints what has become of all datagrams.
+What is sent to the UDP port that it prints goes on to the target, and the answers go
+back; with `--kind tcp` it is a TCP port. It ends with its standard input, and prints
+what has become of all datagrams.
 
     python bench/proxy.py --ceiling
 
@@ -24,10 +25,11 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import msgspec
-from line import Conditions, Line, LineCounts
+from line import Conditions, Line, Totals
+from relay import Address, TcpRelay
 
 LOOPBACK = "127.0.0.1"
 BUFFER_SIZE = 32 * 1024 * 1024
@@ -51,22 +53,7 @@ PIPE_SIZE = 512 * 1024
 _LARGEST = 65_535
 _ANCILLARY_SPACE = 64
 
-Address = tuple[str, int]
-
-
-class Totals(msgspec.Struct):
-    """What has become of all datagrams.
-
-    Args:
-        up: On the way to the target.
-        down: On the way back.
-        dropped: What the operating system dropped for want of room in a buffer; if it
-            is more than nothing, the proxy was too slow.
-    """
-
-    up: LineCounts
-    down: LineCounts
-    dropped: int
+Kind = Literal["udp", "tcp"]
 
 
 class _Exit(NamedTuple):
@@ -267,15 +254,18 @@ class ProxyProcess:
 
 
 @contextmanager
-def open_proxy(target: Address, conditions: Conditions) -> Iterator[ProxyProcess]:
+def open_proxy(
+    target: Address, conditions: Conditions, kind: Kind = "udp"
+) -> Iterator[ProxyProcess]:
     """Run a proxy in a process of its own for as long as the body runs.
 
     Args:
-        target: Where the datagrams go.
-        conditions: What happens to them on the way.
+        target: Where everything goes.
+        conditions: What happens to it on the way.
+        kind: What is forwarded.
     """
     with subprocess.Popen(
-        [sys.executable, __file__, *_as_arguments(target, conditions)],
+        [sys.executable, __file__, *_as_arguments(target, conditions, kind)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -291,18 +281,12 @@ def open_proxy(target: Address, conditions: Conditions) -> Iterator[ProxyProcess
                 proxy.totals = msgspec.json.decode(out, type=Totals)
 
 
-def run_proxy(target: Address, conditions: Conditions) -> Totals:
-    """Run a proxy here, until the standard input ends.
-
-    Args:
-        target: Where the datagrams go.
-        conditions: What happens to them on the way.
-    """
-    proxy = UdpProxy(target, conditions)
+def run_proxy(proxy: UdpProxy | TcpRelay) -> Totals:
+    """Run a proxy here, until the standard input ends."""
     stop, stopped = socket.socketpair()
     threading.Thread(target=_wait_for_end, args=(stop,), daemon=True).start()
     host, port = proxy.address
-    print(f"forwarding to {target[0]}:{target[1]} from {host}:{port}", flush=True)
+    print(f"forwarding from {host}:{port}", flush=True)
     try:
         proxy.run(stopped)
     except KeyboardInterrupt:
@@ -381,19 +365,21 @@ def main() -> int:
         return 0
     if arguments.target is None:
         parser.error("name the target, such as 127.0.0.1:5000")
+    make = UdpProxy if arguments.kind == "udp" else TcpRelay
     try:
         conditions = Conditions(
             **{name: getattr(arguments, name) for name in Conditions.__struct_fields__}
         )
+        proxy = make(arguments.target, conditions)
     except ValueError as error:
         parser.error(str(error))
-    totals = run_proxy(arguments.target, conditions)
+    totals = run_proxy(proxy)
     print(msgspec.json.encode(totals).decode())
     return 0
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="A UDP path with delay and loss.")
+    parser = argparse.ArgumentParser(description="A path with delay and loss.")
     parser.add_argument("target", nargs="?", type=_parse_address, help="host:port")
     for name, what in (("delay", "one way"), ("jitter", "at most this much more")):
         parser.add_argument(
@@ -404,6 +390,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--queue", type=int, default=Conditions().queue, help="bytes that may wait"
     )
+    parser.add_argument("--kind", choices=get_args(Kind), default="udp")
     parser.add_argument("--may-reorder", action="store_true")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--ceiling", action="store_true", help="how fast is it here?")
@@ -411,8 +398,8 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _as_arguments(target: Address, conditions: Conditions) -> list[str]:
-    arguments = [f"{target[0]}:{target[1]}"]
+def _as_arguments(target: Address, conditions: Conditions, kind: Kind) -> list[str]:
+    arguments = [f"--kind={kind}", f"{target[0]}:{target[1]}"]
     for name, value in msgspec.structs.asdict(conditions).items():
         option = f"--{name.replace('_', '-')}"
         if value is True:

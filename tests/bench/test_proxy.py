@@ -1,17 +1,20 @@
 """The proxy that stands for a long path, as a process with real sockets."""
 
 import socket
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 
 import msgspec
 import pytest
-from line import Conditions, Line, LineCounts
-from proxy import IS_LINUX, UDP_SEGMENT, ProxyProcess, Totals, open_proxy
+from line import Conditions, Line, LineCounts, Totals
+from proxy import IS_LINUX, UDP_SEGMENT, ProxyProcess, open_proxy
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="Windows has no recvmsg(2)"
@@ -145,10 +148,83 @@ def test_the_command_says_where_it_listens_and_what_happened() -> None:
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        assert process.stdout.readline().startswith("forwarding to 127.0.0.1:9 from ")
+        assert process.stdout.readline().startswith("forwarding from 127.0.0.1:")
         out, _ = process.communicate(timeout=DEADLINE)
     assert msgspec.json.decode(out, type=Totals).up.entered == 0
     assert process.returncode == 0
+
+
+@contextmanager
+def connection(
+    conditions: Conditions,
+) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A client that is connected through a proxy, and its end at the target."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        open_proxy(listener.getsockname(), conditions, "tcp") as proxy,
+        socket.create_connection(proxy.address, DEADLINE) as client,
+    ):
+        listener.settimeout(DEADLINE)
+        target, _ = listener.accept()
+        with target:
+            target.settimeout(DEADLINE)
+            yield client, target
+
+
+def receive_all(source: socket.socket) -> bytes:
+    return b"".join(iter(lambda: source.recv(100_000), b""))
+
+
+@pytest.mark.parametrize(
+    "conditions",
+    [
+        Conditions(),
+        Conditions(delay=0.02, jitter=0.01),
+        Conditions(rate=2e7, queue=100_000),
+    ],
+)
+def test_a_tcp_connection_carries_every_byte_both_ways(conditions: Conditions) -> None:
+    content = Random(1).randbytes(3_000_000)
+    with connection(conditions) as (client, target), ThreadPoolExecutor() as pool:
+        for sender, receiver in ((client, target), (target, client)):
+            received = pool.submit(receive_all, receiver)
+            sender.sendall(content)
+            sender.shutdown(socket.SHUT_WR)
+            assert received.result(DEADLINE) == content
+
+
+def test_a_tcp_connection_is_delayed() -> None:
+    with connection(Conditions(delay=0.05)) as (client, target):
+        began = time.monotonic()
+        client.send(b"ping")
+        target.recv(100)
+        assert 0.05 <= time.monotonic() - began < 0.15
+
+
+def test_a_tcp_connection_is_as_fast_as_the_rate() -> None:
+    with connection(Conditions(rate=1e6, queue=50_000)) as (client, target):
+        began = time.monotonic()
+        with ThreadPoolExecutor() as pool:
+            received = pool.submit(receive_all, target)
+            client.sendall(bytes(300_000))
+            client.shutdown(socket.SHUT_WR)
+            assert len(received.result(DEADLINE)) == 300_000
+        assert 0.3 <= time.monotonic() - began < 0.9
+
+
+def test_a_client_that_breaks_off_ends_the_connection_of_the_target() -> None:
+    with connection(Conditions()) as (client, target):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        assert target.recv(100) == b""
+
+
+@pytest.mark.parametrize("option", [["--loss=0.1"], ["--may-reorder"]])
+def test_a_relay_of_tcp_loses_nothing(option: list[str]) -> None:
+    command = [sys.executable, str(SCRIPT), "127.0.0.1:9", "--kind=tcp", *option]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+    assert found.returncode == 2
+    assert "can neither lose nor reorder" in found.stderr
 
 
 def test_the_command_refuses_impossible_conditions() -> None:

@@ -1,0 +1,204 @@
+"""One end of a link that carries a file from memory to nowhere.
+
+    python bench/link_end.py receive
+    python bench/link_end.py send '{"address": ...}'
+
+`impaired.py` starts both. Each prints one line of JSON at its end; the receiver prints
+`Where` first. The file goes in verified chunks, as every file does; no disk takes part.
+"""
+
+import hashlib
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import trio
+from aioquic.quic.congestion import base as congestion
+from blake3 import blake3
+
+from sleap_rtc.io.certificates import make_certificate
+from sleap_rtc.io.dial import dial
+from sleap_rtc.io.link import Link, LinkClosedError, LinkKind, LinkStatistics
+from sleap_rtc.io.listener import open_listener
+from sleap_rtc.io.nursery import open_background_nursery
+from sleap_rtc.io.transfers import Buffer, TransferError, Transfers
+from sleap_rtc.proto.chunk_map import ChunkMap
+from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.messages import Auth, FileOffer, OfferedFile
+
+LOOPBACK = "127.0.0.1"
+CHUNK_SIZE = 256 * 1024
+"""A quarter of the usual size, so that a slow path shows how fast it is."""
+
+ENDLESS = 2**36
+"""Bytes of the file; the sender stops long before its end."""
+
+AUTH = Auth(session="5" * 32, proof=hashlib.sha256(b"bench").hexdigest())
+
+
+class Where(msgspec.Struct, frozen=True):
+    """Where a receiver is, and what it shows."""
+
+    port: int
+    certificate: bytes
+
+
+class Task(msgspec.Struct, frozen=True):
+    """What a sender shall do.
+
+    Args:
+        address: Where to dial.
+        certificate: What the receiver shows.
+        kind: The link.
+        congestion: The congestion control of QUIC; an empty one is the product's own.
+        seconds: How long to send.
+    """
+
+    address: tuple[str, int]
+    certificate: bytes
+    kind: LinkKind
+    congestion: str
+    seconds: float
+
+
+class Sent(msgspec.Struct, frozen=True):
+    """What a sender has seen."""
+
+    statistics: LinkStatistics
+    cpu_seconds: float
+
+
+class Received(msgspec.Struct, frozen=True):
+    """What a receiver has seen.
+
+    Args:
+        arrivals: Seconds since the offer, and the bytes that were stored until then,
+            after each chunk.
+        cpu_seconds: What it used.
+    """
+
+    arrivals: list[tuple[float, int]]
+    cpu_seconds: float
+
+
+class _Nowhere:
+    """Takes chunks, and checks their hashes."""
+
+    def __init__(self) -> None:
+        self.chunk_map = ChunkMap(ENDLESS, CHUNK_SIZE)
+
+    def write(self, _index: int, payload: Buffer, digest: bytes) -> bool:
+        return blake3(payload).digest() == digest
+
+    def publish(self) -> Path:
+        return Path()
+
+    def keep(self) -> None: ...
+
+    def abandon(self) -> None: ...
+
+
+class _Memory:
+    """The same chunk for ever."""
+
+    def __init__(self) -> None:
+        self._chunk = hashlib.shake_256(b"bench").digest(CHUNK_SIZE)
+        self._digest = blake3(self._chunk).digest()
+
+    def read(self, _index: int) -> tuple[Buffer, bytes]:
+        return self._chunk, self._digest
+
+    def check_unchanged(self) -> bool:
+        return True
+
+
+async def receive() -> Received:
+    """Take one file over one link, until the sender goes away."""
+    certificate = make_certificate()
+    arrivals: list[tuple[float, int]] = []
+    async with (
+        open_listener(LOOPBACK, 0, certificate, _judge) as listener,
+        open_background_nursery() as nursery,
+    ):
+        _say(Where(listener.port, certificate.certificate_der))
+        link = await listener.accept()
+        transfers = Transfers(link)
+        nursery.start_soon(transfers.run)
+        message = await link.receive_message()
+        if not isinstance(message, FileOffer):
+            raise SystemExit(f"a {type(message).__name__} came instead of a file")
+        nursery.start_soon(_deliver, link, transfers)
+        began = time.monotonic()
+        try:
+            await transfers.receive_file(
+                message.transfer_id,
+                message.file,
+                _Nowhere(),
+                on_progress=lambda size: arrivals.append(
+                    (time.monotonic() - began, size)
+                ),
+            )
+        except (LinkClosedError, TransferError):
+            pass  # that is how it ends
+    return Received(arrivals, time.process_time())
+
+
+async def send(task: Task) -> Sent:
+    """Send for some seconds."""
+    if task.congestion:
+        _replace_congestion_control(task.congestion)
+    async with (
+        dial(
+            [task.address],
+            certificate_der=task.certificate,
+            auth=AUTH,
+            kinds=[task.kind],
+        ) as (link, _),
+        open_background_nursery() as nursery,
+    ):
+        transfers = Transfers(link)
+        nursery.start_soon(transfers.run)
+        nursery.start_soon(_deliver, link, transfers)
+        offer = OfferedFile(name="endless", size=ENDLESS, chunk_size=CHUNK_SIZE)
+        with trio.move_on_after(task.seconds):
+            await transfers.send_file(1, offer, _Memory())
+        return Sent(link.statistics(), time.process_time())
+
+
+async def _deliver(link: Link, transfers: Transfers) -> None:
+    try:
+        while True:
+            transfers.deliver_message(await link.receive_message())
+    except LinkClosedError:
+        pass
+
+
+def _judge(auth: Auth) -> str:
+    if auth.proof != AUTH.proof:
+        raise RemoteProtocolError("the proof is wrong")
+    return "the sender"
+
+
+def _replace_congestion_control(name: str) -> None:
+    """Let the product's own congestion control be another one, in this process."""
+    factories = congestion._factories
+    for own in set(factories) - {"reno", "cubic"}:
+        factories[own] = factories[name]
+
+
+def _say(said: msgspec.Struct) -> None:
+    print(msgspec.json.encode(said).decode(), flush=True)
+
+
+def main() -> None:
+    """Be one end; the command line says which."""
+    if sys.argv[1] == "receive":
+        _say(trio.run(receive))
+    else:
+        _say(trio.run(partial(send, msgspec.json.decode(sys.argv[2], type=Task))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The sweep over paths with delay and loss, once and short."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from impaired import warm_rate
+
+SCRIPT = Path(__file__).parents[2] / "bench" / "impaired.py"
+DEADLINE = 60.0
+
+
+def sweep(*options: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(SCRIPT), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the proxy needs recvmsg(2)")
+def test_each_link_is_measured_on_each_path(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    found = sweep(
+        *("--kinds", "tcp,quic:reno", "--rtt", "20", "--loss", "0,1"),
+        *("--seconds", "1.5", "--warm", "0.5", "--json", str(report)),
+    )
+    assert found.returncode == 0, found.stderr
+    cells = {
+        (cell["way"]["kind"], cell["rtt"], cell["loss"]): cell
+        for cell in json.loads(report.read_bytes())
+    }
+    assert set(cells) == {
+        ("tcp", 0.0, 0.0),
+        ("tcp", 0.02, 0.0),
+        ("quic", 0.0, 0.0),
+        ("quic", 0.02, 0.0),
+        ("quic", 0.02, 0.01),
+    }
+    assert all(cell["rate"] > 0 for cell in cells.values())
+    for (_, _, loss), cell in cells.items():
+        assert (cell["lost"] > 0) is (loss > 0)
+    assert "quic reno" in found.stdout
+    assert "20 ms" in found.stdout
+
+
+def test_unknown_links_are_refused() -> None:
+    found = sweep("--kinds", "carrier-pigeon")
+    assert found.returncode == 2
+    assert "no kind of link" in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "rate"),
+    [
+        ([(0.5, 100), (1.0, 200), (2.0, 500), (3.0, 700)], 250.0),
+        ([(0.5, 100), (1.0, 200)], 0.0),
+        ([(0.5, 100)], 0.0),
+        ([(1.0, 100), (1.0, 200)], 0.0),
+        ([], 0.0),
+    ],
+)
+def test_only_what_arrives_late_counts(
+    arrivals: list[tuple[float, int]], rate: float
+) -> None:
+    assert warm_rate(arrivals, warm=1.0) == rate

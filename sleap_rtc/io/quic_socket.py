@@ -2,8 +2,11 @@
 
 import errno
 import socket
+import struct
+import sys
 from collections import deque
 from collections.abc import Iterable
+from itertools import islice
 from types import TracebackType
 from typing import Self
 
@@ -17,7 +20,22 @@ BUFFER_SIZE = 8 * 1024 * 1024
 BATCH = 64
 """Datagrams taken at most before anything else gets its turn."""
 
+LONGEST_TRAIN = 64
+LARGEST_TRAIN = 65_000
+"""Datagrams of one size, and their bytes, that Linux takes in one call."""
+
 _LARGEST = 65535
+
+_IS_LINUX = sys.platform == "linux"
+_UDP_SEGMENT, _UDP_GRO = 103, 104
+"""From the headers of Linux, as Python does not name them."""
+
+_SEGMENT_SIZE = struct.Struct("=H")
+_GRO_SIZE = struct.Struct("=i")
+_ANCILLARY_SPACE = 64
+
+_NO_TRAINS = (errno.EINVAL, errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP)
+"""What an operating system or a network card says that cannot cut trains."""
 
 
 class UdpSocket:
@@ -36,6 +54,8 @@ class UdpSocket:
         self._socket = bound
         self._unsent: deque[Datagram] = deque()
         self._full = trio.Event()
+        self._receives_trains = _ask_for_trains(bound)
+        self._sends_trains = self._receives_trains  # older systems may not cut
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -87,7 +107,7 @@ class UdpSocket:
         batch: list[Datagram] = []
         while len(batch) < BATCH:
             try:
-                batch.append(self._socket.recvfrom(_LARGEST))
+                batch += self._receive()
             except BlockingIOError:
                 break
             except ConnectionError:
@@ -100,18 +120,59 @@ class UdpSocket:
         """Send in order; what the operating system has no room for waits here."""
         self._unsent.extend(datagrams)
         while self._unsent:
-            data, address = self._unsent[0]
+            train = self._next_train()
             try:
-                self._socket.sendto(data, address)
+                self._send_train(train)
             except BlockingIOError:
                 self._full.set()
                 return
             except OSError as error:
                 if error.errno == errno.EBADF:
                     raise
-                # No route, a firewall, an ICMP error: as good as lost on the way.
-                self.dropped += 1
-            self._unsent.popleft()
+                if len(train) > 1 and error.errno in _NO_TRAINS:
+                    self._sends_trains = False
+                    continue
+                # No route, a firewall, an ICMP error, or more than fits through the
+                # next hop: as good as lost on the way.
+                self.dropped += len(train)
+            for _ in train:
+                self._unsent.popleft()
+
+    def _receive(self) -> list[Datagram]:
+        """Take a datagram, or several of one sender that came together."""
+        if not self._receives_trains:
+            return [self._socket.recvfrom(_LARGEST)]
+        data, ancillary, _, address = self._socket.recvmsg(_LARGEST, _ANCILLARY_SPACE)
+        for level, kind, value in ancillary:
+            if (level, kind) == (socket.IPPROTO_UDP, _UDP_GRO):
+                (size,) = _GRO_SIZE.unpack(value[: _GRO_SIZE.size])
+                return [
+                    (data[at : at + size], address) for at in range(0, len(data), size)
+                ]
+        return [(data, address)]
+
+    def _next_train(self) -> list[bytes]:
+        """Return what goes out next: datagrams of one size, the last may be shorter."""
+        first, target = self._unsent[0]
+        train = [first]
+        if self._sends_trains and len(self._unsent) > 1:
+            longest = min(LONGEST_TRAIN, LARGEST_TRAIN // len(first)) if first else 1
+            for data, address in islice(self._unsent, 1, longest):
+                if address != target or not 0 < len(data) <= len(first):
+                    break
+                train.append(data)
+                if len(data) < len(first):
+                    break
+        return train
+
+    def _send_train(self, train: list[bytes]) -> None:
+        target = self._unsent[0][1]
+        if len(train) == 1:
+            self._socket.sendto(train[0], target)
+            return
+        size = _SEGMENT_SIZE.pack(len(train[0]))
+        cut = (socket.IPPROTO_UDP, _UDP_SEGMENT, size)
+        self._socket.sendmsg(train, [cut], 0, target)
 
     async def wait_until_sent(self) -> None:
         """Wait until the socket was full, and has room again."""
@@ -177,3 +238,14 @@ def _enlarge_buffers(opened: socket.socket) -> None:
                 break
             except OSError:
                 size //= 2
+
+
+def _ask_for_trains(opened: socket.socket) -> bool:
+    """Let Linux hand over datagrams that came together as one; True if it will."""
+    if not _IS_LINUX:
+        return False
+    try:
+        opened.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 1)
+    except OSError:
+        return False  # Linux before 5.0
+    return True

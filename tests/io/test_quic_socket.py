@@ -12,10 +12,15 @@ import trio
 from sleap_rtc.io.addresses import describe_address
 from sleap_rtc.io.quic_engine import Address
 from sleap_rtc.io.quic_socket import (
+    _UDP_GRO,
     BATCH,
+    LONGEST_TRAIN,
     UdpSocket,
     open_udp_listener,
 )
+
+_SO_NO_CHECK = 11
+"""From the headers of Linux."""
 
 
 @pytest.fixture(autouse=True)
@@ -30,13 +35,77 @@ async def test_datagrams_arrive_in_bounded_batches_with_their_source() -> None:
         open_udp_listener("127.0.0.1", 0) as sender,
     ):
         target = (receiver.host, receiver.port)
-        sent = [b"%d" % number for number in range(BATCH + 10)]
+        # Each longer than the one before, so that no two travel together.
+        sent = [bytes(number) for number in range(1, BATCH + 10)]
         sender.send([(data, target) for data in sent])
         first = await receiver.receive_batch()
         second = await receiver.receive_batch()
         assert len(first) == BATCH
         assert [data for data, _ in first + second] == sent
         assert {source for _, source in first} == {(sender.host, sender.port)}
+
+
+@pytest.mark.parametrize("size", [1, 1350, 8900])
+async def test_datagrams_of_one_size_arrive_apart(size: int) -> None:
+    with (
+        open_udp_listener("127.0.0.1", 0) as receiver,
+        open_udp_listener("127.0.0.1", 0) as sender,
+    ):
+        target = (receiver.host, receiver.port)
+        sent = [bytes((number,)) * size for number in range(3 * LONGEST_TRAIN // 2)]
+        sent.append(b"!")
+        sender.send([(data, target) for data in sent])
+        arrived: list[bytes] = []
+        while len(arrived) < len(sent):
+            batch = await receiver.receive_batch()
+            assert len(batch) < BATCH + LONGEST_TRAIN
+            arrived += [data for data, _ in batch]
+        assert arrived == sent
+
+
+async def test_a_train_holds_only_what_one_receiver_gets() -> None:
+    with (
+        open_udp_listener("127.0.0.1", 0) as one,
+        open_udp_listener("127.0.0.1", 0) as other,
+        open_udp_listener("127.0.0.1", 0) as sender,
+    ):
+        targets = [(one.host, one.port), (other.host, other.port)]
+        sender.send([(bytes((n,)) * 100, targets[n % 2]) for n in range(10)])
+        for parity, receiver in enumerate((one, other)):
+            batch = await receiver.receive_batch()
+            assert [data[0] for data, _ in batch] == list(range(parity, 10, 2))
+
+
+async def test_a_system_without_trains_sends_and_takes_one_at_a_time() -> None:
+    with (
+        open_udp_listener("127.0.0.1", 0) as receiver,
+        open_udp_listener("127.0.0.1", 0) as sender,
+    ):
+        receiver._receives_trains = sender._sends_trains = False
+        if sys.platform == "linux":
+            receiver._socket.setsockopt(socket.IPPROTO_UDP, _UDP_GRO, 0)
+        target = (receiver.host, receiver.port)
+        sent = [bytes((number,)) * 100 for number in range(20)]
+        sender.send([(data, target) for data in sent])
+        batch = await receiver.receive_batch()
+        assert [data for data, _ in batch] == sent
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes trains")
+async def test_trains_that_cannot_be_cut_go_out_one_at_a_time() -> None:
+    with (
+        open_udp_listener("127.0.0.1", 0) as receiver,
+        open_udp_listener("127.0.0.1", 0) as sender,
+    ):
+        # A socket without checksums cannot cut (EIO), as some network cards.
+        sender._socket.setsockopt(socket.SOL_SOCKET, _SO_NO_CHECK, 1)
+        target = (receiver.host, receiver.port)
+        sent = [bytes((number,)) * 100 for number in range(20)]
+        sender.send([(data, target) for data in sent])
+        assert not sender._sends_trains
+        assert sender.dropped == 0
+        batch = await receiver.receive_batch()
+        assert [data for data, _ in batch] == sent
 
 
 async def test_the_buffers_are_larger_than_the_system_gives_by_itself() -> None:

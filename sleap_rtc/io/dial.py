@@ -8,6 +8,7 @@ from typing import assert_never
 import trio
 
 from sleap_rtc.io.addresses import describe_address
+from sleap_rtc.io.lanes import DEFAULT_LANES, DialedLink
 from sleap_rtc.io.link import DialError, Link, LinkKind
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.quic import connect_quic
@@ -36,6 +37,7 @@ class _Dialing:
         self.released = trio.Event()
         self.closed = trio.Event()
         self.link: Link | None = None
+        self.attempt: Attempt | None = None
         self.reason = ""
         self.failures: list[tuple[str, str]] = []
         self._race = race
@@ -65,6 +67,7 @@ class _Dialing:
                     self._nursery.start_soon(self._try, attempt)
                 case KeepLink(attempt, reason):
                     self.link, self.reason = self._links[attempt], reason
+                    self.attempt = attempt
                     for other, scope in self._scopes.items():
                         if other != attempt:
                             scope.cancel(reason="another attempt won")
@@ -78,7 +81,7 @@ class _Dialing:
     async def _try(self, attempt: Attempt) -> None:
         with trio.CancelScope() as self._scopes[attempt]:
             try:
-                async with self._connect(attempt) as link:
+                async with self.connect(attempt) as link:
                     self._links[attempt] = link
                     self._race.attempt_opened(attempt, trio.current_time())
                     self._pump()
@@ -92,7 +95,8 @@ class _Dialing:
                 self._race.attempt_failed(attempt, reason, trio.current_time())
                 self._pump()
 
-    def _connect(self, attempt: Attempt) -> AbstractAsyncContextManager[Link]:
+    def connect(self, attempt: Attempt) -> AbstractAsyncContextManager[Link]:
+        """Reach the peer once, without a proof yet."""
         connect = connect_tcp if attempt.kind == "tcp" else connect_quic
         return connect(
             attempt.host, attempt.port, certificate_der=self._certificate_der
@@ -106,6 +110,7 @@ async def dial(
     certificate_der: bytes,
     auth: Auth,
     kinds: Sequence[LinkKind] = LINK_KINDS,
+    lanes: int | None = None,
 ) -> AsyncIterator[tuple[Link, str]]:
     """Open a link to a peer, of whichever kind and at whichever address is best.
 
@@ -117,6 +122,8 @@ async def dial(
         certificate_der: The only certificate that the peer may show.
         auth: The proof, which can be used once.
         kinds: The kinds of link to try, the preferred one first.
+        lanes: Connections that the link may have, once there is much to transfer; None
+            for as many as pay.
 
     Yields:
         The link, and why it is this one.
@@ -129,9 +136,26 @@ async def dial(
         dialing = _Dialing(race, certificate_der, nursery)
         nursery.start_soon(dialing.run)
         await dialing.settled.wait()
-        if dialing.link is None:
+        if dialing.link is None or dialing.attempt is None:
             raise DialError(dialing.failures)
         await dialing.link.send_message(auth)
-        yield dialing.link, dialing.reason
+        link = _with_lanes(dialing, dialing.link, dialing.attempt, lanes)
+        nursery.start_soon(link.open_lanes)
+        yield link, dialing.reason
+        link.lanes.drop_all("the link is done")
         dialing.released.set()
         await dialing.closed.wait()
+
+
+def _with_lanes(
+    dialing: _Dialing, first: Link, attempt: Attempt, lanes: int | None
+) -> DialedLink:
+    """Let a link have lanes to where its first connection goes."""
+
+    def connect(port: int) -> AbstractAsyncContextManager[Link]:
+        return dialing.connect(
+            Attempt(attempt.kind, attempt.host, port or attempt.port)
+        )
+
+    connections = DEFAULT_LANES[attempt.kind] if lanes is None else lanes
+    return DialedLink(first, connections, connect)

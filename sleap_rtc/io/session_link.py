@@ -90,16 +90,16 @@ class SessionLink(Link):
         finally:
             self.close_now(reason)
 
+    def close_now(self, reason: str = "") -> None:
+        """End it without waiting for what is on its way."""
+        self._core.close(reason)
+        self.pump()
+
     # --------------------------------------------------------- what endpoints call
 
     @abstractmethod
     def pump(self) -> None:
         """Send what is to be sent, and wake whoever can go on."""
-
-    def close_now(self, reason: str) -> None:
-        """End it without waiting for what is on its way."""
-        self._core.close(reason)
-        self.pump()
 
     async def wait_ready(self) -> None:
         """Wait until the handshake, and on a server the proof, are done.

@@ -88,5 +88,8 @@ class MemoryLink(Link):
         self.cut(reason, by_peer=True)
         await trio.lowlevel.checkpoint()
 
+    def close_now(self, reason: str = "") -> None:
+        self.cut(reason, by_peer=True)
+
     def _error(self) -> LinkClosedError:
         return LinkClosedError(self._reason, by_peer=self._by_peer)

@@ -1,0 +1,389 @@
+"""One file on its way over a link: a task that carries out what its machine wants."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol, assert_never
+
+import trio
+
+from sleap_rtc.io.folder import SharedStorageError
+from sleap_rtc.io.link import Link, LinkClosedError
+from sleap_rtc.proto.chunk_map import ChunkMap
+from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.frames import ChunkHeader, Frame
+from sleap_rtc.proto.messages import ChunkGrant, FileOffer, OfferedFile
+from sleap_rtc.proto.transfer import (
+    Discard,
+    HashMissing,
+    Publish,
+    ReadAndSend,
+    SenderDone,
+    SenderFailed,
+    SendMessage,
+    Store,
+    TransferDone,
+    TransferFailed,
+    TransferMessage,
+)
+from sleap_rtc.proto.transfer_receiver import Receiver
+from sleap_rtc.proto.transfer_sender import Sender
+
+Buffer = bytes | bytearray | memoryview
+Progress = Callable[[int], None]
+
+WRITERS = 2
+"""Threads that hash and write chunks of one file: one may wait for the disk."""
+
+FAREWELL_SECONDS = 2.0
+"""How long a transfer that ends early tries to tell the peer."""
+
+
+class TransferError(Exception):
+    """A file did not arrive, though the link still stands.
+
+    Args:
+        reason: What happened, for people. It may be the peer's own words.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class ChunkSource(Protocol):
+    """What a file is sent from; worker threads call it, several at once.
+
+    Its methods raise `SharedStorageError` if the storage failed.
+    """
+
+    def read(self, index: int) -> tuple[Buffer, bytes]:
+        """Return a chunk and its BLAKE3 hash."""
+
+    def check_unchanged(self) -> bool:
+        """Tell whether the file is still what it was when it was opened."""
+
+
+class ChunkSink(Protocol):
+    """Where a file arrives; worker threads call it, several at once.
+
+    Its methods raise `SharedStorageError` if the storage failed.
+    """
+
+    chunk_map: ChunkMap
+    """What is there already; the transfer takes it over and notes what it stores."""
+
+    def write(self, index: int, payload: Buffer, digest: bytes) -> bool:
+        """Write a chunk, or return False if that is not its hash."""
+
+    def publish(self) -> Path:
+        """Let the whole file appear under its name, and return that."""
+
+    def keep(self) -> None:
+        """Leave what was written for later, unless it was published."""
+
+    def abandon(self) -> None:
+        """Remove what was written, unless it was published."""
+
+
+class RunningTransfer(ABC):
+    """One transfer: its inputs never wait, and one task carries out its outputs."""
+
+    def __init__(
+        self,
+        lanes: Mapping[int, Link],
+        machine: Receiver | Sender,
+        on_progress: Progress,
+    ) -> None:
+        self._link = lanes[0]
+        self._lanes = lanes
+        self._machine = machine
+        self._on_progress = on_progress
+        self._reported = 0
+        self._has_ended = False
+        self._error: TransferError | LinkClosedError | None = None
+        self._woken = trio.Event()
+
+    def receive_message(self, message: TransferMessage) -> None:
+        """Take a control message of this transfer."""
+        try:
+            self._machine.receive_message(message)
+        except RemoteProtocolError:
+            pass  # the machine has failed, and its outputs say why
+        self._woken.set()
+
+    @abstractmethod
+    def receive_grant(self, grant: ChunkGrant, lane: int) -> None:
+        """Take a grant of this transfer that came over a lane."""
+
+    @abstractmethod
+    def receive_frame(self, frame: Frame) -> bool:
+        """Take a bulk frame of this transfer, or return False if nobody wants it."""
+
+    @abstractmethod
+    def lane_opened(self, lane: int) -> None:
+        """Use one more lane."""
+
+    def lane_lost(self, lane: int) -> None:
+        """Do without a lane from now on; all that arrived over it was taken."""
+        self._machine.lane_lost(lane)
+        self._woken.set()
+
+    def link_lost(self, error: LinkClosedError) -> None:
+        """End, because nothing comes or goes any more."""
+        self._machine.link_lost()
+        self._end(error)
+
+    def _end(self, error: TransferError | LinkClosedError | None) -> None:
+        if not self._has_ended:
+            self._has_ended = True
+            self._error = error
+        self._woken.set()
+
+    def _report(self, size: int) -> None:
+        if size > self._reported:  # a chunk may be sent twice, or stored too late
+            self._reported = size
+            self._on_progress(size)
+
+    async def _run(self) -> None:
+        """Carry out what the machine wants until the transfer has ended."""
+        try:
+            async with trio.open_nursery() as nursery:
+                while not self._has_ended:
+                    await self._step(nursery)
+                nursery.cancel_scope.cancel()
+        finally:
+            if not self._has_ended:
+                await self._say_farewell()
+        if self._error is not None:
+            raise self._error
+
+    async def _step(self, nursery: trio.Nursery) -> None:
+        """Carry out one output, or wait for what brings the next."""
+        try:
+            if not await self._carry_out_next(nursery):
+                self._woken = trio.Event()
+                await self._woken.wait()
+        except LinkClosedError as error:
+            self.link_lost(error)
+
+    @abstractmethod
+    async def _carry_out_next(self, nursery: trio.Nursery) -> bool:
+        """Carry out the next output of the machine; return False if there is none."""
+
+    async def _say_farewell(self) -> None:
+        """Tell the peer that the owner gave up, if there is time."""
+        self._machine.cancel("the other side cancelled the transfer")
+        with trio.move_on_after(FAREWELL_SECONDS, shield=True):
+            while (output := self._machine.next_output()) is not None:
+                if isinstance(output, SendMessage):
+                    try:
+                        await self._link.send_message(output.message)
+                    except LinkClosedError:
+                        return
+
+
+class ReceivingFile(RunningTransfer):
+    """One file that comes in."""
+
+    def __init__(
+        self,
+        lanes: Mapping[int, Link],
+        receiver: Receiver,
+        sink: ChunkSink,
+        on_progress: Progress,
+    ) -> None:
+        super().__init__(lanes, receiver, on_progress)
+        self._receiver = receiver
+        self._sink = sink
+        self._payloads: dict[int, Buffer] = {}
+        self._writers = trio.CapacityLimiter(WRITERS)
+        self._path = Path()
+        self._uses_lanes = False
+
+    async def receive(self, *, uses_lanes: bool) -> Path:
+        """Take the whole file, and return where it is."""
+        self._receiver.start()
+        self._uses_lanes = uses_lanes
+        for lane in self._lanes:
+            if lane != 0:
+                self.lane_opened(lane)
+        self._report(self._receiver.chunk_map.bytes_there)
+        await self._run()
+        return self._path
+
+    def receive_frame(self, frame: Frame) -> bool:
+        """Take a chunk, if it is wanted."""
+        try:
+            is_wanted = self._receiver.chunk_arrived(frame.header)
+        except RemoteProtocolError:
+            is_wanted = False  # the machine has failed, and its outputs say why
+        if is_wanted:
+            self._payloads[frame.header.index] = frame.payload
+        self._woken.set()
+        return is_wanted
+
+    def receive_grant(self, grant: ChunkGrant, lane: int) -> None:
+        """Take a grant, which is wrong over whatever connection."""
+        self.receive_message(grant)
+
+    def lane_opened(self, lane: int) -> None:
+        """Grant chunks over one more lane, if the file is large enough for lanes."""
+        if self._uses_lanes:
+            self._receiver.lane_opened(lane)
+            self._woken.set()
+
+    async def _carry_out_next(self, nursery: trio.Nursery) -> bool:
+        match self._receiver.next_output():
+            case None:
+                return False
+            case SendMessage(message=message, lane=0):
+                await self._link.send_message(message)
+            case SendMessage(message=message, lane=lane):
+                await self._grant_over(lane, message)
+            case Store(index=index, digest=digest):
+                payload = self._payloads.pop(index)
+                nursery.start_soon(self._store, index, payload, digest)
+            case Publish():
+                await self._publish()
+            case Discard():
+                pass  # `receive_file` does it, when no thread writes any more
+            case TransferDone():
+                self._end(None)
+            case TransferFailed(reason=reason):
+                self._end(TransferError(reason))
+            case output:
+                assert_never(output)
+        return True
+
+    async def _grant_over(self, lane: int, grant: TransferMessage) -> None:
+        try:
+            await self._lanes[lane].send_message(grant)
+        except LinkClosedError:
+            pass  # whoever serves the lane notices, too, and it is granted elsewhere
+
+    async def _store(self, index: int, payload: Buffer, digest: bytes) -> None:
+        try:
+            is_good = await trio.to_thread.run_sync(
+                self._sink.write, index, payload, digest, limiter=self._writers
+            )
+        except SharedStorageError as error:
+            self._receiver.cancel(str(error))
+        else:
+            if is_good:
+                self._receiver.chunk_stored(index)
+                self._report(self._receiver.chunk_map.bytes_there)
+            else:
+                self._receiver.chunk_damaged(index)
+        self._woken.set()
+
+    async def _publish(self) -> None:
+        try:
+            self._path = await trio.to_thread.run_sync(self._sink.publish)
+        except SharedStorageError as error:
+            self._receiver.cancel(str(error))
+        else:
+            self._receiver.published()
+
+
+class SendingFile(RunningTransfer):
+    """One file that goes out."""
+
+    def __init__(
+        self,
+        lanes: Mapping[int, Link],
+        sender: Sender,
+        source: ChunkSource,
+        on_progress: Progress,
+    ) -> None:
+        super().__init__(lanes, sender, on_progress)
+        self._sender = sender
+        self._source = source
+
+    async def send(self, offer: OfferedFile) -> None:
+        """Offer the file, and serve the receiver until it has all of it."""
+        await self._link.send_message(FileOffer(self._sender.transfer_id, offer))
+        await self._run()
+
+    def receive_frame(self, frame: Frame) -> bool:
+        """Take no frame: the peer is the one who receives."""
+        return False
+
+    def receive_grant(self, grant: ChunkGrant, lane: int) -> None:
+        """Send over a lane what was granted over it."""
+        try:
+            self._sender.receive_grant(grant, lane)
+        except RemoteProtocolError:
+            pass  # the machine has failed, and its outputs say why
+        self._woken.set()
+
+    def lane_opened(self, lane: int) -> None:
+        """Wait for grants: the receiver uses it as it likes."""
+
+    async def _carry_out_next(self, nursery: trio.Nursery) -> bool:
+        match self._sender.next_output():
+            case None:
+                return False
+            case SendMessage(message=message):
+                await self._link.send_message(message)
+            case ReadAndSend(index=index, lane=lane):
+                nursery.start_soon(self._send_chunk, index, lane, self._lanes[lane])
+            case HashMissing(first=first, count=count):
+                nursery.start_soon(self._hash, range(first, first + count))
+            case SenderDone():
+                self._end(None)
+            case SenderFailed(reason=reason):
+                self._end(TransferError(reason))
+            case output:
+                assert_never(output)
+        return True
+
+    async def _send_chunk(self, index: int, lane: int, connection: Link) -> None:
+        try:
+            chunk = await trio.to_thread.run_sync(self._read, index)
+            if chunk is None:
+                self._sender.source_changed()
+            else:
+                payload, digest = chunk
+                header = ChunkHeader(
+                    self._sender.transfer_id, index, len(payload), digest
+                )
+                await connection.send_frame(Frame(header, payload))
+                if not self._has_ended:
+                    self._sender.chunk_sent(index, digest, lane)
+                    self._report(self._sender.bytes_known)
+        except SharedStorageError as error:
+            self._sender.source_failed(str(error))
+        except LinkClosedError as error:
+            # Whoever serves another lane notices its end, too.
+            if lane == 0:
+                self.link_lost(error)
+        self._woken.set()
+
+    async def _hash(self, indexes: range) -> None:
+        try:
+            digests = await trio.to_thread.run_sync(self._read_hashes, indexes)
+        except SharedStorageError as error:
+            self._sender.source_failed(str(error))
+        else:
+            if len(digests) < len(indexes):
+                self._sender.source_changed()
+            elif not self._has_ended:
+                self._sender.hashes_read(digests)
+                self._report(self._sender.bytes_known)
+        self._woken.set()
+
+    def _read(self, index: int) -> tuple[Buffer, bytes] | None:
+        """Read a chunk; None if the file is no longer what was offered."""
+        chunk = self._source.read(index)
+        return chunk if self._source.check_unchanged() else None
+
+    def _read_hashes(self, indexes: range) -> list[bytes]:
+        """Hash chunks; fewer of them if the file is no longer what was offered."""
+        digests = []
+        for index in indexes:
+            chunk = self._read(index)
+            if chunk is None:
+                break
+            digests.append(chunk[1])
+        return digests

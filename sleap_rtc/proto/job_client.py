@@ -1,8 +1,5 @@
 """One job as the client sees it: which route, what to send, what to wait for."""
 
-from collections import deque
-from typing import Literal, assert_never
-
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 from sleap_rtc.proto.job_client_outputs import (
@@ -14,6 +11,7 @@ from sleap_rtc.proto.job_client_outputs import (
     Outcome,
     Output,
     PrepareShared,
+    Reconnect,
     RouteChosen,
     SendMessage,
     SendPackage,
@@ -21,15 +19,15 @@ from sleap_rtc.proto.job_client_outputs import (
     StateChanged,
     StopSending,
 )
-from sleap_rtc.proto.job_client_table import EXPECTED, SHARED_STATES, STALE, State
-from sleap_rtc.proto.routes import (
-    GiveUp,
-    RoutePreference,
-    TryShared,
-    UseChannel,
-    after_shared_failure,
-    first_route,
+from sleap_rtc.proto.job_client_steps import (
+    CANCEL_TIMEOUT,
+    PACKAGE_TRANSFER_ID,
+    PROBE_TIMEOUT,
+    REPLY_TIMEOUT,
+    JobSteps,
 )
+from sleap_rtc.proto.job_client_table import EXPECTED, STALE, State
+from sleap_rtc.proto.routes import RoutePreference, first_route
 
 __all__ = [
     "CANCEL_TIMEOUT",
@@ -46,6 +44,7 @@ __all__ = [
     "Outcome",
     "Output",
     "PrepareShared",
+    "Reconnect",
     "RouteChosen",
     "SendMessage",
     "SendPackage",
@@ -55,27 +54,13 @@ __all__ = [
     "StopSending",
 ]
 
-PROBE_TIMEOUT = 30.0
-"""Seconds for the worker to read the probe file: a slow mount takes several."""
 
-REPLY_TIMEOUT = 30.0
-"""Seconds for the worker to look at a path, or to accept a package."""
-
-CANCEL_TIMEOUT = 20.0
-"""Seconds for the worker to stop a job: it gives the trainer ten to save its model."""
-
-PACKAGE_TRANSFER_ID = 0
-"""The package is the first file of a link; results follow it."""
-
-_HAS_PACKAGE = frozenset({"QUEUED", "RUNNING", "COMPLETE"})
-"""What a worker says of a job only after it has received the whole package."""
-
-
-class ClientJob:
+class ClientJob(JobSteps):
     """One job, from the decision on a route to the results.
 
-    Inputs from the world: `receive_message`, `handle_timeout`, `connection_lost`.
-    Commands: `submit` once, then `cancel` at any time. Reports on effects:
+    Inputs from the world: `receive_message`, `handle_timeout`, `connection_lost`, and
+    then `link_restored` or `give_up`. Commands: `submit` once, or `resume` if an
+    earlier process submitted the job, then `cancel` at any time. Reports on effects:
     `probe_written`, `package_copied`, `shared_failed`, `package_sent`,
     `results_fetched`, `transfer_failed`. After each of them call `next_output` until it
     gives None, then look at `deadline`.
@@ -85,22 +70,6 @@ class ClientJob:
         package: Name of the package file.
         size: Its size in bytes.
     """
-
-    def __init__(self, job_id: str, package: str, size: int) -> None:
-        self.job_id = job_id
-        self.state = State.IDLE
-        self.route: m.Route | None = None
-        self._package = package
-        self._size = size
-        self._preference: RoutePreference = "auto"
-        self._probe_content = ""
-        self._cancel_reason = ""
-        self._transferring = False
-        self._results: list[m.ResultFile] = []
-        self._result_paths = 0
-        self._ending = JobEnded("lost")
-        self._deadline: float | None = None
-        self._outputs: deque[Output] = deque()
 
     # ------------------------------------------------------------------- commands
 
@@ -126,11 +95,44 @@ class ClientJob:
         if self.state is State.ENDED:
             return
         self._require(State.IDLE)
+        self._connected = True
         self._preference = preference
         self._take(
             first_route(preference, client_root=client_root, worker_root=worker_root),
             now,
         )
+
+    def resume(
+        self,
+        preference: RoutePreference,
+        now: float,
+        *,
+        client_root: bool,
+        worker_root: bool,
+        route: m.Route | None,
+    ) -> None:
+        """Go on with a job that an earlier process submitted, or start it if it is not.
+
+        Args:
+            preference: As in `submit`, as are the next three.
+            now: Seconds on the owner's clock.
+            client_root: Whether shared storage is configured here.
+            worker_root: Whether the worker's greeting says so of itself.
+            route: The route that the earlier process took; None if it took none yet.
+
+        Raises:
+            LocalProtocolError: If it has started already.
+        """
+        if self.state is State.ENDED:
+            return
+        self._require(State.IDLE)
+        self._connected = True
+        self._preference = preference
+        self._decision = first_route(
+            preference, client_root=client_root, worker_root=worker_root
+        )
+        self.route = route
+        self._ask_to_resume(now)
 
     def cancel(self, reason: str, now: float) -> None:
         """Stop the job; the last event says when it has stopped.
@@ -142,15 +144,20 @@ class ClientJob:
             reason: Why, for people.
             now: Seconds on the owner's clock.
         """
-        if self._is_over():
+        if self.state is State.ENDED or self._is_cancelling():
             return
         self._cancel_reason = self._cancel_reason or reason
+        self._is_cancelled = True
         self._abandon()
-        if self.state in (State.SUBMITTING, State.SENDING, State.WAITING):
-            self._send(m.JobCancel(self.job_id))
-            self._enter(State.CANCELLING, now + CANCEL_TIMEOUT)
-        else:
-            self._end("cancelled", self._cancel_reason)
+        match self.state:
+            case State.RESUMING if self._resumed_from is not State.FETCHING:
+                self._resumed_from = State.CANCELLING
+                self._deadline = now + CANCEL_TIMEOUT
+            case State.SUBMITTING | State.SENDING | State.WAITING:
+                self._send(m.JobCancel(self.job_id))
+                self._enter(State.CANCELLING, now + CANCEL_TIMEOUT)
+            case _:
+                self._end("cancelled", self._cancel_reason)
 
     # ----------------------------------------------------------- reports on effects
 
@@ -168,9 +175,8 @@ class ClientJob:
         if self._is_over():
             return
         self._require(State.PREPARING)
-        self._probe_content = content
-        self._send(m.MountProbe(self.job_id, path))
-        self._enter(State.PROBING, now + PROBE_TIMEOUT)
+        self._probe_path, self._probe_content = path, content
+        self._probe(now)
 
     def package_copied(self, path: str, now: float) -> None:
         """The package lies in the job directory.
@@ -185,9 +191,8 @@ class ClientJob:
         if self._is_over():
             return
         self._require(State.COPYING)
-        self._send(m.JobIdentity(self.job_id))
-        self._send(m.SharedInputPath(path))
-        self._enter(State.CHECKING_INPUT, now + REPLY_TIMEOUT)
+        self._copied_path = path
+        self._announce(now)
 
     def shared_failed(self, reason: str, now: float) -> None:
         """The shared storage can't be used from here.
@@ -214,13 +219,13 @@ class ClientJob:
         if self._is_over():
             return
         match self.state:
-            case State.SENDING:
+            case State.SENDING if self._transferring:
                 self._transferring = False
                 self._enter(State.WAITING)
             case State.WAITING if self._transferring:
                 self._transferring = False
-            case State.FETCHING if self.route == "channel":
-                pass  # the job was quicker than this report
+            case _ if self._was_stopped:
+                pass  # the job or the loss of the link was quicker than this report
             case _:
                 raise LocalProtocolError(f"no package is sent while {self._doing()}")
 
@@ -232,6 +237,8 @@ class ClientJob:
         """
         if self._is_over():
             return
+        if self._was_stopped and self.state is not State.FETCHING:
+            return  # they are asked for once more
         self._require(State.FETCHING)
         self._transferring = False
         self._send(m.ResultsReceived(self.job_id))
@@ -246,8 +253,12 @@ class ClientJob:
         if self._is_over():
             return
         if not self._transferring:
+            if self._was_stopped:
+                return  # it had failed already, and is tried again
             raise LocalProtocolError(f"no transfer is under way while {self._doing()}")
         self._transferring = False
+        if self.state is State.SENDING:
+            self._send(m.JobCancel(self.job_id))  # nothing will follow
         if self.state is not State.WAITING:
             self._end("transfer_failed", reason)
         # Otherwise the worker has said that it has the package, and that counts.
@@ -255,12 +266,14 @@ class ClientJob:
     # ------------------------------------------------------------ inputs of the world
 
     def receive_message(self, message: m.Message, now: float) -> None:
-        """Take a message of the worker.
+        """Take a message of the worker; after the end of the link it changes nothing.
 
         Raises:
             RemoteProtocolError: If it does not belong here; the state is unchanged.
         """
-        if self.state is State.ENDED or isinstance(message, m.Unknown):
+        if self.state is State.ENDED or not self._connected:
+            return
+        if isinstance(message, m.Unknown):
             return
         if isinstance(message, m.Error):
             self._lose(f"the worker ended the connection: {message.reason}")
@@ -277,9 +290,60 @@ class ClientJob:
         self._dispatch(message, now)
 
     def connection_lost(self, reason: str, now: float) -> None:
-        """The link is gone; `now` is not used, but part of every machine's contract."""
+        """The link is gone; what needs none goes on meanwhile.
+
+        Args:
+            reason: Why, for people.
+            now: Not used, but part of every machine's contract.
+        """
         del now
-        if self.state is not State.ENDED:
+        if self.state is State.ENDED or not self._connected:
+            return
+        self._connected = False
+        if self.state is State.FETCHING and self.route == "shared":
+            return  # the results are copied without the worker
+        self._stop_transfer()
+        if not self._is_cancelling():
+            self._deadline = None
+        self._put(Reconnect(reason))
+
+    def link_restored(self, now: float) -> None:
+        """There is another link to the same worker, and both sides have greeted.
+
+        Raises:
+            LocalProtocolError: If no link was lost, or the job has not been submitted.
+        """
+        if self.state is State.ENDED:
+            return
+        self._require_lost_link()
+        if self.state is State.IDLE:
+            raise LocalProtocolError("the job has not been submitted")
+        self._connected = True
+        match self.state:
+            case State.PREPARING | State.COPYING:
+                pass  # what is under way tells the worker when it is ready
+            case State.PROBING:
+                self._probe(now)
+            case State.CHECKING_INPUT | State.CHECKING_OUTPUT:
+                self._announce(now)
+            case _:
+                self._ask_to_resume(now)
+
+    def give_up(self, reason: str) -> None:
+        """There will be no other link.
+
+        Args:
+            reason: Why, for people.
+
+        Raises:
+            LocalProtocolError: If no link was lost.
+        """
+        if self.state is State.ENDED:
+            return
+        self._require_lost_link()
+        if self._is_cancelling():
+            self._end("cancelled", f"{self._cancel_reason}; the worker was not told")
+        else:
             self._lose(reason)
 
     def handle_timeout(self, now: float) -> None:
@@ -294,11 +358,16 @@ class ClientJob:
             case State.CHECKING_INPUT | State.CHECKING_OUTPUT:
                 self._leave_shared("The worker did not check the paths in time", now)
             case State.SUBMITTING:
+                self._send(m.JobCancel(self.job_id))
                 self._end(
                     "lost", f"the worker did not answer for {REPLY_TIMEOUT:.0f} s"
                 )
-            case State.CANCELLING:
+            case _ if self._is_cancelling():
                 self._end("cancelled", f"{self._cancel_reason}; the worker is silent")
+            case State.RESUMING:
+                self._end(
+                    "lost", f"the worker did not resume for {REPLY_TIMEOUT:.0f} s"
+                )
             case _:
                 self._deadline = None
 
@@ -309,161 +378,3 @@ class ClientJob:
     def next_output(self) -> Output | None:
         """Give the next thing to do or to show."""
         return self._outputs.popleft() if self._outputs else None
-
-    # ------------------------------------------------------------------- transitions
-
-    def _dispatch(self, message: m.Message, now: float) -> None:
-        match message:
-            case m.MountProbed(content=content):
-                if content == self._probe_content:
-                    self._probe_succeeded()
-                else:
-                    self._leave_shared("The worker mounts other storage", now)
-            case m.MountProbeFailed(reason=reason):
-                self._leave_shared(
-                    f"The worker does not see this storage: {reason}", now
-                )
-            case m.PathValidated(which=which):
-                self._path_validated(which, now)
-            case m.PathError(reason=reason):
-                self._leave_shared(f"The worker refused the path: {reason}", now)
-            case m.JobAccepted():
-                if self.state is State.SUBMITTING:
-                    self._put(SendPackage(PACKAGE_TRANSFER_ID))
-                    self._transferring = True
-                    self._enter(State.SENDING)
-            case m.JobRejected(reason=reason):
-                self._end(
-                    "cancelled" if self.state is State.CANCELLING else "rejected",
-                    reason,
-                )
-            case m.JobState(progress=progress):
-                self._put(StateChanged(progress))
-                if self.state is State.SENDING and progress.state in _HAS_PACKAGE:
-                    # The worker may be quicker than the report that all is sent.
-                    self._enter(State.WAITING)
-            case m.JobLog(line=line, text=text):
-                self._put(LinePrinted(line, text))
-            case m.TrainingComplete():
-                self._put(StageComplete("training"))
-            case m.InferenceComplete():
-                self._put(StageComplete("inference"))
-            case m.JobResults(page=page):
-                self._take_results(page)
-            case m.JobComplete(path=path):
-                self._fetch(JobEnded("complete", path=path))
-            case m.JobFailed(reason=reason):
-                self._job_failed(reason)
-            case _:
-                raise RemoteProtocolError(
-                    f"{type(message).__name__} is not for clients"
-                )
-
-    def _probe_succeeded(self) -> None:
-        self.route = "shared"
-        self._put(RouteChosen("shared", "both sides see the same storage"))
-        self._put(CopyPackage(f"jobs/{self.job_id}/{self._package}"))
-        self._enter(State.COPYING)
-
-    def _path_validated(self, which: Literal["input", "output"], now: float) -> None:
-        wanted = "input" if self.state is State.CHECKING_INPUT else "output"
-        if which != wanted:
-            raise RemoteProtocolError(
-                f"PATH_VALIDATED::{which} is not expected while {self._doing()}"
-            )
-        if which == "input":
-            self._send(m.SharedOutputPath(f"jobs/{self.job_id}/models"))
-            self._enter(State.CHECKING_OUTPUT, now + REPLY_TIMEOUT)
-        else:
-            self._send(m.SharedStorageJob())
-            self._enter(State.WAITING)
-
-    def _take_results(self, page: m.ResultPage) -> None:
-        if len(self._results) + len(page.files) > m.MAX_RESULT_FILES:
-            raise RemoteProtocolError(f"more than {m.MAX_RESULT_FILES} result files")
-        size = sum(len(file.path) for file in page.files)
-        if self._result_paths + size > m.MAX_RESULT_PATHS:
-            raise RemoteProtocolError("the paths of the result files are too long")
-        self._result_paths += size
-        self._results += page.files
-
-    def _job_failed(self, reason: str) -> None:
-        if self.state is State.CANCELLING:
-            self._fetch(JobEnded("cancelled", self._cancel_reason))
-        else:
-            self._fetch(JobEnded("failed", reason))
-
-    def _fetch(self, ending: JobEnded) -> None:
-        """End, but bring home first what the job made."""
-        self._abandon()
-        self._ending = ending
-        if not self._results or self.route is None:
-            # There is nothing to wait for, so the worker needs no copy either.
-            self._send(m.ResultsReceived(self.job_id))
-            self._end(ending.outcome, ending.reason, ending.path)
-            return
-        self._put(FetchResults(self.job_id, self.route, tuple(self._results)))
-        self._transferring = True
-        self._enter(State.FETCHING)
-
-    def _take(self, decision: TryShared | UseChannel | GiveUp, now: float) -> None:
-        match decision:
-            case TryShared():
-                self._put(PrepareShared(self.job_id))
-                self._enter(State.PREPARING)
-            case UseChannel(reason=reason):
-                self.route = "channel"
-                self._put(RouteChosen("channel", reason))
-                self._send(
-                    m.JobSubmit(self.job_id, m.Submission(self._package, self._size))
-                )
-                self._enter(State.SUBMITTING, now + REPLY_TIMEOUT)
-            case GiveUp(reason=reason):
-                self._end("transfer_failed", reason)
-            case _:
-                assert_never(decision)
-
-    def _leave_shared(self, reason: str, now: float) -> None:
-        self._abandon()
-        self._take(after_shared_failure(self._preference, reason), now)
-
-    def _lose(self, reason: str) -> None:
-        self._abandon()
-        self._end("lost", reason)
-
-    def _abandon(self) -> None:
-        """Stop the effect that is under way, and undo what nobody will use."""
-        if self.state in SHARED_STATES:
-            self._put(DiscardShared(self.job_id))
-        if self._transferring:
-            self._transferring = False
-            self._put(StopSending())
-
-    # ------------------------------------------------------------------ small helpers
-
-    def _enter(self, state: State, deadline: float | None = None) -> None:
-        self.state = state
-        self._deadline = deadline
-
-    def _end(self, outcome: Outcome, reason: str = "", path: str = "") -> None:
-        self._enter(State.ENDED)
-        self._put(JobEnded(outcome, reason, path))
-
-    def _put(self, output: Output) -> None:
-        self._outputs.append(output)
-
-    def _send(self, message: m.Message) -> None:
-        self._put(SendMessage(message))
-
-    def _doing(self) -> str:
-        return self.state.name.lower().replace("_", " ")
-
-    def _is_over(self) -> bool:
-        """Effects may report after their job was cancelled or its link was lost."""
-        return self.state in (State.CANCELLING, State.ENDED)
-
-    def _require(self, state: State) -> None:
-        if self.state is not state:
-            raise LocalProtocolError(
-                f"this belongs to {state.name}, but the job is {self._doing()}"
-            )

@@ -51,7 +51,10 @@ class SendPackage(msgspec.Struct, frozen=True):
 
 
 class StopSending(msgspec.Struct, frozen=True):
-    """Stop sending the package, or fetching the results."""
+    """Stop sending the package, or fetching the results.
+
+    Its report changes nothing any more, if it comes before the next transfer begins.
+    """
 
 
 class FetchResults(msgspec.Struct, frozen=True):
@@ -63,6 +66,16 @@ class FetchResults(msgspec.Struct, frozen=True):
     job_id: str
     route: m.Route
     files: tuple[m.ResultFile, ...]
+
+
+class Reconnect(msgspec.Struct, frozen=True):
+    """Open another link to the same worker: this one is gone.
+
+    The owner answers with `link_restored` or `give_up`; `submit` and `resume` do for
+    a job that has not begun.
+    """
+
+    reason: str
 
 
 class RouteChosen(msgspec.Struct, frozen=True):
@@ -114,6 +127,7 @@ Output = (
     | SendPackage
     | StopSending
     | FetchResults
+    | Reconnect
     | RouteChosen
     | StateChanged
     | LinePrinted

@@ -19,6 +19,7 @@ class State(Enum):
     WAITING = auto()
     CANCELLING = auto()
     FETCHING = auto()
+    RESUMING = auto()
     ENDED = auto()
 
 
@@ -44,7 +45,8 @@ _STOPPED: frozenset[type[m.Message]] = frozenset(
 
 _NOTHING: frozenset[type[m.Message]] = frozenset()
 
-# In every state: Error ends the job as a lost link does, and Unknown changes nothing.
+# In every state: Error ends the job, and Unknown changes nothing. Nothing that comes
+# after the end of the link changes anything.
 EXPECTED: dict[State, frozenset[type[m.Message]]] = {
     #                       message                   -> next state
     State.IDLE: _NOTHING,
@@ -74,6 +76,14 @@ EXPECTED: dict[State, frozenset[type[m.Message]]] = {
     State.WAITING: _LIFE,  #        WAITING; FETCHING or ENDED after the last one
     State.CANCELLING: _LIFE | {m.JobAccepted, m.JobRejected},  # as WAITING
     State.FETCHING: _NOTHING,
+    State.RESUMING: _STOPPED
+    | frozenset(
+        {
+            m.JobRejected,  #       ENDED
+            m.JobResumed,  #        SENDING or WAITING; CANCELLING if that was asked for
+            m.JobUnknown,  #        SUBMITTING, CHECKING_INPUT, PREPARING, or ENDED
+        }
+    ),
     State.ENDED: _NOTHING,  #       whatever still comes is ignored
 }
 

@@ -3,10 +3,14 @@
 from collections import deque
 from typing import Literal
 
-import msgspec
-
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+from sleap_rtc.proto.job_results import (
+    clean_text,
+    end_progress,
+    listed_results,
+    result_pages,
+)
 from sleap_rtc.proto.job_worker_outputs import (
     Admit,
     CheckInput,
@@ -16,11 +20,14 @@ from sleap_rtc.proto.job_worker_outputs import (
     Output,
     ReadProbe,
     ReceivePackage,
+    Remember,
     SendMessage,
     SendResult,
+    StopReceiving,
     StopRun,
 )
 from sleap_rtc.proto.job_worker_table import EARLY, EXPECTED, State
+from sleap_rtc.proto.log_history import LogHistory
 
 __all__ = [
     "EXPECTED",
@@ -32,27 +39,45 @@ __all__ = [
     "Output",
     "ReadProbe",
     "ReceivePackage",
+    "Remember",
     "SendMessage",
     "SendResult",
     "State",
+    "StopReceiving",
     "StopRun",
     "WorkerJob",
 ]
 
 
-_QUEUED_OR_LATER = (State.QUEUED, State.RUNNING, State.ENDED, State.DISCARDED)
+_OUTLIVES_ITS_LINK = frozenset(
+    {
+        State.ADMITTING,
+        State.ADMITTED,
+        State.RECEIVING,
+        State.SUSPENDED,
+        State.QUEUED,
+        State.RUNNING,
+        State.ENDED,
+    }
+)
+
+_NAMES: dict[State, m.JobStateName] = {
+    State.QUEUED: "QUEUED",
+    State.RUNNING: "RUNNING",
+}
+"""What a job is called that neither waits for its package nor has ended."""
 
 
 class WorkerJob:
     """One job of a worker.
 
-    Inputs from the world: `receive_message`, `connection_lost`. Reports on effects:
-    one method for each, named in the effect. Command of the owner: `cancel`. After each
-    of them call `next_output` until it gives None. It has no deadline of its own: what
-    a silent client leaves behind is ended by the link's idle timeout.
+    Inputs from the world: `receive_message`, `connection_lost`, `attached`. Reports on
+    effects: one method for each, named in the effect. Command of the owner: `cancel`.
+    After each of them call `next_output` until it gives None. It has no deadline of its
+    own: what a silent client leaves behind is ended by the link's idle timeout.
 
-    A client that goes away before its job is queued takes the job with it; afterwards
-    it changes nothing.
+    A client that goes away while paths are being checked takes the job with it; later
+    it changes nothing, and may come back over another link.
     """
 
     def __init__(self) -> None:
@@ -65,19 +90,92 @@ class WorkerJob:
         self._output_path = "models"
         self._early: deque[m.Message] = deque()
         self._sequence = 0
+        self._history = LogHistory()
+        self._stages: list[m.Message] = []
+        self._position = 0
         self._results: dict[str, int] = {}
+        self._unlisted = ""
+        self._failure: str | None = None
         self._connected = True
+        self._resumed = False
         self._outputs: deque[Output] = deque()
+
+    @classmethod
+    def restored(
+        cls,
+        job_id: str,
+        route: m.Route,
+        submission: m.Submission,
+        progress: m.JobProgress,
+        *,
+        results: dict[str, int],
+        output_path: str,
+    ) -> "WorkerJob":
+        """Go on with a job that a worker had before it was restarted.
+
+        A job that waited waits again; one that ran has failed; one that was on its way
+        can be resumed, as can one whose results were not fetched.
+
+        Args:
+            job_id: Its id.
+            route: How its package came.
+            submission: Name and size of the package; the name as in `Enqueue`.
+            progress: Where it stood.
+            results: As in `run_ended`.
+            output_path: Where its models are, as in `JobComplete`.
+        """
+        job = cls()
+        job.job_id, job.route, job._connected = job_id, route, False
+        job._package, job._size = submission.name, submission.size
+        job._output_path = output_path
+        match progress.state:
+            case "RECEIVING":
+                job._enter(State.SUSPENDED)
+            case "QUEUED":
+                job._queue()
+            case "RUNNING":
+                job._enter(State.RUNNING)
+                job.run_ended("the worker was stopped while the job ran", results)
+            case "COMPLETE" | "FAILED" | "CANCELLED":
+                job._enter(State.ENDED)
+                job._results = listed_results(results)
+                job._restore_ending(progress)
+        return job
+
+    @property
+    def progress(self) -> m.JobProgress:
+        """Where the job stands, as its client and the worker's memory are told."""
+        if self.state is State.ENDED:
+            return self._end_progress()
+        name = _NAMES.get(self.state, "RECEIVING")
+        return m.JobProgress(name, self._position if name == "QUEUED" else 0)
+
+    @property
+    def submission(self) -> m.Submission:
+        """Name and size of the package; on shared storage, its path and 0."""
+        return m.Submission(self._package, self._size)
+
+    @property
+    def output_path(self) -> str:
+        """Where the models are, beneath the shared root or the job directory."""
+        return self._output_path
+
+    @property
+    def results(self) -> dict[str, int]:
+        """The files that the job made, and their sizes; those that are listed."""
+        return self._results
 
     # ------------------------------------------------------------ inputs of the world
 
     def receive_message(self, message: m.Message, now: float) -> None:
         """Take a message of the client; `now` is part of every machine's contract.
 
+        What comes after the end of the link changes nothing.
+
         Raises:
             RemoteProtocolError: If it does not belong here; the state is unchanged.
         """
-        if isinstance(message, m.Unknown):
+        if isinstance(message, m.Unknown) or not self._connected:
             return
         if isinstance(message, m.Error):
             self.connection_lost(now)
@@ -105,8 +203,48 @@ class WorkerJob:
         """The link is gone; `now` is part of every machine's contract."""
         del now
         self._connected = False
-        if self.state not in _QUEUED_OR_LATER:
-            self._discard()
+        match self.state:
+            case State.ADMITTED:
+                self._enter(State.SUSPENDED)
+            case State.RECEIVING:
+                self._put(StopReceiving())
+                self._enter(State.SUSPENDED)
+            case State.DISCARDED:
+                pass
+            case _ if not self.can_resume:
+                self._discard()
+
+    @property
+    def can_resume(self) -> bool:
+        """True if `attached` may be called once `connection_lost` has been."""
+        return self.state in _OUTLIVES_ITS_LINK
+
+    def attached(self, next_sequence: int, now: float) -> None:
+        """A client has asked for this job over another link, and gets what it missed.
+
+        Args:
+            next_sequence: The first line of output that it misses.
+            now: Part of every machine's contract.
+
+        Raises:
+            LocalProtocolError: If the job has a link, or nothing to go on with.
+        """
+        del now
+        if self._connected or not self.can_resume:
+            raise LocalProtocolError(f"nothing to resume: the job is {self._doing()}")
+        self._connected = True
+        match self.state:
+            case State.ADMITTING:
+                self._resumed = True  # `admitted` answers
+            case State.SUSPENDED:
+                self._enter(State.ADMITTED)
+                self._send(m.JobResumed(self.job_id, self.progress))
+            case _:
+                self._send(m.JobResumed(self.job_id, self.progress))
+                for message in (*self._history.since(next_sequence), *self._stages):
+                    self._send(message)
+                if self.state is State.ENDED:
+                    self._tell_end()
 
     def cancel(self, reason: str) -> None:
         """Stop the job; does nothing before the client has named it, or after its end.
@@ -147,7 +285,7 @@ class WorkerJob:
         """The probe file can't be read."""
         if self._report(State.PROBING):
             self._enter(State.NEW)
-            self._send(m.MountProbeFailed(self.job_id, _clean(reason)))
+            self._send(m.MountProbeFailed(self.job_id, clean_text(reason)))
             self._take_early()
 
     def input_valid(self) -> None:
@@ -169,53 +307,64 @@ class WorkerJob:
         if self._report(State.CHECKING_INPUT, State.MAKING_OUTPUT):
             self._early.clear()
             self._enter(State.REFUSED)
-            self._send(m.PathError(_clean(reason)))
+            self._send(m.PathError(clean_text(reason)))
 
     def admitted(self) -> None:
         """There is room for the package."""
         if self._report(State.ADMITTING):
-            self._enter(State.ADMITTED)
-            self._send(m.JobAccepted(self.job_id))
+            self._enter(State.ADMITTED if self._connected else State.SUSPENDED)
+            self._put(Remember())
+            if self._resumed:
+                self._send(m.JobResumed(self.job_id, self.progress))
+            else:
+                self._send(m.JobAccepted(self.job_id))
 
     def rejected(self, reason: str) -> None:
         """The package can't be taken."""
         if self._report(State.ADMITTING):
-            self._send(m.JobRejected(self.job_id, _clean(reason)))
+            self._send(m.JobRejected(self.job_id, clean_text(reason)))
             self._discard()
 
     def package_received(self) -> None:
         """The package lies in the job directory, verified."""
-        if self._report(State.RECEIVING):
+        if self._report(State.RECEIVING, State.SUSPENDED):
             self._queue()
 
     def package_failed(self, reason: str) -> None:
-        """The package did not arrive."""
-        if self._report(State.RECEIVING):
+        """The package did not arrive.
+
+        Without a link this says little, and nobody hears it: the client tries again.
+        """
+        if self._report(State.RECEIVING, State.SUSPENDED) and self._connected:
             self._discard(reason)
 
     def queue_moved(self, position: int) -> None:
         """So many jobs are ahead."""
         if self._report(State.QUEUED):
-            self._tell("QUEUED", position=position)
+            self._position = position
+            self._tell()
 
     def slot_granted(self) -> None:
         """The job runs from now on."""
         if self._report(State.QUEUED):
             self._enter(State.RUNNING)
-            self._tell("RUNNING")
+            self._put(Remember())
+            self._tell()
 
     def output(self, line: int, text: str) -> None:
         """A command printed a line, or printed an earlier one anew."""
         if self._report(State.RUNNING):
-            self._send(m.JobLog(self.job_id, self._sequence, line, _clean(text)))
+            message = m.JobLog(self.job_id, self._sequence, line, clean_text(text))
             self._sequence += 1
+            self._history.add(message)
+            self._send(message)
 
     def stage_complete(self, stage: Literal["training", "inference"]) -> None:
         """All commands of one kind have succeeded."""
         if self._report(State.RUNNING):
-            self._send(
-                m.TrainingComplete() if stage == "training" else m.InferenceComplete()
-            )
+            kinds = {"training": m.TrainingComplete, "inference": m.InferenceComplete}
+            self._stages.append(kinds[stage]())
+            self._send(self._stages[-1])
 
     def run_ended(self, failure: str | None, results: dict[str, int]) -> None:
         """The commands have ended, or will never start.
@@ -230,18 +379,16 @@ class WorkerJob:
         """
         if not self._report(State.QUEUED, State.RUNNING):
             return
-        self._results = _listed(results)
-        self._send_results()
+        self._results = listed_results(results)
+        unlisted = len(results) - len(self._results)
+        if unlisted:
+            self._unlisted = (
+                f"{unlisted} files stay on the worker: too many, or badly named"
+            )
+        self._failure = failure
         self._enter(State.ENDED)
-        if self.cancel_reason:
-            self._tell_failure(self.cancel_reason, "CANCELLED")
-        elif failure is not None:
-            self._tell_failure(failure)
-        else:
-            missing = len(results) - len(self._results)
-            detail = f"{missing} files stay on the worker: too many, or badly named"
-            self._tell("COMPLETE", detail=detail if missing else "")
-            self._send(m.JobComplete(self.job_id, self._output_path))
+        self._put(Remember())
+        self._tell_end()
 
     # ------------------------------------------------------------------- transitions
 
@@ -277,7 +424,7 @@ class WorkerJob:
                         f"{file.name} of {file.size} bytes was not announced"
                     )
                 self._enter(State.RECEIVING)
-                self._tell("RECEIVING")
+                self._tell()
                 self._put(ReceivePackage(transfer_id, file))
             case m.JobCancel():
                 self.cancel("cancelled by the client")
@@ -307,6 +454,7 @@ class WorkerJob:
 
     def _queue(self) -> None:
         self._enter(State.QUEUED)
+        self._put(Remember())
         self._put(Enqueue(self.job_id, self.route, self._package))
 
     def _discard(
@@ -318,16 +466,38 @@ class WorkerJob:
             self._tell_failure(failure, state)
         self._put(Discard())
 
-    def _tell_failure(self, reason: str, state: m.JobStateName = "FAILED") -> None:
-        reason = _clean(reason)
-        self._tell(state, detail=reason[:_MAX_DETAIL])
-        self._send(m.JobFailed(self.job_id, reason))
+    def _end_progress(self) -> m.JobProgress:
+        """Say how a job ended that ran, or was stopped while it waited."""
+        if self.cancel_reason:
+            return end_progress("CANCELLED", self.cancel_reason)
+        if self._failure is not None:
+            return end_progress("FAILED", self._failure)
+        return end_progress("COMPLETE", self._unlisted)
 
-    def _send_results(self) -> None:
-        files = [m.ResultFile(path, size) for path, size in self._results.items()]
-        while files:
-            page, files = _first_page(files)
-            self._send(m.JobResults(self.job_id, m.ResultPage(page, last=not files)))
+    def _restore_ending(self, progress: m.JobProgress) -> None:
+        """The reverse of `_end_progress`."""
+        match progress.state:
+            case "CANCELLED":
+                self.cancel_reason = progress.detail or "cancelled"
+            case "FAILED":
+                self._failure = progress.detail
+            case _:
+                self._unlisted = progress.detail
+
+    def _tell_end(self) -> None:
+        """Tell what the job made and how it ended; a client may miss it, and ask."""
+        for page in result_pages(self._results):
+            self._send(m.JobResults(self.job_id, page))
+        self._tell()
+        reason = self.cancel_reason or self._failure
+        if reason is None:
+            self._send(m.JobComplete(self.job_id, self._output_path))
+        else:
+            self._send(m.JobFailed(self.job_id, clean_text(reason)))
+
+    def _tell_failure(self, reason: str, state: m.JobStateName = "FAILED") -> None:
+        self._send(m.JobState(self.job_id, end_progress(state, reason)))
+        self._send(m.JobFailed(self.job_id, clean_text(reason)))
 
     # ------------------------------------------------------------------ small helpers
 
@@ -353,53 +523,8 @@ class WorkerJob:
         if self._connected:
             self._put(SendMessage(message))
 
-    def _tell(self, state: m.JobStateName, position: int = 0, detail: str = "") -> None:
-        self._send(m.JobState(self.job_id, m.JobProgress(state, position, detail)))
+    def _tell(self) -> None:
+        self._send(m.JobState(self.job_id, self.progress))
 
     def _doing(self) -> str:
         return self.state.name.lower().replace("_", " ")
-
-
-_MAX_DETAIL = 1024
-"""Characters of `JobProgress.detail`."""
-
-_MAX_TEXT = 60 * 1024
-"""Bytes of a text that fit into a message beside its other fields."""
-
-_MAX_PATH = 4096
-"""Characters of a `WirePath`."""
-
-
-def _clean(text: str) -> str:
-    """Make a text fit for a message: no stray surrogates, and not too long."""
-    data = text[:_MAX_TEXT].encode("utf-8", "replace")
-    return data[:_MAX_TEXT].decode("utf-8", "ignore")
-
-
-def _listed(results: dict[str, int]) -> dict[str, int]:
-    """Leave out the files whose paths no message can carry, and those over a limit."""
-    listed: dict[str, int] = {}
-    characters = 0
-    for path, size in results.items():
-        characters += len(path)
-        if len(listed) == m.MAX_RESULT_FILES or characters > m.MAX_RESULT_PATHS:
-            break
-        if 0 < len(path) <= _MAX_PATH and path == _clean(path):
-            listed[path] = size
-    return listed
-
-
-_PAGE_BYTES = m.MAX_MESSAGE_BYTES // 2
-"""Half a message: JSON may need two bytes for one of a path."""
-
-
-def _first_page(
-    files: list[m.ResultFile],
-) -> tuple[tuple[m.ResultFile, ...], list[m.ResultFile]]:
-    """Cut off as many files as one message can carry."""
-    size = 0
-    for count, file in enumerate(files):
-        size += len(msgspec.json.encode(file)) + 1
-        if count == m.MAX_JOB_RESULTS or (count and size > _PAGE_BYTES):
-            return tuple(files[:count]), files[count:]
-    return tuple(files), []

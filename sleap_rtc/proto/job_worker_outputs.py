@@ -43,6 +43,14 @@ class ReceivePackage(msgspec.Struct, frozen=True):
     file: m.OfferedFile
 
 
+class StopReceiving(msgspec.Struct, frozen=True):
+    """Stop receiving the package, and keep what has arrived of it."""
+
+
+class Remember(msgspec.Struct, frozen=True):
+    """Note durably where the job stands: `WorkerJob.restored` goes on from there."""
+
+
 class Enqueue(msgspec.Struct, frozen=True):
     """The package is here: wait for a slot, then run it.
 
@@ -68,7 +76,7 @@ class SendResult(msgspec.Struct, frozen=True):
 
 
 class Discard(msgspec.Struct, frozen=True):
-    """The worker's copy of this job is not needed any more; stop what concerns it."""
+    """Forget this job, and the worker's copy of it; stop what concerns it."""
 
 
 Output = (
@@ -78,6 +86,8 @@ Output = (
     | MakeOutput
     | Admit
     | ReceivePackage
+    | StopReceiving
+    | Remember
     | Enqueue
     | StopRun
     | SendResult

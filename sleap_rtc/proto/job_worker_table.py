@@ -19,13 +19,15 @@ class State(Enum):
     ADMITTING = auto()
     ADMITTED = auto()
     RECEIVING = auto()
+    SUSPENDED = auto()
     QUEUED = auto()
     RUNNING = auto()
     ENDED = auto()
     DISCARDED = auto()
 
 
-# In every state: Error counts as a lost link, and Unknown changes nothing.
+# In every state: Error counts as a lost link, and Unknown changes nothing, as nothing
+# does that comes after the end of the link.
 EXPECTED: dict[State, frozenset[type[m.Message]]] = {
     #                          message                -> next state
     State.NEW: frozenset(
@@ -98,6 +100,7 @@ EXPECTED: dict[State, frozenset[type[m.Message]]] = {
         }
     ),
     State.RECEIVING: frozenset({m.JobCancel}),  # DISCARDED
+    State.SUSPENDED: frozenset(),  # ADMITTED, once it has a link again
     State.QUEUED: frozenset({m.JobCancel}),  # ENDED, when it has left the queue
     State.RUNNING: frozenset({m.JobCancel}),  # ENDED, when the commands have stopped
     State.ENDED: frozenset(

@@ -4,6 +4,7 @@ import copy
 from typing import Any
 
 from sleap_rtc.proto import messages as m
+from sleap_rtc.proto.log_history import LogHistory
 
 JOB = "job_f3a8b2c1"
 OTHER_JOB = "job_00000000"
@@ -18,6 +19,8 @@ _ALL: list[m.Message] = [
     m.Auth("0" * 32, CONTENT),
     m.Hello(m.Greeting(1, "1.0", "worker")),
     m.Error("no more room"),
+    m.LaneRequest(2, "any"),
+    m.LaneTicket("0" * 32, CONTENT, 0),
     m.JobIdentity(JOB),
     m.MountProbe(JOB, f"jobs/{JOB}/.probe"),
     m.MountProbed(JOB, CONTENT),
@@ -27,6 +30,9 @@ _ALL: list[m.Message] = [
     m.PathValidated("input"),
     m.PathError("not there"),
     m.SharedStorageJob(),
+    m.JobResume(JOB, m.ResumePoint(3)),
+    m.JobResumed(JOB, m.JobProgress("RUNNING")),
+    m.JobUnknown(JOB),
     m.JobSubmit(JOB, m.Submission(NAME, SIZE)),
     m.JobAccepted(JOB),
     m.JobRejected(JOB, "disk full"),
@@ -53,4 +59,7 @@ EXAMPLES: dict[type[m.Message], m.Message] = {type(each): each for each in _ALL}
 
 def snapshot(machine: object) -> dict[str, Any]:
     """Everything that a machine knows, outputs included, to compare later."""
-    return {key: copy.copy(value) for key, value in vars(machine).items()}
+    return {
+        key: snapshot(value) if isinstance(value, LogHistory) else copy.copy(value)
+        for key, value in vars(machine).items()
+    }

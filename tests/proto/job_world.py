@@ -1,9 +1,11 @@
 """Both sides of a job in memory: a clock, a link with delays, and fake storage.
 
 The world carries out what the two machines want, as their drivers would, and lets a
-scenario decide what goes wrong. Reports of effects come even when they come too late.
+scenario decide what goes wrong. Reports of effects come even when they come too late,
+but not from a process that was restarted, and not once the next transfer has begun.
 """
 
+import functools
 import heapq
 from collections.abc import Callable
 from typing import Literal, assert_never
@@ -18,6 +20,9 @@ from sleap_rtc.proto.routes import RoutePreference
 from tests.proto.job_examples import JOB, NAME, SIZE
 
 MAX_STEPS = 50_000
+LINES = [(0, "epoch 1"), (0, "epoch 2"), (1, "saved"), (2, "done")]
+"""What a job prints: line and text; the first one is redrawn."""
+
 PROBE_PATH = f"jobs/{JOB}/.probe"
 
 Mount = Literal["same", "other", "client only", "worker only", "none"]
@@ -46,6 +51,10 @@ class Scenario(msgspec.Struct, frozen=True):
         cancel_at: When the user cancels, in seconds.
         owner_cancels_at: When the owner of the worker does.
         lose_at: When the link breaks.
+        back_after: How long the client needs for another one; None if it gives up.
+        worker_lag: How much later than the client the worker hears of a loss.
+        restart_client_at: When the client's process is replaced by another.
+        restart_worker_at: When the worker's is: what it did not note is gone.
         results: Files that the job makes.
         delay: Seconds that the next message, effect or report takes.
     """
@@ -56,9 +65,31 @@ class Scenario(msgspec.Struct, frozen=True):
     hangs: frozenset[Trouble] = frozenset()
     cancel_at: float | None = None
     owner_cancels_at: float | None = None
-    lose_at: float | None = None
+    lose_at: tuple[float, ...] = ()
+    back_after: float | None = 1.0
+    worker_lag: float = 0.0
+    restart_client_at: tuple[float, ...] = ()
+    restart_worker_at: tuple[float, ...] = ()
     results: int = 2
     delay: Callable[[], float] = lambda: 1.0
+
+
+class _Link:
+    """One connection: what is on the way when it breaks is lost."""
+
+    def __init__(self) -> None:
+        self.is_alive = True
+        self.arrivals = {"client": 0.0, "worker": 0.0}
+
+
+class _Note(msgspec.Struct, frozen=True):
+    """What the worker's store holds of the job."""
+
+    route: m.Route
+    submission: m.Submission
+    progress: m.JobProgress
+    results: dict[str, int]
+    output_path: str
 
 
 class World:
@@ -73,7 +104,10 @@ class World:
         self.to_worker: list[m.Message] = []
         self.to_client: list[m.Message] = []
         self.enqueued: list[worker.Enqueue] = []
-        self.discards = 0
+        self.enqueued_by: list[int] = []
+        self.runs = 0
+        self.restarts_since_run = 0
+        self.discards: list[worker.WorkerJob] = []
         self.disturbed: list[client.State | worker.State] = []
         self.fetched: set[str] = set()
         self.client_storage: dict[str, bytes] = {}
@@ -82,36 +116,55 @@ class World:
         )
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._count = 0
-        self._arrivals = {"client": 0.0, "worker": 0.0}
-        self._connected = True
         self._wanted: set[str] = set()
         self._discarded = False
-        self._sending = False
         self._scripted = False
+        # The client: its process, its link, and what an earlier process noted.
+        self._client_life = 0
+        self._link: _Link | None = _Link()
+        self._transfer = 0
+        self._sending = False
+        self._noted_route: m.Route | None = None
+        # The worker: its process, its jobs and their links, and what it noted.
+        self._worker_life = 0
+        self._jobs: dict[worker.WorkerJob, _Link | None] = {self.worker: self._link}
+        self._known: dict[str, worker.WorkerJob] = {}
+        self._receiving: set[worker.WorkerJob] = set()
+        self._note: _Note | None = None
 
     def run(self) -> "World":
         """Start the job, and go on until nothing happens any more."""
         scenario = self.scenario
+        client_root, worker_root = self._roots()
         self.client.submit(
             scenario.preference,
             self.now,
-            client_root=scenario.mount in ("same", "other", "client only"),
-            worker_root=scenario.mount in ("same", "other", "worker only"),
+            client_root=client_root,
+            worker_root=worker_root,
         )
         if scenario.cancel_at is not None:
             self._at(scenario.cancel_at, self._cancel)
         if scenario.owner_cancels_at is not None:
             self._at(scenario.owner_cancels_at, self._owner_cancels)
-        if scenario.lose_at is not None:
-            self._at(scenario.lose_at, self._lose)
+        for moment in scenario.lose_at:
+            self._at(moment, self._lose)
+        for moment in scenario.restart_client_at:
+            self._at(moment, self._restart_client)
+        for moment in scenario.restart_worker_at:
+            self._at(moment, self._restart_worker)
         return self._go_on()
 
     def run_script(self, messages: list[m.Message]) -> "World":
         """Let a client of another kind say all this at once, and go on."""
         self._scripted = True
         for message in messages:
-            self._send("worker", message)
+            self._send("worker", message, self._link)
         return self._go_on()
+
+    def _roots(self) -> tuple[bool, bool]:
+        mount = self.scenario.mount
+        both = mount in ("same", "other")
+        return both or mount == "client only", both or mount == "worker only"
 
     @property
     def ended(self) -> client.JobEnded:
@@ -141,6 +194,23 @@ class World:
     def _later(self, action: Callable[[], None]) -> None:
         self._at(self.now + self.scenario.delay(), action)
 
+    def _later_for_client(self, action: Callable[[], None]) -> None:
+        """Report an effect, unless its process has gone."""
+        life = self._client_life
+        self._later(lambda: action() if life == self._client_life else None)
+
+    def _later_for_transfer(self, action: Callable[[], None]) -> None:
+        """Report a transfer, unless the next one has begun."""
+        number = self._transfer
+        self._later_for_client(lambda: action() if number == self._transfer else None)
+
+    def _at_worker(self, when: float, action: Callable[[], None]) -> None:
+        life = self._worker_life
+        self._at(when, lambda: action() if life == self._worker_life else None)
+
+    def _later_for_worker(self, action: Callable[[], None]) -> None:
+        self._at_worker(self.now + self.scenario.delay(), action)
+
     def _step(self) -> bool:
         deadline = self.client.deadline()
         if deadline is not None and (not self._heap or deadline <= self._heap[0][0]):
@@ -158,8 +228,9 @@ class World:
         while (wish := self.client.next_output()) is not None:
             self.events.append(wish)
             self._do_for_client(wish)
-        while (output := self.worker.next_output()) is not None:
-            self._do_for_worker(output)
+        for job in list(self._jobs):
+            while (output := job.next_output()) is not None:
+                self._do_for_worker(job, output)
 
     def _note_disturbance(self) -> None:
         self.disturbed += [self.client.state, self.worker.state]
@@ -170,72 +241,197 @@ class World:
 
     def _owner_cancels(self) -> None:
         self._note_disturbance()
-        self.worker.cancel("the owner stops it")
+        for job in list(self._jobs):
+            job.cancel("the owner stops it")
 
     def _lose(self) -> None:
         """Break the link; whatever is on the way is lost."""
         self._note_disturbance()
-        if self._connected:
-            self._connected = False
-            self._later(lambda: self.client.connection_lost("gone", self.now))
-            self._later(lambda: self.worker.connection_lost(self.now))
+        link = self._link
+        if link is not None and link.is_alive:
+            link.is_alive = False
+            self._later_for_client(lambda: self._client_hears(link))
+            when = self.now + self.scenario.delay() + self.scenario.worker_lag
+            self._at_worker(when, lambda: self._worker_hears(link))
+
+    def _client_hears(self, link: _Link) -> None:
+        if self._link is link:
+            self._link = None
+            self.client.connection_lost("gone", self.now)
+
+    def _worker_hears(self, link: _Link) -> None:
+        for job, its_link in self._jobs.items():
+            if its_link is link:
+                self._jobs[job] = None
+                job.connection_lost(self.now)
+
+    def _reconnect(self) -> None:
+        if self.scenario.back_after is None:
+            self._later_for_client(lambda: self.client.give_up("it stays away"))
+            return
+        life = self._client_life
+        self._at(self.now + self.scenario.back_after, lambda: self._come_back(life))
+
+    def _come_back(self, life: int) -> None:
+        if life == self._client_life and self.client.state is not client.State.ENDED:
+            self._dial()
+            self.client.link_restored(self.now)
+
+    def _dial(self) -> None:
+        self._link = _Link()
+        self.worker = worker.WorkerJob()
+        self._jobs[self.worker] = self._link
+
+    def _restart_client(self) -> None:
+        """Another process goes on; it knows no more than the route."""
+        self._note_disturbance()
+        if self.client.state is client.State.ENDED:
+            return
+        self._client_life += 1
+        self._discarded = self._sending = False
+        link, self._link = self._link, None
+        if link is not None:
+            link.is_alive = False
+            when = self.now + self.scenario.delay() + self.scenario.worker_lag
+            self._at_worker(when, lambda: self._worker_hears(link))
+        self.client = client.ClientJob(JOB, NAME, SIZE)
+        self.events = []
+        self._later_for_client(self._resume)
+
+    def _resume(self) -> None:
+        if self.client.state is client.State.ENDED:
+            return
+        self._dial()
+        client_root, worker_root = self._roots()
+        self.client.resume(
+            self.scenario.preference,
+            self.now,
+            client_root=client_root,
+            worker_root=worker_root,
+            route=self._noted_route,
+        )
+
+    def _restart_worker(self) -> None:
+        """Another process goes on with what this one noted."""
+        self._note_disturbance()
+        self._worker_life += 1
+        self.restarts_since_run += self.runs
+        self._jobs, self._known, self._receiving = {}, {}, set()
+        link = self._link
+        if link is not None and link.is_alive:
+            link.is_alive = False
+            self._later_for_client(lambda: self._client_hears(link))
+        if self._note is not None:
+            note = self._note
+            self.worker = worker.WorkerJob.restored(
+                JOB,
+                note.route,
+                note.submission,
+                note.progress,
+                results=note.results,
+                output_path=note.output_path,
+            )
+            self._known[JOB] = self.worker
+            self._jobs[self.worker] = None
 
     # ----------------------------------------------------------------------- the link
 
-    def _send(self, to: Literal["client", "worker"], message: m.Message) -> None:
+    def _send(
+        self,
+        to: Literal["client", "worker"],
+        message: m.Message,
+        link: _Link | None,
+    ) -> None:
+        if link is None:
+            return
         text = m.encode_message(message)
         # Messages stay in order, whatever their delays.
-        arrival = max(self._arrivals[to], self.now + self.scenario.delay())
-        self._arrivals[to] = arrival
-        self._at(arrival, lambda: self._arrive(to, m.decode_message_untrusted(text)))
+        arrival = max(link.arrivals[to], self.now + self.scenario.delay())
+        link.arrivals[to] = arrival
+        self._at(
+            arrival, lambda: self._arrive(to, m.decode_message_untrusted(text), link)
+        )
 
-    def _arrive(self, to: Literal["client", "worker"], message: m.Message) -> None:
-        if not self._connected:
+    def _arrive(
+        self, to: Literal["client", "worker"], message: m.Message, link: _Link
+    ) -> None:
+        if not link.is_alive:
             return
         if to == "worker":
             self.to_worker.append(message)
-            self.worker.receive_message(message, self.now)
-        elif not isinstance(message, m.FileError):
+            self._worker_takes(message, link)
+        elif not isinstance(message, m.FileError) and link is self._link:
             self.to_client.append(message)
             if not self._scripted:
                 self.client.receive_message(message, self.now)
 
+    def _worker_takes(self, message: m.Message, link: _Link) -> None:
+        [job] = [job for job, its_link in self._jobs.items() if its_link is link]
+        if not isinstance(message, m.JobResume):
+            job.receive_message(message, self.now)
+            return
+        assert job.state is worker.State.NEW
+        self._attach(message.point.next_sequence, link, job)
+
+    def _attach(self, next_sequence: int, link: _Link, fresh: worker.WorkerJob) -> None:
+        """Give a job to the link that asks for it, once nothing else is done to it."""
+        job = self._known.get(JOB)
+        if self._jobs.get(fresh) is not link:
+            return  # the worker heard meanwhile that the link has gone
+        if job is None or not job.can_resume:
+            self._send("client", m.JobUnknown(JOB), link)
+            return
+        self._jobs[job] = None
+        job.connection_lost(self.now)
+        if job in self._receiving:
+            self._later_for_worker(lambda: self._attach(next_sequence, link, fresh))
+            return
+        del self._jobs[fresh]
+        self.worker = job
+        self._jobs[job] = link
+        job.attached(next_sequence, self.now)
+
     def _close(self) -> None:
         """The client closes the link when its job has ended; what it sent arrives."""
-        arrival = max(self._arrivals["worker"], self.now + self.scenario.delay())
-        self._at(arrival, lambda: self.worker.connection_lost(self.now))
+        link = self._link
+        if link is not None:
+            arrival = max(link.arrivals["worker"], self.now + self.scenario.delay())
+            self._at_worker(arrival, lambda: self._worker_hears(link))
 
     # ------------------------------------------------------------ effects of the client
 
     def _do_for_client(self, wish: client.Output) -> None:
         match wish:
             case client.SendMessage(message=message):
-                self._send("worker", message)
+                self._send("worker", message, self._link)
             case client.PrepareShared():
-                self._later(self._prepare)
+                self._discarded = False
+                self._later_for_client(self._prepare)
             case client.CopyPackage(path=path):
-                self._later(lambda: self._copy(path))
+                self._later_for_client(lambda: self._copy(path))
             case client.DiscardShared():
                 self._discarded = True
                 self.client_storage.clear()
             case client.SendPackage(transfer_id=transfer_id):
                 self._sending = True
+                self._transfer += 1
                 file = m.OfferedFile(NAME, SIZE, 4096)
-                self._send("worker", m.FileOffer(transfer_id, file))
+                self._send("worker", m.FileOffer(transfer_id, file), self._link)
                 if "send" in self.scenario.fails:
-                    self._later(lambda: self.client.transfer_failed("file changed"))
+                    self._later_for_transfer(
+                        lambda: self.client.transfer_failed("file changed")
+                    )
             case client.StopSending():
                 self._sending = False
             case client.FetchResults():
                 self._fetch(wish)
+            case client.Reconnect():
+                self._reconnect()
             case client.JobEnded():
                 self._close()
-            case (
-                client.RouteChosen()
-                | client.StateChanged()
-                | client.LinePrinted()
-                | client.StageComplete()
-            ):
+            case client.RouteChosen(route=route):
+                self._noted_route = route
+            case client.StateChanged() | client.LinePrinted() | client.StageComplete():
                 pass
             case _:
                 assert_never(wish)
@@ -258,103 +454,144 @@ class World:
 
     def _fetch(self, wish: client.FetchResults) -> None:
         paths = {file.path for file in wish.files}
+        assert len(paths) == len(wish.files)
+        self._transfer += 1
+        self._wanted, self.fetched = paths, set()
         if "fetch" in self.scenario.fails:
-            self._later(lambda: self.client.transfer_failed("No space left on device"))
+            self._later_for_transfer(
+                lambda: self.client.transfer_failed("No space left on device")
+            )
         elif wish.route == "shared":
             self.fetched = paths
-            self._later(self.client.results_fetched)
+            self._later_for_transfer(self.client.results_fetched)
         else:
-            self._wanted = paths
             for number, path in enumerate(sorted(paths), start=1):
-                self._send("worker", m.FileRequest(number, JOB, path))
+                self._send("worker", m.FileRequest(number, JOB, path), self._link)
 
     # ------------------------------------------------------------ effects of the worker
 
-    def _do_for_worker(self, output: worker.Output) -> None:
+    def _do_for_worker(self, job: worker.WorkerJob, output: worker.Output) -> None:
         match output:
             case worker.SendMessage(message=message):
-                self._send("client", message)
+                self._send("client", message, self._jobs[job])
             case worker.ReadProbe(path=path):
-                self._report("probe", lambda: self._read_probe(path))
+                self._report("probe", lambda: self._read_probe(job, path))
             case worker.CheckInput(path=path):
-                self._report("input", lambda: self._check_input(path))
+                self._report("input", lambda: self._check_input(job, path))
             case worker.MakeOutput():
-                self._report("output", self._make_output)
+                self._report("output", lambda: self._make_output(job))
             case worker.Admit():
-                self._report("admit", self._admit)
+                taken = self._known.setdefault(JOB, job) is not job
+                self._report("admit", lambda: self._admit(job, taken))
             case worker.ReceivePackage():
-                self._later(self._receive)
+                self._receiving.add(job)
+                link, number = self._jobs[job], self._transfer
+                self._later_for_worker(lambda: self._receive(job, link, number))
+            case worker.StopReceiving():
+                pass  # a package that was complete may still be reported
+            case worker.Remember():
+                self._known[JOB] = job
+                self._note = _Note(
+                    job.route,
+                    job.submission,
+                    job.progress,
+                    job.results,
+                    job.output_path,
+                )
             case worker.Enqueue():
                 self.enqueued.append(output)
-                self._start_run()
+                self.enqueued_by.append(self._worker_life)
+                self._start_run(job)
             case worker.StopRun():
-                self._later(lambda: self.worker.run_ended("killed by a signal", {}))
+                self._later_for_worker(lambda: job.run_ended("killed by a signal", {}))
             case worker.SendResult(path=path):
-                self._later(lambda: self._result_arrives(path))
+                link = self._jobs[job]
+                self._later_for_transfer(lambda: self._result_arrives(path, link))
             case worker.Discard():
-                self.discards += 1
+                self.discards.append(job)
+                self._receiving.discard(job)
+                if self._known.get(JOB) is job:
+                    del self._known[JOB]
+                    self._note = None
             case _:
                 assert_never(output)
 
     def _report(self, effect: Trouble, action: Callable[[], None]) -> None:
         if effect not in self.scenario.hangs:
-            self._later(action)
+            self._later_for_worker(action)
 
-    def _read_probe(self, path: str) -> None:
+    def _read_probe(self, job: worker.WorkerJob, path: str) -> None:
         content = self.worker_storage.get(path)
         if "probe" in self.scenario.fails:
             content = b"an older file"
         if content is None:
-            self.worker.probe_failed("no such file")
+            job.probe_failed("no such file")
         else:
-            self.worker.probe_read(blake3(content).hexdigest())
+            job.probe_read(blake3(content).hexdigest())
 
-    def _check_input(self, path: str) -> None:
+    def _check_input(self, job: worker.WorkerJob, path: str) -> None:
         if "input" in self.scenario.fails or path not in self.worker_storage:
-            self.worker.path_refused("no such file")
+            job.path_refused("no such file")
         else:
-            self.worker.input_valid()
+            job.input_valid()
 
-    def _make_output(self) -> None:
+    def _make_output(self, job: worker.WorkerJob) -> None:
         if "output" in self.scenario.fails:
-            self.worker.path_refused("Permission denied")
+            job.path_refused("Permission denied")
         else:
-            self.worker.output_made()
+            job.output_made()
 
-    def _admit(self) -> None:
-        if "admit" in self.scenario.fails:
-            self.worker.rejected("Insufficient disk space")
+    def _admit(self, job: worker.WorkerJob, taken: bool) -> None:
+        if "admit" in self.scenario.fails or taken:
+            job.rejected("Insufficient disk space")
+            if self._known.get(JOB) is job:
+                del self._known[JOB]
         else:
-            self.worker.admitted()
+            job.admitted()
 
-    def _receive(self) -> None:
+    def _receive(self, job: worker.WorkerJob, link: _Link | None, number: int) -> None:
         """The whole package arrives, if its sender is still there."""
+        arrived = self._sending and number == self._transfer
+        arrived = arrived and link is not None and link.is_alive
         if "receive" in self.scenario.fails:
-            self.worker.package_failed("No space left on device")
-        elif self._sending and self._connected and "send" not in self.scenario.fails:
-            self.worker.package_received()
-            self._later(self.client.package_sent)
+            self._receiving.discard(job)
+            job.package_failed("No space left on device")
+        elif arrived and "send" not in self.scenario.fails:
+            # The link may be lost before the report.
+            self._later_for_worker(lambda: self._received(job))
+            self._later_for_transfer(self.client.package_sent)
+        else:
+            self._receiving.discard(job)
 
-    def _start_run(self) -> None:
+    def _received(self, job: worker.WorkerJob) -> None:
+        self._receiving.discard(job)
+        job.package_received()
+
+    def _start_run(self, job: worker.WorkerJob) -> None:
         made = {
             f"models/{number:05}.ckpt": 1 for number in range(self.scenario.results)
         }
         failure = "exit status 1" if "run" in self.scenario.fails else None
         reports: list[Callable[[], None]] = [
-            lambda: self.worker.queue_moved(1),
-            self.worker.slot_granted,
-            lambda: self.worker.output(0, "epoch 1"),
-            lambda: self.worker.output(0, "epoch 2"),
-            lambda: self.worker.stage_complete("training"),
-            lambda: self.worker.run_ended(failure, made),
+            lambda: job.queue_moved(1),
+            lambda: self._run(job),
+            *[functools.partial(job.output, line, text) for line, text in LINES],
+            lambda: job.stage_complete("training"),
+            lambda: job.run_ended(failure, made),
         ]
         when = self.now
         for report in reports:
             when += self.scenario.delay()
-            self._at(when, report)
+            self._at_worker(when, report)
 
-    def _result_arrives(self, path: str) -> None:
-        if self._connected and path not in self.fetched:
-            self.fetched.add(path)
-            if self.fetched == self._wanted:
-                self.client.results_fetched()
+    def _run(self, job: worker.WorkerJob) -> None:
+        if not job.has_ended:
+            self.runs += 1
+        job.slot_granted()
+
+    def _result_arrives(self, path: str, link: _Link | None) -> None:
+        if link is None or not link.is_alive or path in self.fetched:
+            return
+        self.fetched.add(path)
+        if self.fetched == self._wanted:
+            self.client.results_fetched()

@@ -15,6 +15,7 @@ from sleap_rtc.proto.job_worker import (
     Output,
     ReadProbe,
     ReceivePackage,
+    Remember,
     SendMessage,
     SendResult,
     State,
@@ -70,6 +71,11 @@ STEPS: dict[str, list[tuple[State, Input]]] = {
         (State.QUEUED, lambda job: job.package_received()),
         *TO_THE_END,
     ],
+    "suspended": [
+        (State.ADMITTING, receive(m.JobSubmit)),
+        (State.ADMITTED, lambda job: job.admitted()),
+        (State.SUSPENDED, lambda job: job.connection_lost(0.0)),
+    ],
 }
 
 PLACES: list[tuple[str, State]] = [
@@ -77,6 +83,7 @@ PLACES: list[tuple[str, State]] = [
     ("refused", State.REFUSED),
     *[("shared", state) for state, _ in STEPS["shared"] if state is not State.NEW],
     *[("channel", state) for state, _ in STEPS["channel"]],
+    ("suspended", State.SUSPENDED),
 ]
 
 
@@ -166,6 +173,9 @@ LEGAL: dict[type[m.Message], dict[State, State]] = {
     m.ResultsReceived: {State.ENDED: State.DISCARDED, **_CROSSED},
     m.Error: {
         **dict.fromkeys(State, State.DISCARDED),
+        State.ADMITTING: State.ADMITTING,
+        State.ADMITTED: State.SUSPENDED,
+        State.RECEIVING: State.SUSPENDED,
         State.QUEUED: State.QUEUED,
         State.RUNNING: State.RUNNING,
         State.ENDED: State.ENDED,
@@ -182,7 +192,10 @@ def test_every_message_in_every_state(
     job = job_at(route, state)
     before = snapshot(job)
     after = LEGAL.get(type(message), {}).get(state)
-    if after is not None:
+    if state is State.SUSPENDED:
+        job.receive_message(message, 0.0)  # it came too late
+        assert snapshot(job) == before
+    elif after is not None:
         job.receive_message(message, 0.0)
         assert job.state is after
     else:
@@ -200,7 +213,8 @@ def test_the_table_lists_what_each_state_takes(state: State) -> None:
         belongs |= {m.SharedInputPath, m.SharedOutputPath, m.SharedStorageJob}
     if state is State.CHECKING_INPUT:
         belongs.add(m.SharedStorageJob)
-    assert EXPECTED[state] == belongs - {m.Error, m.Unknown}
+    belongs -= {m.Error, m.Unknown}
+    assert EXPECTED[state] == (set() if state is State.SUSPENDED else belongs)
 
 
 @pytest.mark.parametrize(("route", "state"), PLACES)
@@ -246,7 +260,10 @@ AFTER: dict[str, dict[State, State]] = {
     },
     "admitted": {State.ADMITTING: State.ADMITTED},
     "rejected": {State.ADMITTING: State.DISCARDED},
-    "package_received": {State.RECEIVING: State.QUEUED},
+    "package_received": {
+        State.RECEIVING: State.QUEUED,
+        State.SUSPENDED: State.QUEUED,  # it was complete when the link was lost
+    },
     "package_failed": {State.RECEIVING: State.DISCARDED},
     "queue_moved": {State.QUEUED: State.QUEUED},
     "slot_granted": {State.QUEUED: State.RUNNING},
@@ -268,7 +285,8 @@ def test_every_report_in_every_state(route: str, state: State, name: str) -> Non
         assert drain(job)
         return
     late = state in (State.ENDED, State.DISCARDED)
-    if late or (route == "channel" and name in _ABOUT_PATHS):
+    late |= (name, state) == ("package_failed", State.SUSPENDED)
+    if late or (route in ("channel", "suspended") and name in _ABOUT_PATHS):
         REPORTS[name](job)  # too late to matter
     else:
         with pytest.raises(LocalProtocolError):
@@ -290,6 +308,9 @@ def test_the_owner_can_cancel_in_every_state(route: str, state: State) -> None:
     if state in (State.NEW, State.ENDED, State.DISCARDED):
         assert outputs == []
         assert job.state is state
+    elif state is State.SUSPENDED:
+        assert outputs == [Discard()]
+        assert job.state is State.DISCARDED
     elif state in (State.QUEUED, State.RUNNING):
         assert outputs == [StopRun()]
         job.cancel("once more")
@@ -303,22 +324,6 @@ def test_the_owner_can_cancel_in_every_state(route: str, state: State) -> None:
         for report in REPORTS.values():
             report(job)
         assert drain(job) == []
-
-
-@pytest.mark.parametrize(("route", "state"), PLACES)
-def test_a_client_that_goes_away_takes_only_an_unqueued_job_with_it(
-    route: str, state: State
-) -> None:
-    job = job_at(route, state)
-    job.connection_lost(0.0)
-    if state in (State.QUEUED, State.RUNNING, State.ENDED, State.DISCARDED):
-        assert job.state is state
-        assert drain(job) == []
-    else:
-        assert job.state is State.DISCARDED
-        assert drain(job) == [Discard()]
-    job.connection_lost(0.0)
-    assert drain(job) == []
 
 
 def test_the_owner_can_cancel_between_the_probe_and_the_paths() -> None:
@@ -342,7 +347,7 @@ def test_a_job_without_a_client_runs_to_its_end_and_sends_nothing() -> None:
         job.output(line, "epoch")
     job.run_ended(None, RESULTS)
     assert job.has_ended
-    assert drain(job) == []
+    assert drain(job) == [Remember(), Remember()]
 
 
 # ----------------------------------------------------------------------- whole stories
@@ -358,7 +363,9 @@ def story(route: str) -> list[Output]:
 
 
 THE_END: list[Output] = [
+    Remember(),
     SendMessage(m.JobState(JOB, m.JobProgress("RUNNING"))),
+    Remember(),
     SendMessage(m.JobResults(JOB, m.ResultPage((RESULT,)))),
     SendMessage(m.JobState(JOB, m.JobProgress("COMPLETE"))),
 ]
@@ -372,6 +379,7 @@ def test_the_shared_route_from_start_to_results() -> None:
         SendMessage(m.PathValidated("input")),
         MakeOutput(f"jobs/{JOB}/models"),
         SendMessage(m.PathValidated("output")),
+        Remember(),
         Enqueue(JOB, "shared", f"jobs/{JOB}/{NAME}"),
         *THE_END,
         SendMessage(m.JobComplete(JOB, f"jobs/{JOB}/models")),
@@ -382,9 +390,11 @@ def test_the_shared_route_from_start_to_results() -> None:
 def test_the_channel_route_from_start_to_results() -> None:
     assert story("channel") == [
         Admit(JOB, m.Submission(NAME, SIZE)),
+        Remember(),
         SendMessage(m.JobAccepted(JOB)),
         SendMessage(m.JobState(JOB, m.JobProgress("RECEIVING"))),
         ReceivePackage(0, m.OfferedFile(NAME, SIZE, 4096)),
+        Remember(),
         Enqueue(JOB, "channel", NAME),
         *THE_END,
         SendMessage(m.JobComplete(JOB, "models")),

@@ -1,0 +1,75 @@
+"""What a worker tells of a job: texts and lists of files that fit into messages."""
+
+import msgspec
+
+from sleap_rtc.proto import messages as m
+
+_MAX_DETAIL = 1024
+"""Characters of `JobProgress.detail`."""
+
+_MAX_TEXT = 60 * 1024
+"""Bytes of a text that fit into a message beside its other fields."""
+
+_MAX_PATH = 4096
+"""Characters of a `WirePath`."""
+
+_PAGE_BYTES = m.MAX_MESSAGE_BYTES // 2
+"""Half a message: JSON may need two bytes for one of a path."""
+
+
+def clean_text(text: str) -> str:
+    """Make a text fit for a message: no stray surrogates, and not too long."""
+    data = text[:_MAX_TEXT].encode("utf-8", "replace")
+    return data[:_MAX_TEXT].decode("utf-8", "ignore")
+
+
+def end_progress(state: m.JobStateName, detail: str) -> m.JobProgress:
+    """Say how a job ended, and as much about it as fits.
+
+    Args:
+        state: Its last state.
+        detail: Any text.
+    """
+    return m.JobProgress(state, 0, clean_text(detail)[:_MAX_DETAIL])
+
+
+def listed_results(results: dict[str, int]) -> dict[str, int]:
+    """Leave out the files whose paths no message can carry, and those over a limit.
+
+    Args:
+        results: Size in bytes of each file, by its path.
+    """
+    listed: dict[str, int] = {}
+    characters = 0
+    for path, size in results.items():
+        characters += len(path)
+        if len(listed) == m.MAX_RESULT_FILES or characters > m.MAX_RESULT_PATHS:
+            break
+        if 0 < len(path) <= _MAX_PATH and path == clean_text(path):
+            listed[path] = size
+    return listed
+
+
+def result_pages(results: dict[str, int]) -> list[m.ResultPage]:
+    """Give the lists that tell of these files, each as long as a message may be.
+
+    Args:
+        results: Size in bytes of each file, by its path.
+    """
+    files = [m.ResultFile(path, size) for path, size in results.items()]
+    pages: list[m.ResultPage] = []
+    while files:
+        count = _fitting(files)
+        page, files = files[:count], files[count:]
+        pages.append(m.ResultPage(tuple(page), last=not files))
+    return pages
+
+
+def _fitting(files: list[m.ResultFile]) -> int:
+    """Count how many of these files, one at least, fit into one message."""
+    size = 0
+    for count, file in enumerate(files):
+        size += len(msgspec.json.encode(file)) + 1
+        if count == m.MAX_JOB_RESULTS or (count and size > _PAGE_BYTES):
+            return count
+    return len(files)

@@ -1,0 +1,43 @@
+"""The last lines of a job's output, for a client that comes back."""
+
+from collections.abc import Iterator
+
+from sleap_rtc.proto.messages import JobLog
+
+MAX_HISTORY = 2 * 1024 * 1024
+"""Bytes of text that are kept of a job; a long training prints less."""
+
+_LINE_OVERHEAD = 200
+"""Bytes that a line costs beside its text: many empty ones must not add up."""
+
+
+class LogHistory:
+    """Keeps the last version of each line, up to a number of bytes.
+
+    Args:
+        limit: Bytes to keep; the oldest lines give way.
+    """
+
+    def __init__(self, limit: int = MAX_HISTORY) -> None:
+        self._limit = limit
+        self._size = 0
+        self._by_line: dict[int, JobLog] = {}
+
+    def add(self, message: JobLog) -> None:
+        """Keep a line; a newer version takes the place of the one before."""
+        earlier = self._by_line.pop(message.line, None)
+        if earlier is not None:
+            self._size -= _cost(earlier)
+        self._by_line[message.line] = message
+        self._size += _cost(message)
+        while self._size > self._limit:
+            oldest = next(iter(self._by_line))
+            self._size -= _cost(self._by_line.pop(oldest))
+
+    def since(self, sequence: int) -> Iterator[JobLog]:
+        """Give what is kept from a sequence number on, in order."""
+        return (each for each in self._by_line.values() if each.sequence >= sequence)
+
+
+def _cost(message: JobLog) -> int:
+    return len(message.text.encode()) + _LINE_OVERHEAD

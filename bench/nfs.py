@@ -356,7 +356,9 @@ def show(report: Report) -> None:
     """Print tables."""
     for mount in report.mounts:
         console.print(
-            f"{mount.directory}: {mount.file_system} {mount.options}", markup=False
+            f"{mount.directory}: {mount.file_system} {mount.options}",
+            markup=False,
+            soft_wrap=True,
         )
     table = Table(box=box.SIMPLE, show_edge=False, title="until it is on the disk")
     for title in (f"{report.size / 1e6:,.0f} MB by", "MB/s", "min-max"):

@@ -214,8 +214,9 @@ class UdpProxy:
         ancillary = [(socket.IPPROTO_UDP, UDP_SEGMENT, size)] if count > 1 else []
         try:
             way_out.socket.sendmsg(train, ancillary, 0, way_out.address)
+        except ConnectionError:
+            pass  # nobody is there any more: a path says nothing about that either
         except OSError:
-            # No room, or nobody there: a path says nothing about that either.
             self._unsendable += count
 
 

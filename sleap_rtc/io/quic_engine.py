@@ -19,7 +19,7 @@ from sleap_rtc.io.certificates import (
     certificate_pem_untrusted,
 )
 from sleap_rtc.io.quic_bulk import Payload
-from sleap_rtc.io.quic_congestion import CONGESTION, Congestion
+from sleap_rtc.io.quic_congestion import CONGESTION
 from sleap_rtc.io.quic_fast import Address, BulkConnection, Datagram
 from sleap_rtc.io.quic_packets import CONNECTION_ID_LENGTH, SUITES
 from sleap_rtc.io.session import ALPN
@@ -66,8 +66,7 @@ class QuicEngine(BulkConnection):
     @property
     def packets_lost(self) -> int:
         """Packets that were declared lost."""
-        congestion = self._loss._cc
-        return congestion.packets_lost if isinstance(congestion, Congestion) else 0
+        return self.congestion.packets_lost
 
     @property
     def peer_certificate(self) -> bytes:

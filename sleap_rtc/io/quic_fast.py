@@ -18,7 +18,7 @@ from aioquic.quic.stream import FinalSizeError, QuicStream
 from aioquic.tls import Epoch
 
 from sleap_rtc.io.quic_bulk import BulkSender, Payload, Piece
-from sleap_rtc.io.quic_congestion import Pacer
+from sleap_rtc.io.quic_congestion import Congestion, Pacer
 from sleap_rtc.io.quic_packets import (
     CONNECTION_ID_LENGTH,
     MASK_SIZE,
@@ -65,7 +65,9 @@ class BulkConnection(QuicConnection):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.pacer = Pacer(max_datagram_size=self._max_datagram_size)
+        # What the configuration names is only reached as a part of the recovery.
+        self.congestion = cast(Congestion, self._loss._cc)
+        self.pacer = Pacer(self.congestion)
         self._loss._pacer = self.pacer
         self._bulk: QuicStream | None = None
         self._bulk_sender = BulkSender()
@@ -90,7 +92,9 @@ class BulkConnection(QuicConnection):
 
     def datagrams_to_send(self, now: float) -> list[Datagram]:
         """Return what to send now: first what aioquic has, then bulk."""
+        before = self.congestion.bytes_in_flight
         datagrams = super().datagrams_to_send(now)
+        self.pacer.correct(self.congestion.bytes_in_flight - before)
         if self._bulk is not None and self._is_plain():
             datagrams += self._bulk_to_send(self._bulk, now)
         return datagrams
@@ -131,9 +135,7 @@ class BulkConnection(QuicConnection):
                 delivery_handlers=[(on_delivery, (piece.start, piece.stop))],
             )
             self._loss.on_packet_sent(packet=packet, space=space)
-        size = sum(map(len, sealed))
-        self.pacer.spend(size, now)
-        path.bytes_sent += size
+        path.bytes_sent += sum(map(len, sealed))
         if not self._ack_eliciting_sent_since_receipt:
             # RFC 9000, 10.1: the idle time begins again with the first of them.
             self._close_at = now + self._idle_timeout()
@@ -147,15 +149,18 @@ class BulkConnection(QuicConnection):
         header = 1 + len(self._peer_cid.cid) + NUMBER_SIZE + len(self._bulk_head)
         room = self._max_datagram_size - header - _OFFSET_SIZE - TAG_SIZE
         window = self._loss.congestion_window - self._loss.bytes_in_flight
-        paced = self.pacer.budget(now)
         pieces: list[Piece] = []
         while window >= self._max_datagram_size:
             allowed = self._remote_max_data - self._remote_max_data_used
             limit = min(sender.sent + allowed, stream.max_stream_data_remote)
             if not sender.has_more(limit):
+                self.congestion.note_idle()
                 break
-            if paced <= 0 or len(pieces) == PACKETS_PER_TURN:
-                self._pacing_at = self.pacer.next_send_time(now) or now
+            self._pacing_at = self.pacer.next_send_time(now)
+            if self._pacing_at is not None:
+                break
+            if len(pieces) == PACKETS_PER_TURN:
+                self._pacing_at = now  # at the next turn
                 break
             before = sender.sent
             piece = sender.take(room, limit)
@@ -163,7 +168,7 @@ class BulkConnection(QuicConnection):
             pieces.append(piece)
             size = piece.stop - piece.start + self._max_datagram_size - room
             window -= size
-            paced -= size
+            self.pacer.spend(size, now)
         return pieces
 
     def _frame_of(self, piece: Piece) -> bytes:

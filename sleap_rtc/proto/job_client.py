@@ -300,8 +300,8 @@ class ClientJob(JobSteps):
         if self.state is State.ENDED or not self._connected:
             return
         self._connected = False
-        if self.state is State.FETCHING and self.route == "shared":
-            return  # the results are copied without the worker
+        if self._needs_no_link():
+            return
         self._stop_transfer()
         if not self._is_cancelling():
             self._deadline = None
@@ -313,7 +313,7 @@ class ClientJob(JobSteps):
         Raises:
             LocalProtocolError: If no link was lost, or the job has not been submitted.
         """
-        if self.state is State.ENDED:
+        if self.state is State.ENDED or self._needs_no_link():
             return
         self._require_lost_link()
         if self.state is State.IDLE:
@@ -338,7 +338,7 @@ class ClientJob(JobSteps):
         Raises:
             LocalProtocolError: If no link was lost.
         """
-        if self.state is State.ENDED:
+        if self.state is State.ENDED or self._needs_no_link():
             return
         self._require_lost_link()
         if self._is_cancelling():

@@ -322,15 +322,14 @@ class JobSteps:
         """Effects may report after their job was cancelled or its link was lost."""
         return self.state in (State.CANCELLING, State.RESUMING, State.ENDED)
 
-    def _require_lost_link(self) -> None:
-        """Refuse an answer to `Reconnect` that nobody waits for.
+    def _needs_no_link(self) -> bool:
+        """Tell whether results are being copied without the worker, which is gone."""
+        fetching = self.state is State.FETCHING and self.route == "shared"
+        return fetching and not self._connected
 
-        Raises:
-            LocalProtocolError: If there is a link, or results come without one.
-        """
-        needs_none = self.state is State.FETCHING and self.route == "shared"
-        if self._connected or needs_none:
-            raise LocalProtocolError(f"no link is missed while {self._doing()}")
+    def _require_lost_link(self) -> None:
+        if self._connected:
+            raise LocalProtocolError(f"no link was lost while {self._doing()}")
 
     def _require(self, state: State) -> None:
         if self.state is not state:

@@ -130,6 +130,7 @@ class World:
         self._jobs: dict[worker.WorkerJob, _Link | None] = {self.worker: self._link}
         self._known: dict[str, worker.WorkerJob] = {}
         self._receiving: set[worker.WorkerJob] = set()
+        self._newest = self._link
         self._note: _Note | None = None
 
     def run(self) -> "World":
@@ -233,7 +234,7 @@ class World:
                 self._do_for_worker(job, output)
 
     def _note_disturbance(self) -> None:
-        self.disturbed += [self.client.state, self.worker.state]
+        self.disturbed += [self.client.state, *(job.state for job in self._jobs)]
 
     def _cancel(self) -> None:
         self._note_disturbance()
@@ -371,13 +372,14 @@ class World:
             job.receive_message(message, self.now)
             return
         assert job.state is worker.State.NEW
+        self._newest = link
         self._attach(message.point.next_sequence, link, job)
 
     def _attach(self, next_sequence: int, link: _Link, fresh: worker.WorkerJob) -> None:
         """Give a job to the link that asks for it, once nothing else is done to it."""
         job = self._known.get(JOB)
-        if self._jobs.get(fresh) is not link:
-            return  # the worker heard meanwhile that the link has gone
+        if self._jobs.get(fresh) is not link or link is not self._newest:
+            return  # the client went away meanwhile, or came back over another link
         if job is None or not job.can_resume:
             self._send("client", m.JobUnknown(JOB), link)
             return

@@ -3,17 +3,21 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?= -n auto
+BENCH_ARGS ?=
+BENCH_OUT ?= build
 
 BIN := .venv/bin
 READY := .venv/.ready
+BENCH_FILES = --json $(BENCH_OUT)/bench.json --svg $(BENCH_OUT)/bench.svg
 
 .PHONY: help demo test bench bench-full lint format clean
 
 help:
 	@echo "make demo    send a job to a worker on this machine and watch it"
 	@echo "make test    run the linters, then the tests (PYTEST_ARGS=... for pytest)"
-	@echo "make bench   measure both routes beside cp, dd and shutil.copy2 (64 MiB)"
-	@echo "make bench-full  the same with 5 GiB, which takes a while"
+	@echo "make bench   measure every route beside other ways to move a file (256 MiB)"
+	@echo "make bench-full  the same with 5 GiB, which takes half an hour"
+	@echo "                 (BENCH_ARGS=... for bench/compare.py, BENCH_OUT=DIR)"
 	@echo "make lint    run the linters"
 	@echo "make format  format the code and apply the safe fixes of the linter"
 	@echo "make clean   remove .venv and all caches"
@@ -38,10 +42,13 @@ test: lint
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 bench: $(READY)
-	@$(BIN)/python bench/transfer.py --size 64MiB --routes shared,tcp,quic
+	@mkdir -p $(BENCH_OUT)
+	@$(BIN)/python bench/compare.py $(BENCH_FILES) $(BENCH_ARGS)
 
 bench-full: $(READY)
-	@$(BIN)/python bench/transfer.py --size 5GiB
+	@mkdir -p $(BENCH_OUT)
+	@$(BIN)/python bench/compare.py --size 5GiB --quic-size 128MiB \
+	  $(BENCH_FILES) $(BENCH_ARGS)
 
 lint: $(READY)
 	@echo "== black"

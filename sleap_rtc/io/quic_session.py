@@ -322,5 +322,6 @@ def _explain(event: ConnectionTerminated, address: str, idle_timeout: float) -> 
     if event.error_code == QuicErrorCode.FLOW_CONTROL_ERROR:
         return Ended(f"{address} sends more than it may", by_peer=False)
     if event.reason_phrase == "Idle timeout":
-        return Ended(f"no answer from {address} for {idle_timeout:g} s", by_peer=False)
+        silence = f"no answer from {address} for {idle_timeout:g} s"
+        return Ended(silence, by_peer=False, silent_for=idle_timeout)
     return Ended(f"{address} broke the protocol of QUIC: {phrase}", by_peer=False)

@@ -1,0 +1,214 @@
+"""Other programs: run them, look at what they use, and never leave one behind."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import psutil
+from measures import BenchError, Usage
+
+END_TIMEOUT = 20.0
+"""Seconds in which a process has to end when it is asked to."""
+
+SLOWEST_RATE = 1_000_000
+"""Bytes per second below which a transfer is given up."""
+
+_LOOK = 0.01
+"""Seconds between two looks at a program's memory."""
+
+
+def patience(size: int) -> float:
+    """Return the seconds after which a transfer of so many bytes is given up."""
+    return 60.0 + size / SLOWEST_RATE
+
+
+def run_tool(
+    command: Sequence[str], *, timeout: float, env: Mapping[str, str] | None = None
+) -> tuple[float, Usage]:
+    """Run a program to its end.
+
+    Args:
+        command: The program and its arguments.
+        timeout: Seconds after which it is killed.
+        env: Its environment; None for ours.
+
+    Returns:
+        How many seconds it took, and what it used.
+
+    Raises:
+        BenchError: If it fails.
+    """
+    began = time.monotonic()
+    with (
+        started(command, env=env, stderr=subprocess.PIPE) as process,
+        killed_after(timeout, process),
+        _watched_memory(process.pid) as peaks,
+    ):
+        # wait4() wakes up at once and tells what was used; wait() does neither.
+        _, status, used = os.wait4(process.pid, 0)
+        seconds = time.monotonic() - began
+        process.returncode = os.waitstatus_to_exitcode(status)
+        said = process.stderr.read() if process.stderr else ""
+    if process.returncode != 0:
+        raise BenchError(
+            f"{command[0]} ended with {process.returncode}: {last_line_of(said)}"
+        )
+    peak = max(peaks, default=None)
+    return seconds, Usage(round(used.ru_utime + used.ru_stime, 3), peak)
+
+
+@contextmanager
+def started(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    stdin: int = subprocess.DEVNULL,
+    stdout: int | IO[str] = subprocess.DEVNULL,
+    stderr: int | IO[str] = subprocess.DEVNULL,
+) -> Iterator[subprocess.Popen[str]]:
+    """Run a program for as long as the body runs, and end it then.
+
+    It has a session of its own: what Ctrl-C means is decided here, not there.
+    """
+    with subprocess.Popen(
+        command,
+        env=env,
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                try:
+                    process.wait(END_TIMEOUT)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+
+@contextmanager
+def killed_after(seconds: float, *processes: subprocess.Popen[str]) -> Iterator[None]:
+    """Kill processes that are still there after some time; their output ends then."""
+
+    def kill() -> None:
+        for process in processes:
+            process.kill()
+
+    timer = threading.Timer(seconds, kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def wait_for_text(
+    log: Path, text: str, process: subprocess.Popen[str], timeout: float
+) -> None:
+    """Wait until a process has written something to its log.
+
+    Raises:
+        BenchError: If it ends before, or is late.
+    """
+    deadline = time.monotonic() + timeout
+    while text not in (written := log.read_text()):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise BenchError(f"it did not start: {last_line_of(written)}")
+        time.sleep(_LOOK)
+
+
+def last_line_of(said: str) -> str:
+    """Return the line of a program's output that tells most about its end."""
+    lines = said.strip().splitlines()
+    return lines[-1] if lines else "it said nothing"
+
+
+def free_port() -> int:
+    """Return a TCP port of loopback that was free a moment ago.
+
+    It is for servers that do not tell which port they took by themselves.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+class Meter:
+    """What a process uses between two moments: the first one may be set anew.
+
+    The last one counts once, and the peak of the memory belongs to all of its life.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._process = psutil.Process(pid)
+        self._began = self._cpu_seconds()
+        self._spent: float | None = None
+        self._peak: int | None = None
+
+    def begin(self) -> None:
+        """It begins."""
+        self._began = self._cpu_seconds()
+
+    def end(self) -> None:
+        """It has ended; a later call only looks at the memory."""
+        if self._spent is None:
+            self._spent = self._cpu_seconds() - self._began
+        self.look_at_memory()
+
+    def look_at_memory(self) -> None:
+        """Note the peak; a process that has ended keeps the one before."""
+        self._peak = peak_of(self._process.pid) or self._peak
+
+    def usage(self) -> Usage:
+        """Return what was found."""
+        if self._spent is None:
+            raise BenchError("the process did not say when the transfer had ended")
+        return Usage(round(self._spent, 3), self._peak)
+
+    def _cpu_seconds(self) -> float:
+        times = self._process.cpu_times()
+        children: float = times.children_user + times.children_system
+        return float(times.user + times.system) + children
+
+
+def peak_of(pid: int) -> int | None:
+    """Return the most bytes that a process ever had resident; Linux alone tells."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return None
+    found = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return None if found is None else int(found[1]) * 1024
+
+
+@contextmanager
+def _watched_memory(pid: int) -> Iterator[list[int]]:
+    """Look at a process again and again; what it had is in the list afterwards.
+
+    What wait4() tells is no use: a child begins with the peak of its parent.
+    """
+    peaks: list[int] = []
+    is_over = threading.Event()
+
+    def look() -> None:
+        while not is_over.wait(_LOOK) and (peak := peak_of(pid)) is not None:
+            peaks.append(peak)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield peaks
+    finally:
+        is_over.set()
+        thread.join()

@@ -207,6 +207,45 @@ def test_a_job_of_an_earlier_process_is_submitted_if_it_is_not_known(
     assert job.route is None
 
 
+def test_a_start_that_was_lost_is_repeated_and_a_job_that_ran_is_not() -> None:
+    job = clients.job_at("shared", C.RESUMING)
+    job.receive_message(m.JobUnknown(JOB), 0.0)
+    assert job.state is C.CHECKING_INPUT
+    job = clients.job_at("shared", C.RESUMING)
+    job.receive_message(EXAMPLES[m.JobResumed], 0.0)
+    job.connection_lost("no answer", 0.0)
+    job.link_restored(0.0)
+    job.receive_message(m.JobUnknown(JOB), 0.0)
+    reason = "the worker does not know the job any more"
+    assert clients.drain(job)[-1] == client.JobEnded("lost", reason)
+
+
+def test_the_copy_for_a_job_that_never_started_goes_when_it_is_cancelled() -> None:
+    job = clients.job_at("shared", C.RESUMING)
+    job.cancel("Ctrl-C", 0.0)
+    job.receive_message(m.JobUnknown(JOB), 0.0)
+    ended = client.JobEnded("cancelled", "Ctrl-C")
+    assert clients.drain(job) == [client.DiscardShared(JOB), ended]
+
+
+def test_a_cancellation_does_not_wait_for_results_that_come_again() -> None:
+    job = away("channel", C.FETCHING)
+    job.link_restored(0.0)
+    clients.drain(job)
+    job.cancel("Ctrl-C", 0.0)
+    assert clients.drain(job) == [client.JobEnded("cancelled", "Ctrl-C")]
+
+
+def test_results_of_a_job_whose_route_is_forgotten_come_through_the_channel() -> None:
+    job = client.ClientJob(JOB, NAME, SIZE)
+    job.resume("auto", 0.0, client_root=True, worker_root=True, route=None)
+    clients.drain(job)
+    job.receive_message(EXAMPLES[m.JobResumed], 0.0)
+    chosen = client.RouteChosen("channel", "the worker has the job already")
+    assert chosen in clients.drain(job)
+    assert job.route == "channel"
+
+
 # ------------------------------------------------------- the worker without its client
 
 W = worker.State

@@ -8,6 +8,7 @@ from typing import assert_never
 import trio
 
 from sleap_rtc.io.addresses import describe_address
+from sleap_rtc.io.lane_process import connect_quic_in_process, processes_pay
 from sleap_rtc.io.lanes import DEFAULT_LANES, DialedLink
 from sleap_rtc.io.link import DialError, Link, LinkKind
 from sleap_rtc.io.nursery import open_background_nursery
@@ -41,7 +42,7 @@ class _Dialing:
         self.reason = ""
         self.failures: list[tuple[str, str]] = []
         self._race = race
-        self._certificate_der = certificate_der
+        self.certificate_der = certificate_der
         self._nursery = nursery
         self._links: dict[Attempt, Link] = {}
         self._scopes: dict[Attempt, trio.CancelScope] = {}
@@ -98,9 +99,7 @@ class _Dialing:
     def connect(self, attempt: Attempt) -> AbstractAsyncContextManager[Link]:
         """Reach the peer once, without a proof yet."""
         connect = connect_tcp if attempt.kind == "tcp" else connect_quic
-        return connect(
-            attempt.host, attempt.port, certificate_der=self._certificate_der
-        )
+        return connect(attempt.host, attempt.port, certificate_der=self.certificate_der)
 
 
 @asynccontextmanager
@@ -153,6 +152,12 @@ def _with_lanes(
     """Let a link have lanes to where its first connection goes."""
 
     def connect(port: int) -> AbstractAsyncContextManager[Link]:
+        if attempt.kind == "quic" and processes_pay():
+            return connect_quic_in_process(
+                attempt.host,
+                port or attempt.port,
+                certificate_der=dialing.certificate_der,
+            )
         return dialing.connect(
             Attempt(attempt.kind, attempt.host, port or attempt.port)
         )

@@ -13,6 +13,8 @@ from itertools import count
 
 import trio
 
+from sleap_rtc.io.certificates import Certificate
+from sleap_rtc.io.lane_process import listen_in_process, processes_pay
 from sleap_rtc.io.link import (
     DialError,
     Lanes,
@@ -32,8 +34,12 @@ from sleap_rtc.proto.messages import (
     Message,
 )
 
-MAX_REQUESTS = 2
-"""LANE_REQUESTs of a link that are answered: for any port, then for the same one."""
+MAX_REQUESTS = MAX_LANES
+"""LANE_REQUESTs of a link that are answered: for any port, then for each lane that
+could not be had there."""
+
+MAX_PROCESSES = 16
+"""Lane processes of a worker, each of some 50 MiB; further lanes stay in its own."""
 
 DEFAULT_LANES: dict[LinkKind, int] = {"tcp": 1, "quic": 1}
 """Connections of a link, if nobody says how many."""
@@ -131,6 +137,7 @@ class DialedLink(LanedLink):
 
     def __init__(self, first: Link, connections: int, connect: ConnectLane) -> None:
         super().__init__(first)
+        self._requested = False
         self._missing = min(connections, MAX_LANES) - 1
         self._connect = connect
         self._tickets, self._received = trio.open_memory_channel[LaneTicket](
@@ -142,6 +149,7 @@ class DialedLink(LanedLink):
         if self._missing <= 0:
             return
         await self.lanes.wait_wanted()
+        self._requested = True
         try:
             await self._first.send_message(LaneRequest(self._missing, "any"))
         except LinkClosedError:
@@ -156,13 +164,24 @@ class DialedLink(LanedLink):
                 await lane.send_message(Auth(ticket.session, ticket.proof))
                 self.lanes.add(lane)
                 await self.lanes.wait_dropped(lane)
-        except (DialError, LinkClosedError):
+        except DialError:
+            if ticket.port:
+                await self._ask_for_the_same_port()
+        except LinkClosedError:
             pass  # the link does without it
+
+    async def _ask_for_the_same_port(self) -> None:
+        """Ask again for a lane that could not be had at a port of its own."""
+        self._missing += 1
+        try:
+            await self._first.send_message(LaneRequest(1, "same"))
+        except LinkClosedError:
+            pass  # whoever receives from the link notices, too
 
     def _take(self, message: Message) -> bool:
         if not isinstance(message, LaneTicket):
             return False
-        if self._missing > 0:
+        if self._requested and self._missing > 0:
             self._missing -= 1
             self._tickets.send_nowait(message)
         return True
@@ -175,19 +194,28 @@ class LaneDesk:
     """Where a worker hands tickets out, and finds the link of a lane that arrives.
 
     Args:
+        host: The address that links are accepted at.
+        certificate: What lanes in processes of their own show.
         authenticate: The judge of proofs that are no tickets.
-        nursery: Where tickets are sent from.
+        nursery: Where tickets are sent from, and lane processes are owned.
     """
 
     def __init__(
-        self, authenticate: Callable[[Auth], str], nursery: trio.Nursery
+        self,
+        host: str,
+        certificate: Certificate,
+        authenticate: Callable[[Auth], str],
+        nursery: trio.Nursery,
     ) -> None:
-        self.nursery = nursery
+        self._host = host
+        self._certificate = certificate
+        self._nursery = nursery
         self._authenticate = authenticate
         self._book = TicketBook()
         self._numbers = count()
         self._links: dict[int, AcceptedLink] = {}
         self._arriving: dict[str, int] = {}
+        self._processes = 0
 
     def authenticate(self, auth: Auth) -> str:
         """Judge the proof of a new connection, be it a link or a lane.
@@ -224,15 +252,45 @@ class LaneDesk:
         self._links[number] = link = AcceptedLink(connection, number, self)
         return link
 
-    def issue(self, number: int) -> LaneTicket:
-        """Make a ticket for a lane of a link."""
-        session, proof = secrets.token_hex(16), secrets.token_hex(32)
-        self._book.issue(number, session, proof, trio.current_time())
-        return LaneTicket(session, proof, 0)
+    def hand_out(self, link: "AcceptedLink", request: LaneRequest) -> None:
+        """Send as many tickets as a link may have, in the background.
 
-    def withdraw(self, number: int) -> None:
-        """Void the tickets of a link that are not used yet."""
-        self._book.withdraw(number)
+        Lanes over QUIC are in processes of their own, each at a port of its own, where
+        there are cores for it.
+        """
+        room = MAX_LANES - 1 - len(link.lanes.alive) - self._book.held(link.number)
+        may_be_elsewhere = (
+            request.port == "any"
+            and link.statistics().kind == "quic"
+            and processes_pay()
+        )
+        for _ in range(min(request.count, room)):
+            if may_be_elsewhere and self._processes < MAX_PROCESSES:
+                self._processes += 1
+                self._nursery.start_soon(self._serve_process, link)
+            else:
+                self._issue(link)
+
+    def _issue(self, link: "AcceptedLink") -> None:
+        session, proof = _draw_ticket()
+        self._book.issue(link.number, session, proof, trio.current_time())
+        self._nursery.start_soon(link.send_ticket, LaneTicket(session, proof, 0))
+
+    async def _serve_process(self, link: "AcceptedLink") -> None:
+        session, proof = _draw_ticket()
+        try:
+            async with listen_in_process(
+                self._host, self._certificate, session, proof
+            ) as listener:
+                await link.send_ticket(LaneTicket(session, proof, listener.port))
+                async with listener.accept() as lane:
+                    if link.number in self._links:
+                        link.lanes.add(lane)
+                        await link.lanes.wait_dropped(lane)
+        except OSError:
+            pass  # the link does without it
+        finally:
+            self._processes -= 1
 
     def forget(self, number: int) -> None:
         """Note that a link has ended."""
@@ -254,7 +312,7 @@ class AcceptedLink(LanedLink):
 
     def __init__(self, first: Link, number: int, desk: LaneDesk) -> None:
         super().__init__(first)
-        self._number = number
+        self.number = number
         self._desk = desk
         self._requests = 0
 
@@ -262,22 +320,24 @@ class AcceptedLink(LanedLink):
         if not isinstance(message, LaneRequest):
             return False
         self._requests += 1
-        if self._requests <= MAX_REQUESTS:
-            self._desk.withdraw(self._number)
-            room = MAX_LANES - 1 - len(self.lanes.alive)
-            tickets = [
-                self._desk.issue(self._number) for _ in range(min(message.count, room))
-            ]
-            self._desk.nursery.start_soon(self._send_tickets, tickets)
+        # A child is started for each lane at another port, so that is asked for once.
+        is_first = self._requests == 1
+        if is_first or (message.port == "same" and self._requests <= MAX_REQUESTS):
+            self._desk.hand_out(self, message)
         return True
 
-    async def _send_tickets(self, tickets: list[LaneTicket]) -> None:
+    async def send_ticket(self, ticket: LaneTicket) -> None:
+        """Let the client open one lane."""
         try:
-            for ticket in tickets:
-                await self._first.send_message(ticket)
+            await self._first.send_message(ticket)
         except LinkClosedError:
             pass  # whoever receives from the link notices, too
 
     def _ended(self, reason: str) -> None:
         super()._ended(reason)
-        self._desk.forget(self._number)
+        self._desk.forget(self.number)
+
+
+def _draw_ticket() -> tuple[str, str]:
+    """Draw a session and a proof by lot."""
+    return secrets.token_hex(16), secrets.token_hex(32)

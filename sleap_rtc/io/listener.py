@@ -91,7 +91,7 @@ async def open_listener(
     udp, tcp = _bind_both(host, port)
     with udp, tcp:
         async with open_background_nursery() as nursery:
-            desk = LaneDesk(authenticate, nursery)
+            desk = LaneDesk(host, certificate, authenticate, nursery)
             async with (
                 serve_quic(
                     udp, certificate, desk.authenticate, idle_timeout=idle_timeout

@@ -28,8 +28,7 @@ class TicketBook:
     """The tickets that a worker has handed out, each good for one connection.
 
     Links are numbers of the owner's choice. A link has at most ``MAX_LANES - 1``
-    tickets at a time; `withdraw` takes back those that nobody has used, which the owner
-    does before it issues others, and when the link ends.
+    tickets at a time; `withdraw` takes back those that nobody has used.
     """
 
     def __init__(self) -> None:
@@ -48,8 +47,7 @@ class TicketBook:
             LocalProtocolError: If the link has as many as it may have, or the session
                 is not new.
         """
-        held = sum(ticket.link == link for ticket in self._tickets.values())
-        if held >= MAX_LANES - 1 or session in self._tickets:
+        if self.held(link) >= MAX_LANES - 1 or session in self._tickets:
             raise LocalProtocolError(f"one ticket too many for link {link}")
         self._tickets[session] = _Ticket(link, proof, now + TICKET_SECONDS)
 
@@ -74,6 +72,10 @@ class TicketBook:
         if ticket is None or now >= ticket.expires or not is_right:
             raise RemoteProtocolError("that is no ticket")
         return ticket.link
+
+    def held(self, link: int) -> int:
+        """Count the tickets of a link that nobody has used."""
+        return sum(ticket.link == link for ticket in self._tickets.values())
 
     def withdraw(self, link: int) -> None:
         """Void the tickets of a link that are not used yet."""

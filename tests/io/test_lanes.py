@@ -1,5 +1,6 @@
 """Links of several connections, end to end over sockets of this machine."""
 
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -298,12 +299,16 @@ async def test_a_client_that_asks_again_and_again_gets_no_more_lanes(
     listener: Listener,
 ) -> None:
     async with tickets_of(listener, TCP, 3) as (client, tickets):
+        for _ in range(MAX_REQUESTS - 2):
+            await client.send_message(LaneRequest(3, "same"))
+        auths = [Auth(ticket.session, ticket.proof) for ticket in tickets]
+        await check_refused(listener, TCP, Auth(auths[0].session, auths[1].proof))
+        await check_refused(listener, TCP, Auth(auths[1].session, auths[0].proof))
+        # Two tickets are used up, and one more request is answered.
         for _ in range(10):
             await client.send_message(LaneRequest(3, "same"))
-        for _ in range(3 * (MAX_REQUESTS - 1)):
+        for _ in range(2):
             assert isinstance(await client.receive_message(), LaneTicket)
-        # The first tickets are void, and no others come.
-        await check_refused(listener, TCP, Auth(tickets[0].session, tickets[0].proof))
         with trio.move_on_after(0.1) as scope:
             await client.receive_message()
         assert scope.cancelled_caught
@@ -323,6 +328,30 @@ async def test_a_worker_that_sends_tickets_unasked_opens_nothing() -> None:
         assert await link.receive_message() == CANCEL
         assert link.lanes is not None
         assert not link.lanes.alive
+
+
+async def test_a_lane_whose_port_is_out_of_reach_is_asked_for_again(
+    tmp_path: Path,
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        async with (
+            TCP.listen("127.0.0.1", 0, CERTIFICATE, judge) as strange,
+            dial(
+                [("127.0.0.1", strange.port)], certificate_der=DER, auth=AUTH, lanes=2
+            ) as (link, _),
+            open_background_nursery() as nursery,
+        ):
+            nursery.start_soon(Side(link).run)
+            worker = await strange.accept()
+            assert link.lanes is not None
+            link.lanes.want()
+            assert await worker.receive_message() == LaneRequest(1, "any")
+            port = unused.getsockname()[1]
+            await worker.send_message(LaneTicket("1" * 32, AUTH.proof, port))
+            assert await worker.receive_message() == LaneRequest(1, "same")
+            await worker.send_message(LaneTicket("2" * 32, AUTH.proof, 0))
+            assert (await strange.accept()).peer == "client 2222"
 
 
 async def test_a_worker_that_knows_no_lanes_is_no_hindrance(tmp_path: Path) -> None:

@@ -34,6 +34,12 @@ from sleap_rtc.io.link import LinkKind
 START_TIMEOUT = 30.0
 """Seconds that both ends may take to begin and to end."""
 
+CHUNK_SIZE = 1024 * 1024
+"""Bytes, as in any transfer."""
+
+SMALL_CHUNK_SIZE = 256 * 1024
+"""Where loss makes the path slow: few large chunks would arrive in the time."""
+
 LINK_END = Path(__file__).with_name("link_end.py")
 
 console = Console(highlight=False)
@@ -131,7 +137,12 @@ def measure(way: Way, conditions: Conditions, seconds: float, warm: float) -> Ce
         where = msgspec.json.decode(_output(receiver).readline(), type=Where)
         with open_proxy((LOOPBACK, where.port), conditions, carrier) as proxy:
             task = Task(
-                proxy.address, where.certificate, way.kind, way.congestion, seconds
+                proxy.address,
+                where.certificate,
+                way.kind,
+                way.congestion,
+                seconds,
+                SMALL_CHUNK_SIZE if conditions.loss else CHUNK_SIZE,
             )
             command = [sys.executable, str(LINK_END), "send"]
             done = subprocess.run(

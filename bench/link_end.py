@@ -29,9 +29,6 @@ from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import Auth, FileOffer, OfferedFile
 
 LOOPBACK = "127.0.0.1"
-CHUNK_SIZE = 256 * 1024
-"""A quarter of the usual size, so that a slow path shows how fast it is."""
-
 ENDLESS = 2**36
 """Bytes of the file; the sender stops long before its end."""
 
@@ -54,6 +51,7 @@ class Task(msgspec.Struct, frozen=True):
         kind: The link.
         congestion: The congestion control of QUIC; an empty one is the product's own.
         seconds: How long to send.
+        chunk_size: Bytes of a chunk. A fixed number of them is on the way at most.
     """
 
     address: tuple[str, int]
@@ -61,6 +59,7 @@ class Task(msgspec.Struct, frozen=True):
     kind: LinkKind
     congestion: str
     seconds: float
+    chunk_size: int
 
 
 class Sent(msgspec.Struct, frozen=True):
@@ -86,8 +85,8 @@ class Received(msgspec.Struct, frozen=True):
 class _Nowhere:
     """Takes chunks, and checks their hashes."""
 
-    def __init__(self) -> None:
-        self.chunk_map = ChunkMap(ENDLESS, CHUNK_SIZE)
+    def __init__(self, chunk_size: int) -> None:
+        self.chunk_map = ChunkMap(ENDLESS, chunk_size)
 
     def write(self, _index: int, payload: Buffer, digest: bytes) -> bool:
         return blake3(payload).digest() == digest
@@ -103,8 +102,8 @@ class _Nowhere:
 class _Memory:
     """The same chunk for ever."""
 
-    def __init__(self) -> None:
-        self._chunk = hashlib.shake_256(b"bench").digest(CHUNK_SIZE)
+    def __init__(self, chunk_size: int) -> None:
+        self._chunk = hashlib.shake_256(b"bench").digest(chunk_size)
         self._digest = blake3(self._chunk).digest()
 
     def read(self, _index: int) -> tuple[Buffer, bytes]:
@@ -135,7 +134,7 @@ async def receive() -> Received:
             await transfers.receive_file(
                 message.transfer_id,
                 message.file,
-                _Nowhere(),
+                _Nowhere(message.file.chunk_size),
                 on_progress=lambda size: arrivals.append(
                     (time.monotonic() - began, size)
                 ),
@@ -161,9 +160,9 @@ async def send(task: Task) -> Sent:
         transfers = Transfers(link)
         nursery.start_soon(transfers.run)
         nursery.start_soon(_deliver, link, transfers)
-        offer = OfferedFile(name="endless", size=ENDLESS, chunk_size=CHUNK_SIZE)
+        offer = OfferedFile(name="endless", size=ENDLESS, chunk_size=task.chunk_size)
         with trio.move_on_after(task.seconds):
-            await transfers.send_file(1, offer, _Memory())
+            await transfers.send_file(1, offer, _Memory(task.chunk_size))
         return Sent(link.statistics(), time.process_time())
 
 

@@ -29,6 +29,7 @@ from sleap_rtc.io.quic_engine import (
     server_engine,
 )
 from sleap_rtc.io.quic_link import QuicLink
+from sleap_rtc.io.quic_mtu import LARGEST_DATAGRAM, SMALLEST_DATAGRAM
 from sleap_rtc.io.quic_session import (
     Established,
     Output,
@@ -45,9 +46,6 @@ from sleap_rtc.io.session import IDLE_TIMEOUT, MAX_UNPROVEN_LINKS
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import Auth
 
-SMALLEST_FIRST_DATAGRAM = 1200
-"""RFC 9000, 14.1: a client pads its first datagram to this many bytes."""
-
 _VERSIONS = [int(QuicProtocolVersion.VERSION_1), int(QuicProtocolVersion.VERSION_2)]
 
 
@@ -60,6 +58,7 @@ class QuicListener:
         authenticate: Judge of their proofs.
         nursery: Where the links' tasks live.
         idle_timeout: Seconds of silence after which a client counts as gone.
+        largest_datagram: UDP payload in bytes that is sent at most.
 
     Attributes:
         ignored: Datagrams that belong to no link and began none.
@@ -72,6 +71,7 @@ class QuicListener:
         authenticate: Callable[[Auth], str],
         nursery: trio.Nursery,
         idle_timeout: float,
+        largest_datagram: int,
     ) -> None:
         self.ignored = 0
         self._udp = udp
@@ -79,6 +79,7 @@ class QuicListener:
         self._authenticate = authenticate
         self._nursery = nursery
         self._idle_timeout = idle_timeout
+        self._largest_datagram = largest_datagram
         self._routes: dict[bytes, QuicLink] = {}
         self._links: set[QuicLink] = set()
         self._unproven: set[QuicLink] = set()
@@ -150,7 +151,7 @@ class QuicListener:
         except ValueError:
             return None
         link = self._routes.get(header.destination_cid)
-        if link is None and len(data) >= SMALLEST_FIRST_DATAGRAM:
+        if link is None and len(data) >= SMALLEST_DATAGRAM:
             return self._begin(header, address)
         return link
 
@@ -172,7 +173,8 @@ class QuicListener:
             self._certificate,
             header.destination_cid,
             idle_timeout=self._idle_timeout,
-            datagram_size=DATAGRAM_SIZE,
+            datagram_size=SMALLEST_DATAGRAM,
+            largest_datagram=_largest_for(self._udp, self._largest_datagram),
         )
         session = QuicSession(
             engine,
@@ -220,6 +222,7 @@ async def open_quic_listener(
     authenticate: Callable[[Auth], str],
     *,
     idle_timeout: float = IDLE_TIMEOUT,
+    largest_datagram: int = LARGEST_DATAGRAM,
 ) -> AsyncIterator[QuicListener]:
     """Listen for QUIC links.
 
@@ -231,13 +234,19 @@ async def open_quic_listener(
             `RemoteProtocolError`; then the client is told no more than that it is
             refused.
         idle_timeout: Seconds of silence after which a client counts as gone.
+        largest_datagram: UDP payload in bytes that is sent at most; up to that, it
+            grows as far as the path allows.
 
     Raises:
         OSError: If the address cannot be bound.
     """
     with open_udp_listener(host, port) as udp:
         async with serve_quic(
-            udp, certificate, authenticate, idle_timeout=idle_timeout
+            udp,
+            certificate,
+            authenticate,
+            idle_timeout=idle_timeout,
+            largest_datagram=largest_datagram,
         ) as listener:
             yield listener
 
@@ -249,10 +258,13 @@ async def serve_quic(
     authenticate: Callable[[Auth], str],
     *,
     idle_timeout: float = IDLE_TIMEOUT,
+    largest_datagram: int = LARGEST_DATAGRAM,
 ) -> AsyncIterator[QuicListener]:
     """Take QUIC links on a bound socket; see `open_quic_listener`."""
     async with open_background_nursery() as nursery:
-        listener = QuicListener(udp, certificate, authenticate, nursery, idle_timeout)
+        listener = QuicListener(
+            udp, certificate, authenticate, nursery, idle_timeout, largest_datagram
+        )
         nursery.start_soon(_receive, udp, listener.receive)
         nursery.start_soon(_resume, udp, listener.pump)
         try:
@@ -268,6 +280,7 @@ async def connect_quic(
     *,
     certificate_der: bytes,
     idle_timeout: float = IDLE_TIMEOUT,
+    largest_datagram: int = LARGEST_DATAGRAM,
 ) -> AsyncIterator[Link]:
     """Reach a listener, without a proof yet: the first message must be `Auth`.
 
@@ -276,22 +289,28 @@ async def connect_quic(
         port: Its UDP port.
         certificate_der: The only certificate that it may show.
         idle_timeout: Seconds of silence after which it counts as gone.
+        largest_datagram: UDP payload in bytes that is sent at most; up to that, it
+            grows as far as the path allows.
 
     Raises:
         DialError: If it cannot be reached, or is not the one that was asked for.
     """
     shown = describe_address((host, port))
     try:
-        engine = client_engine_untrusted(
-            certificate_der, idle_timeout=idle_timeout, datagram_size=DATAGRAM_SIZE
-        )
         family, address = await _resolve(host, port)
         udp = open_udp_socket(_local_host(address), 0, family)
-    except RemoteProtocolError as error:
-        raise DialError([(shown, error.reason)]) from None
     except OSError as error:
         raise DialError([(shown, str(error))]) from None
     with udp:
+        try:
+            engine = client_engine_untrusted(
+                certificate_der,
+                idle_timeout=idle_timeout,
+                datagram_size=SMALLEST_DATAGRAM,
+                largest_datagram=_largest_for(udp, largest_datagram),
+            )
+        except RemoteProtocolError as error:
+            raise DialError([(shown, error.reason)]) from None
         now = trio.current_time()
         engine.connect(address, now)
         session = QuicSession(
@@ -326,6 +345,7 @@ async def dial_quic(
     certificate_der: bytes,
     auth: Auth,
     idle_timeout: float = IDLE_TIMEOUT,
+    largest_datagram: int = LARGEST_DATAGRAM,
 ) -> AsyncIterator[Link]:
     """Open a link to a listener, and close it after the body.
 
@@ -335,12 +355,18 @@ async def dial_quic(
         certificate_der: The only certificate that it may show.
         auth: The proof, which can be used once.
         idle_timeout: Seconds of silence after which it counts as gone.
+        largest_datagram: UDP payload in bytes that is sent at most; up to that, it
+            grows as far as the path allows.
 
     Raises:
         DialError: If it cannot be reached, or is not the one that was asked for.
     """
     async with connect_quic(
-        host, port, certificate_der=certificate_der, idle_timeout=idle_timeout
+        host,
+        port,
+        certificate_der=certificate_der,
+        idle_timeout=idle_timeout,
+        largest_datagram=largest_datagram,
     ) as link:
         await link.send_message(auth)
         yield link
@@ -361,6 +387,11 @@ async def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, Address]
     found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
     family, _, _, _, address = found[0]
     return family, address
+
+
+def _largest_for(udp: UdpSocket, largest: int) -> int:
+    """Return how large datagrams may grow: what gets cut on the way proves nothing."""
+    return largest if udp.never_fragments else min(DATAGRAM_SIZE, largest)
 
 
 def _local_host(remote: Address) -> str:

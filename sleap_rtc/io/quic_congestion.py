@@ -56,8 +56,12 @@ FULL_ROUNDS = 3
 """Startup ends when the rate has not grown by a quarter for three rounds."""
 
 BURST_PACKETS = 16
-BURST_SECONDS = 0.002
+BURST_SECONDS = 0.004
 """What may be sent at once: timers are accurate to a millisecond or so."""
+
+WORTHWHILE_PACKETS = 32
+WORTHWHILE_SECONDS = 0.002
+"""What is waited for, as many small turns cost more than a large one."""
 
 
 class Phase(enum.Enum):
@@ -316,14 +320,11 @@ class Pacer(QuicPacketPacer):
     def next_send_time(  # type: ignore[override] # it is annotated without None
         self, now: float
     ) -> float | None:
-        """Return when something may be sent; None means now.
-
-        As much as half of a burst is waited for: many small turns cost more than one.
-        """
+        """Return when something may be sent; None means now."""
         if self.budget(now) > 0:
             return None
-        burst = BURST_PACKETS * self._congestion.max_datagram_size
-        worthwhile = min(burst, BURST_SECONDS * self._rate) / 2
+        train = WORTHWHILE_PACKETS * self._congestion.max_datagram_size
+        worthwhile = min(train, WORTHWHILE_SECONDS * self._rate)
         return now + (worthwhile - self._level) / self._rate
 
     def update_after_send(self, now: float) -> None:

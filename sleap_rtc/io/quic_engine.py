@@ -107,15 +107,26 @@ class QuicEngine(BulkConnection):
 
 
 def client_engine_untrusted(
-    certificate_der: bytes, *, idle_timeout: float, datagram_size: int
+    certificate_der: bytes,
+    *,
+    idle_timeout: float,
+    datagram_size: int,
+    largest_datagram: int | None = None,
 ) -> QuicEngine:
     """Make the engine of a client that trusts one certificate.
+
+    Args:
+        certificate_der: The certificate.
+        idle_timeout: Seconds of silence after which the peer counts as gone.
+        datagram_size: The UDP payload to begin with, in bytes.
+        largest_datagram: What it may grow to; None means that it stays.
 
     Raises:
         RemoteProtocolError: If the bytes are no certificate.
     """
     anchor = certificate_pem_untrusted(certificate_der)
     return QuicEngine(
+        largest_datagram=largest_datagram or datagram_size,
         configuration=QuicConfiguration(
             is_client=True,
             alpn_protocols=[ALPN],
@@ -123,7 +134,7 @@ def client_engine_untrusted(
             verify_mode=ssl.CERT_REQUIRED,
             server_name=SERVER_NAME,
             **_common(idle_timeout, datagram_size),
-        )
+        ),
     )
 
 
@@ -133,6 +144,7 @@ def server_engine(
     *,
     idle_timeout: float,
     datagram_size: int,
+    largest_datagram: int | None = None,
 ) -> QuicEngine:
     """Make the engine that answers a client's first packet.
 
@@ -140,9 +152,11 @@ def server_engine(
         certificate: What to show.
         connection_id: The destination connection id of that packet.
         idle_timeout: Seconds of silence after which the peer counts as gone.
-        datagram_size: The largest UDP payload to send, in bytes.
+        datagram_size: The UDP payload to begin with, in bytes.
+        largest_datagram: What it may grow to; None means that it stays.
     """
     return QuicEngine(
+        largest_datagram=largest_datagram or datagram_size,
         configuration=QuicConfiguration(
             is_client=False,
             alpn_protocols=[ALPN],

@@ -7,18 +7,24 @@ Those are private attributes of its connection: the bounds of its version in
 `pyproject.toml` follow from this module.
 """
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
+from aioquic.buffer import Buffer  # type: ignore[attr-defined] # no __all__
 from aioquic.quic.connection import QuicConnection, QuicConnectionState
-from aioquic.quic.packet import QuicPacketType, QuicStreamFrame
-from aioquic.quic.packet_builder import QuicSentPacket
+from aioquic.quic.packet import (
+    QuicPacketType,
+    QuicStreamFrame,
+    pull_quic_transport_parameters,
+)
+from aioquic.quic.packet_builder import QuicDeliveryState, QuicSentPacket
 from aioquic.quic.recovery import MAX_ACK_RANGES
 from aioquic.quic.stream import FinalSizeError, QuicStream
 from aioquic.tls import Epoch
 
 from sleap_rtc.io.quic_bulk import BulkSender, Payload, Piece
 from sleap_rtc.io.quic_congestion import Congestion, Pacer
+from sleap_rtc.io.quic_mtu import MtuSearch
 from sleap_rtc.io.quic_packets import (
     CONNECTION_ID_LENGTH,
     MASK_SIZE,
@@ -56,15 +62,36 @@ _SHORTEST_FRAME = 2 + 2 * 8
 """Bytes in which all integers of a frame have room."""
 
 
+_PING, _PADDING = b"\x01", b"\x00"
+
+
+class _Draft(NamedTuple):
+    """A packet that is about to be made.
+
+    Args:
+        payload: Its frames.
+        on_delivery: Called with what became of it.
+        arguments: Of that call, too.
+        counts: False if it is not part of what congestion control knows.
+    """
+
+    payload: bytes
+    on_delivery: Callable[..., None]
+    arguments: tuple[int, ...]
+    counts: bool = True
+
+
 class BulkConnection(QuicConnection):
     """A QUIC connection that is quick with one stream for bulk each way.
 
     Args:
+        largest_datagram: What the size of datagrams may grow to where the path allows.
         options: Those of `QuicConnection`.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, largest_datagram: int, **options: Any) -> None:
         super().__init__(**options)
+        self._mtu = MtuSearch(self._max_datagram_size, largest_datagram)
         # What the configuration names is only reached as a part of the recovery.
         self.congestion = cast(Congestion, self._loss._cc)
         self.pacer = Pacer(self.congestion)
@@ -95,8 +122,11 @@ class BulkConnection(QuicConnection):
         before = self.congestion.bytes_in_flight
         datagrams = super().datagrams_to_send(now)
         self.pacer.correct(self.congestion.bytes_in_flight - before)
-        if self._bulk is not None and self._is_plain():
-            datagrams += self._bulk_to_send(self._bulk, now)
+        if self._is_plain() and self._network_paths[0].is_validated:
+            if self._bulk is not None and not self._bulk.is_blocked:
+                datagrams += self._bulk_to_send(self._bulk, now)
+            if (size := self._mtu.next_probe()) is not None:
+                datagrams += self._seal([self._probe_of(size)], now)
         return datagrams
 
     def _is_plain(self) -> bool:
@@ -106,35 +136,44 @@ class BulkConnection(QuicConnection):
         )
 
     def _bulk_to_send(self, stream: QuicStream, now: float) -> list[Datagram]:
-        path = self._network_paths[0]
-        if stream.is_blocked or not path.is_validated:
-            return []
         pieces = self._pieces_to_send(stream, now)
-        if not pieces:
+        on_delivery = self._on_bulk_delivery
+        return self._seal(
+            [
+                _Draft(self._frame_of(piece), on_delivery, (piece.start, piece.stop))
+                for piece in pieces
+            ],
+            now,
+        )
+
+    def _seal(self, drafts: Sequence[_Draft], now: float) -> list[Datagram]:
+        """Make packets, and account for them."""
+        if not drafts:
             return []
         context = self._cryptos[Epoch.ONE_RTT].send
         if self._sealing_keys is None:
             self._sealing_keys = PacketKeys(context)
         self._sealing_keys.follow(context)
-        payloads = [self._frame_of(piece) for piece in pieces]
-        first = self._packet_number
-        sealed = self._sealing_keys.seal(payloads, first, self._peer_cid.cid)
+        first, space = self._packet_number, self._spaces[Epoch.ONE_RTT]
+        sealed = self._sealing_keys.seal(
+            [draft.payload for draft in drafts], first, self._peer_cid.cid
+        )
         self._packet_number += len(sealed)
-        on_delivery = self._bulk_sender.on_delivery
-        space = self._spaces[Epoch.ONE_RTT]
-        for number, (piece, data) in enumerate(zip(pieces, sealed, strict=True), first):
+        for number, (draft, data) in enumerate(zip(drafts, sealed, strict=True), first):
             packet = QuicSentPacket(
                 epoch=Epoch.ONE_RTT,
-                in_flight=True,
+                in_flight=draft.counts,
                 is_ack_eliciting=True,
                 is_crypto_packet=False,
                 packet_number=number,
                 packet_type=QuicPacketType.ONE_RTT,
                 sent_time=now,
                 sent_bytes=len(data),
-                delivery_handlers=[(on_delivery, (piece.start, piece.stop))],
+                delivery_handlers=[(draft.on_delivery, draft.arguments)],
             )
             self._loss.on_packet_sent(packet=packet, space=space)
+        self._loss._time_of_last_sent_ack_eliciting_packet = now
+        path = self._network_paths[0]
         path.bytes_sent += sum(map(len, sealed))
         if not self._ack_eliciting_sent_since_receipt:
             # RFC 9000, 10.1: the idle time begins again with the first of them.
@@ -142,6 +181,41 @@ class BulkConnection(QuicConnection):
             self._ack_eliciting_sent_since_receipt = True
         self._renew_keys(len(sealed))
         return [(data, path.addr) for data in sealed]
+
+    def _probe_of(self, size: int) -> _Draft:
+        """Make a packet that says nothing, whose loss is no sign of congestion."""
+        header = 1 + len(self._peer_cid.cid) + NUMBER_SIZE
+        payload = _PING.ljust(size - header - TAG_SIZE, _PADDING)
+        return _Draft(payload, self._on_probe_delivery, (size,), counts=False)
+
+    def _on_probe_delivery(self, delivery: QuicDeliveryState, size: int) -> None:
+        if delivery is QuicDeliveryState.ACKED:
+            self._mtu.probe_arrived(size)
+            self._resize()
+        else:
+            self._mtu.probe_lost()
+
+    def _on_bulk_delivery(
+        self, delivery: QuicDeliveryState, start: int, stop: int
+    ) -> None:
+        self._bulk_sender.on_delivery(delivery, start, stop)
+        if delivery is QuicDeliveryState.ACKED:
+            self._mtu.packet_arrived(stop - start)
+        else:
+            self._mtu.packet_lost(stop - start)
+            self._resize()
+
+    def _resize(self) -> None:
+        self._max_datagram_size = self._mtu.size
+        self.congestion.max_datagram_size = self._mtu.size
+
+    def _parse_transport_parameters(
+        self, data: bytes, from_session_ticket: bool = False
+    ) -> None:
+        super()._parse_transport_parameters(data, from_session_ticket)
+        largest = pull_quic_transport_parameters(Buffer(data=data)).max_udp_payload_size
+        if largest is not None:
+            self._mtu.limit(largest)
 
     def _pieces_to_send(self, stream: QuicStream, now: float) -> list[Piece]:
         """Take what may be sent in this turn, and see to it that there is a next."""

@@ -34,6 +34,16 @@ _SEGMENT_SIZE = struct.Struct("=H")
 _GRO_SIZE = struct.Struct("=i")
 _ANCILLARY_SPACE = 64
 
+_DO_NOT_FRAGMENT: dict[str, tuple[tuple[int, int, int], ...]] = {
+    # IP_MTU_DISCOVER and IPV6_MTU_DISCOVER, set to IP_PMTUDISC_PROBE
+    "linux": ((socket.IPPROTO_IP, 10, 3), (socket.IPPROTO_IPV6, 23, 3)),
+    # IP_DONTFRAG and IPV6_DONTFRAG
+    "darwin": ((socket.IPPROTO_IP, 28, 1), (socket.IPPROTO_IPV6, 62, 1)),
+    # IP_DONTFRAGMENT and IPV6_DONTFRAG
+    "win32": ((socket.IPPROTO_IP, 14, 1), (socket.IPPROTO_IPV6, 14, 1)),
+}
+"""By platform: level, option and value."""
+
 _NO_TRAINS = (errno.EINVAL, errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP)
 """What an operating system or a network card says that cannot cut trains."""
 
@@ -47,6 +57,8 @@ class UdpSocket:
     Attributes:
         dropped: Datagrams that the operating system refused to send. QUIC sends
             their content again.
+        never_fragments: True if a datagram arrives in one piece or not at all.
+        never_fragments: True if a datagram arrives in one piece or not at all.
     """
 
     def __init__(self, bound: socket.socket) -> None:
@@ -56,6 +68,7 @@ class UdpSocket:
         self._full = trio.Event()
         self._receives_trains = _ask_for_trains(bound)
         self._sends_trains = self._receives_trains  # older systems may not cut
+        self.never_fragments = _forbid_fragments(bound)
 
     def __enter__(self) -> Self:
         """Return itself."""
@@ -249,3 +262,20 @@ def _ask_for_trains(opened: socket.socket) -> bool:
     except OSError:
         return False  # Linux before 5.0
     return True
+
+
+def _forbid_fragments(opened: socket.socket) -> bool:
+    """Keep routers and this machine from cutting datagrams (RFC 9000, 14)."""
+    done = False
+    for level, option, value in _DO_NOT_FRAGMENT.get(sys.platform, ()):
+        if level == socket.IPPROTO_IPV6 and opened.family != socket.AF_INET6:
+            continue
+        try:
+            opened.setsockopt(level, option, value)
+        except OSError:
+            # An IPv6 socket may not care about IPv4; every other refusal counts.
+            if level == socket.IPPROTO_IPV6 or opened.family != socket.AF_INET6:
+                return False
+        else:
+            done = True
+    return done

@@ -1,16 +1,16 @@
-"""A `sleap-rtc` command whose QUIC datagrams have a given size.
+"""A `sleap-rtc` command whose QUIC datagrams grow to a given size and no more.
 
 python bench/ends/capped.py DATAGRAM_SIZE COMMAND...
 """
 
 import sys
 
-from sleap_rtc.io import quic_engine
+from sleap_rtc.io import quic_mtu
 
 
 def main() -> None:
     """Set the size before any other module has read it, and run the command."""
-    quic_engine.DATAGRAM_SIZE = int(sys.argv.pop(1))
+    quic_mtu.LARGEST_DATAGRAM = int(sys.argv.pop(1))
     from sleap_rtc.cli import main as run_command
 
     run_command()

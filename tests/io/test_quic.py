@@ -1,7 +1,9 @@
 """What only QUIC links do, over real UDP sockets on loopback."""
 
+import math
 import os
 import socket
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -10,8 +12,11 @@ import trio.testing
 from aioquic.buffer import Buffer  # type: ignore[attr-defined] # no __all__
 from aioquic.quic.packet import pull_quic_header
 
-from sleap_rtc.io.quic import QuicListener, open_quic_listener
-from tests.io.links import CANCEL, CERTIFICATE, QUIC, judge, pair
+from sleap_rtc.io.quic import QuicListener, dial_quic, open_quic_listener
+from sleap_rtc.io.quic_link import QuicLink
+from sleap_rtc.io.quic_mtu import LARGEST_DATAGRAM
+from sleap_rtc.proto.frames import ChunkHeader, Frame
+from tests.io.links import AUTH, CANCEL, CERTIFICATE, QUIC, judge, pair
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +61,63 @@ async def test_an_unknown_version_is_answered_with_the_known_ones(
     header = pull_quic_header(Buffer(data=answer), host_cid_length=8)
     assert header.version == 0
     assert header.supported_versions == [1, 0x6B3343CF]
+
+
+class LongestStep(trio.abc.Instrument):
+    """Seconds of CPU that the longest step of a task took."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._began = math.inf
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        self._began = time.thread_time()
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.seconds = max(self.seconds, time.thread_time() - self._began)
+
+
+async def test_a_transfer_never_keeps_others_waiting(listener: QuicListener) -> None:
+    count, size = 24, 1024 * 1024
+    payload = bytes(size)
+    longest = LongestStep()
+    async with pair(QUIC, listener) as (client, worker), trio.open_nursery() as nursery:
+        trio.lowlevel.add_instrument(longest)
+
+        async def send() -> None:
+            for index in range(count):
+                header = ChunkHeader(1, index, size, bytes(32))
+                await client.send_frame(Frame(header, payload))
+
+        nursery.start_soon(send)
+        for index in range(count):
+            frame = await worker.receive_frame()
+            assert frame.header.index == index
+        trio.lowlevel.remove_instrument(longest)
+    assert 0 < longest.seconds < 0.01
+
+
+async def test_datagrams_over_loopback_grow_to_the_size_that_is_asked_for() -> None:
+    async with (
+        open_quic_listener("127.0.0.1", 0, CERTIFICATE, judge) as listener,
+        dial_quic(
+            "127.0.0.1",
+            listener.port,
+            certificate_der=CERTIFICATE.certificate_der,
+            auth=AUTH,
+            largest_datagram=4000,
+        ) as client,
+    ):
+        worker = await listener.accept()
+        size = 1024 * 1024
+        header = ChunkHeader(1, 0, size, bytes(32))
+        for link, other in ((client, worker), (worker, client)):
+            await link.send_frame(Frame(header, bytes(size)))
+            await other.receive_frame()
+        assert isinstance(client, QuicLink)
+        assert isinstance(worker, QuicLink)
+        assert client._session._engine._max_datagram_size == 4000
+        assert worker._session._engine._max_datagram_size == LARGEST_DATAGRAM
 
 
 # ------------------------------------------------------------------------- addresses

@@ -5,12 +5,14 @@ import random
 from collections.abc import Callable, Iterator
 
 import pytest
+from aioquic.tls import Epoch
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sleap_rtc.io import quic_fast
 from sleap_rtc.io.certificates import Certificate, make_certificate
 from sleap_rtc.io.quic_engine import (
     DATAGRAM_SIZE,
@@ -19,6 +21,7 @@ from sleap_rtc.io.quic_engine import (
     client_engine_untrusted,
     server_engine,
 )
+from sleap_rtc.io.quic_fast import PACKETS_PER_TURN
 from sleap_rtc.io.quic_session import (
     Established,
     MessageDecoder,
@@ -73,6 +76,8 @@ class Network:
         loss: Share of the datagrams that get lost.
         delay: Seconds that a datagram takes.
         jitter: Seconds more that it takes at most; datagrams overtake each other.
+        mtu: The longest datagram that arrives, in bytes.
+        largest_datagram: What the size of datagrams may grow to.
     """
 
     def __init__(
@@ -82,9 +87,12 @@ class Network:
         loss: float = 0.0,
         delay: float = 0.02,
         jitter: float = 0.0,
+        mtu: int = 65_535,
+        largest_datagram: int | None = None,
         shown: Certificate = CERTIFICATE,
     ) -> None:
         self.now = 1000.0
+        self.mtu = mtu
         self.loss = loss
         self._random = random.Random(seed)
         self._delay, self._jitter = delay, jitter
@@ -94,6 +102,7 @@ class Network:
             CERTIFICATE.certificate_der,
             idle_timeout=IDLE_TIMEOUT,
             datagram_size=DATAGRAM_SIZE,
+            largest_datagram=largest_datagram,
         )
         engine.connect(SERVER, self.now)
         self.client = QuicSession(
@@ -107,6 +116,7 @@ class Network:
             engine.original_destination_connection_id,
             idle_timeout=IDLE_TIMEOUT,
             datagram_size=DATAGRAM_SIZE,
+            largest_datagram=largest_datagram,
         )
         self.client_engine = engine
         self.server = QuicSession(
@@ -123,7 +133,7 @@ class Network:
             source = CLIENT if to_server else SERVER
             for data, _ in session.datagrams_to_send(self.now):
                 self._sent += 1
-                if self._random.random() >= self.loss:
+                if self._random.random() >= self.loss and len(data) <= self.mtu:
                     arrival = self.now + self._delay
                     arrival += self._random.random() * self._jitter
                     entry = (arrival, self._sent, to_server, (data, source))
@@ -706,3 +716,90 @@ def test_an_engine_knows_no_certificate_before_the_handshake() -> None:
     engine: QuicEngine = Network().client_engine
     assert engine.peer_certificate == b""
     assert engine.unacknowledged(0) == 0
+
+
+# ------------------------------------------------------------ how fast, and how large
+
+
+def transfer(network: Network, count: int, size: int = MEGABYTE // 4) -> float:
+    """Send frames from the client; returns bytes per second of the second half."""
+    sent = received = 0
+    half_at = network.now
+
+    def done() -> bool:
+        nonlocal sent, received, half_at
+        while sent < count and network.client.has_room_for_frame:
+            network.client.send_frame(make_frame(sent, size))
+            sent += 1
+        network.flush(network.client)
+        for _ in frames_of(network.server):
+            received += 1
+            if received == count // 2:
+                half_at = network.now
+        if network.server.has_news:
+            network.flush(network.server)
+        return received == count
+
+    network.run_until(done)
+    return (count - count // 2) * size / max(network.now - half_at, 1e-3)
+
+
+def test_losses_at_random_do_not_slow_a_transfer_down() -> None:
+    # Cubic gets less than 1 MB/s over this path; nothing but the loss is a limit.
+    network = Network(3, loss=0.001, delay=0.025)
+    network.prove()
+    assert transfer(network, 60) > 4e6
+    assert network.client.packets_lost > 0
+
+
+def test_a_path_that_loses_much_is_taken_for_a_congested_one() -> None:
+    network = Network(3, delay=0.025)
+    network.prove()
+    transfer(network, 12)
+    before = network.client_engine.congestion.congestion_window
+    network.loss = 0.2
+    transfer(network, 24)
+    assert network.client_engine.congestion.congestion_window < before / 4
+
+
+def test_datagrams_grow_as_far_as_the_path_allows() -> None:
+    network = Network(largest_datagram=16_383, mtu=9000)
+    network.prove()
+    transfer(network, 8)
+    assert network.client_engine._max_datagram_size == 8952
+    assert network.client.packets_lost == 0
+
+
+def test_a_path_that_begins_to_swallow_large_datagrams_does_not_end_a_link() -> None:
+    network = Network(largest_datagram=16_383, mtu=9000)
+    network.prove()
+    transfer(network, 4)
+    network.mtu = 1400
+    transfer(network, 4)
+    assert network.client_engine._max_datagram_size <= 1400
+    assert network.client.ended is None
+
+
+def test_keys_are_renewed_before_they_wear_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(quic_fast, "PACKETS_PER_KEY", 500)
+    network = Network(loss=0.001)
+    network.prove()
+    keys = {id(network.client_engine._cryptos[Epoch.ONE_RTT].send.secret)}
+    for _ in range(4):
+        transfer(network, 4)
+        keys.add(id(network.client_engine._cryptos[Epoch.ONE_RTT].send.secret))
+    assert len(keys) > 1
+    assert network.client.ended is None
+
+
+def test_a_turn_makes_a_bounded_number_of_packets(network: Network) -> None:
+    for index in range(4):
+        network.client.send_frame(make_frame(index, MEGABYTE))
+    network.client_engine.congestion.congestion_window = 100 * MEGABYTE
+    datagrams = network.client.datagrams_to_send(network.now)
+    assert 1 < len(datagrams) <= PACKETS_PER_TURN + 2
+    deadline = network.client.deadline()
+    assert deadline is not None
+    assert deadline - network.now < 0.1

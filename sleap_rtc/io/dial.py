@@ -8,8 +8,12 @@ from typing import assert_never
 import trio
 
 from sleap_rtc.io.addresses import describe_address
-from sleap_rtc.io.lane_process import connect_quic_in_process, processes_pay
-from sleap_rtc.io.lanes import DEFAULT_LANES, DialedLink
+from sleap_rtc.io.lane_process import (
+    connect_quic_in_process,
+    default_lanes,
+    processes_pay,
+)
+from sleap_rtc.io.lanes import DialedLink
 from sleap_rtc.io.link import DialError, Link, LinkKind
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.quic import connect_quic
@@ -162,5 +166,5 @@ def _with_lanes(
             Attempt(attempt.kind, attempt.host, port or attempt.port)
         )
 
-    connections = DEFAULT_LANES[attempt.kind] if lanes is None else lanes
+    connections = default_lanes(attempt.kind) if lanes is None else lanes
     return DialedLink(first, connections, connect)

@@ -25,14 +25,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from sleap_rtc.io.addresses import describe_address
 from sleap_rtc.io.certificates import Certificate
-from sleap_rtc.io.link import DialError, Link
+from sleap_rtc.io.link import DialError, Link, LinkKind
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.pipe_link import open_pipe_link, relay
 from sleap_rtc.io.quic import connect_quic, open_quic_listener
 from sleap_rtc.io.session import IDLE_TIMEOUT
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.lanes import TICKET_SECONDS
-from sleap_rtc.proto.messages import Auth
+from sleap_rtc.proto.messages import MAX_LANES, Auth
 
 CORES_FOR_PROCESSES = 4
 """With fewer of them the processes of both sides only take turns."""
@@ -86,7 +86,25 @@ class Standing(msgspec.Struct, frozen=True, omit_defaults=True):
 
 def processes_pay() -> bool:
     """Tell whether this machine is one where lanes have processes of their own."""
-    return sys.platform != "win32" and (os.cpu_count() or 1) >= CORES_FOR_PROCESSES
+    return sys.platform != "win32" and usable_cores() >= CORES_FOR_PROCESSES
+
+
+def default_lanes(kind: LinkKind) -> int:
+    """Say how many connections a link shall have, the first one included.
+
+    More TCP connections were no faster than one: a single stream already keeps both
+    interpreters busy. QUIC connections need a core each, on either side.
+    """
+    if kind == "tcp" or not processes_pay():
+        return 1
+    return min(MAX_LANES, usable_cores() // 2)
+
+
+def usable_cores() -> int:
+    """Count the cores that this process may run on."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 # ----------------------------------------------------------------------- the parent

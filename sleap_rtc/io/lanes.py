@@ -20,7 +20,6 @@ from sleap_rtc.io.link import (
     Lanes,
     Link,
     LinkClosedError,
-    LinkKind,
     LinkStatistics,
 )
 from sleap_rtc.proto.errors import RemoteProtocolError
@@ -40,9 +39,6 @@ could not be had there."""
 
 MAX_PROCESSES = 16
 """Lane processes of a worker, each of some 50 MiB; further lanes stay in its own."""
-
-DEFAULT_LANES: dict[LinkKind, int] = {"tcp": 1, "quic": 1}
-"""Connections of a link, if nobody says how many."""
 
 _LANE = "lane:"
 """How the names of lanes begin; no peer id holds a colon."""

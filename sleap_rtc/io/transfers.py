@@ -43,9 +43,9 @@ __all__ = [
 MAX_REFUSALS = 64
 """Refusals of unknown transfers that wait to be sent; what is over is not refused."""
 
-LANES_FROM = 32 * 1024 * 1024
-"""Bytes of a file from which on it uses lanes: to open them takes longer than to send
-less."""
+LANES_FROM = 256 * 1024 * 1024
+"""Bytes of a file from which on it uses lanes. Lane processes take about a second to
+start, in which one QUIC connection may move 150 MB."""
 
 _UNKNOWN = "there is no such transfer here; it ended, or was never begun"
 

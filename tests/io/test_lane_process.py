@@ -12,7 +12,12 @@ import psutil
 import pytest
 import trio
 
-from sleap_rtc.io.lane_process import connect_quic_in_process, listen_in_process
+from sleap_rtc.io.lane_process import (
+    connect_quic_in_process,
+    default_lanes,
+    listen_in_process,
+    processes_pay,
+)
 from sleap_rtc.io.link import DialError, Link, LinkClosedError
 from sleap_rtc.io.listener import Listener, open_listener
 from sleap_rtc.io.pipe_link import open_pipe_link
@@ -39,6 +44,19 @@ def processes_for_small_files(monkeypatch: pytest.MonkeyPatch) -> None:
 async def listener() -> AsyncIterator[Listener]:
     async with open_listener("127.0.0.1", 0, CERTIFICATE, judge) as opened:
         yield opened
+
+
+@pytest.mark.parametrize(
+    ("cores", "tcp", "quic"),
+    [(1, 1, 1), (2, 1, 1), (3, 1, 1), (4, 1, 2), (6, 1, 3), (8, 1, 4), (128, 1, 4)],
+)
+def test_links_have_lanes_where_there_are_cores(
+    cores: int, tcp: int, quic: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr("sleap_rtc.io.lane_process.usable_cores", lambda: cores)
+    assert (default_lanes("tcp"), default_lanes("quic")) == (tcp, quic)
+    assert processes_pay() == (cores >= 4)
 
 
 def children() -> list[psutil.Process]:

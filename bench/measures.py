@@ -181,11 +181,13 @@ class Load(msgspec.Struct, frozen=True):
     Args:
         path: Where it is.
         size: Its bytes.
+        hashed: How many of its last bytes are checked: all, but for reserved ones.
         digest: Their BLAKE3 hash.
         arrived: Where the receiving side is to leave it.
     """
 
     path: Path
     size: int
+    hashed: int
     digest: str
     arrived: Path

@@ -131,7 +131,8 @@ def wait_for_text(
 
 def last_line_of(said: str) -> str:
     """Return the line of a program's output that tells most about its end."""
-    lines = said.strip().splitlines()
+    # The frame around an exception group says nothing.
+    lines = [text for line in said.splitlines() if (text := line.strip(" |+-"))]
     return lines[-1] if lines else "it said nothing"
 
 

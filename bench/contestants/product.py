@@ -19,7 +19,14 @@ from typing import Any
 import msgspec
 from files import PROGRAM, fresh_directory, take_away
 from measures import BenchError, Contestant, Load, Sample
-from processes import Meter, killed_after, patience, started, wait_for_text
+from processes import (
+    Meter,
+    killed_after,
+    last_line_of,
+    patience,
+    started,
+    wait_for_text,
+)
 
 ENDS = Path(__file__).parents[1] / "ends"
 
@@ -128,14 +135,20 @@ def _send(load: Load, way: Way) -> _Watch:
         arguments += ["--shared-storage-root", str(directory / "storage")]
         arguments += ["--timeout", f"{timeout:.0f}", *way.options]
         command, sent_at = way.command(*arguments), time.monotonic()
-        with started(command, env=environment, stdout=subprocess.PIPE) as client:
+        errors = directory / "send.log"
+        with (
+            errors.open("w") as file,
+            started(
+                command, env=environment, stdout=subprocess.PIPE, stderr=file
+            ) as client,
+        ):
             seen = _Watch(client.pid, worker.pid, sent_at)
             with killed_after(2 * timeout, client):
                 for line in client.stdout or ():
                     seen.receive(json.loads(line))
                 code = client.wait()
         if code != 0:
-            said = seen.last.get("message", "it said nothing")
+            said = seen.last.get("message") or last_line_of(errors.read_text())
             raise BenchError(f"send ended with {code}: {said}")
         # The worker's peak includes the unpacking.
         seen.worker.look_at_memory()

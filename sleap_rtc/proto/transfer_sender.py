@@ -262,8 +262,13 @@ class Sender(Machine[SenderState, SenderOutput]):
 
     def _verify(self) -> None:
         """Compare the root that the receiver claims, as soon as our own is known."""
-        # A frame that is still in hand is about to tell its hash.
-        is_busy = self._hashing or any(work.in_hand for work in self._lanes.values())
+        # A frame that is still in hand is about to tell its hash. But one whose chunk
+        # has gone over another lane meanwhile may wait for a lane that is stuck.
+        is_busy = self._hashing or any(
+            not self._hashes.has(index)
+            for work in self._lanes.values()
+            for index in work.in_hand
+        )
         if self.state is not SenderState.VERIFYING or is_busy:
             return
         if not self._hashes.is_complete:

@@ -112,6 +112,32 @@ async def test_a_lane_process_that_is_killed_is_a_dead_lane(
             await until(lambda: not lanes_of(client) and not lanes_of(worker))
 
 
+async def test_a_lane_that_is_stuck_does_not_stall_a_transfer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Only the client's end of the lane is a process of its own.
+    monkeypatch.setattr("sleap_rtc.io.lanes.processes_pay", lambda: False)
+    job = Job(tmp_path, 300 * CHUNK_SIZE)
+    with trio.fail_after(60):
+        async with (
+            open_listener("127.0.0.1", 0, CERTIFICATE, judge, idle_timeout=1.0) as one,
+            laned_sides(one, QUIC, lanes=2) as (client, worker),
+        ):
+            assert client.link.lanes is not None
+            client.link.lanes.want()
+            await until(lambda: len(lanes_of(client)) == len(lanes_of(worker)) == 1)
+
+            async def stop_in_the_middle() -> None:
+                await until(lambda: job.stored > 50 * CHUNK_SIZE)
+                children()[0].suspend()
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stop_in_the_middle)
+                await send_and_receive(job, client, worker)
+            job.check_arrived()
+            assert not lanes_of(worker)
+
+
 async def test_a_child_listens_for_its_ticket_and_no_other() -> None:
     with trio.fail_after(30):
         async with listen_in_process(

@@ -550,6 +550,19 @@ def test_the_verdict_does_not_wait_for_a_lane_that_is_lost() -> None:
     assert outputs_of(sender) == [HashMissing(0, COUNT)]
 
 
+def test_the_verdict_does_not_wait_for_a_lane_that_is_stuck() -> None:
+    sender = Sender(TRANSFER_ID, len(CONTENT), CHUNK_SIZE)
+    sender.receive_grant(ChunkGrant(TRANSFER_ID, 0, 1), 1)
+    assert outputs_of(sender) == [ReadAndSend(0, 1)]
+    sender.receive_message(ChunkGrant(TRANSFER_ID, 0, 3))  # the receiver gave it up
+    for header in HEADERS:
+        outputs_of(sender)
+        sender.chunk_sent(header.index, header.hash)
+    sender.receive_message(FileReceived(TRANSFER_ID, root()))
+    assert sender.state is SenderState.DONE
+    sender.chunk_sent(0, HEADERS[0].hash, 1)  # too late to matter
+
+
 def test_a_grant_of_another_transfer_is_refused_on_a_lane_too() -> None:
     sender = sender_in(SenderState.SENDING)
     with pytest.raises(LocalProtocolError, match="of 8"):

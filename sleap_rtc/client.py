@@ -21,19 +21,21 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import msgspec
-import structlog
 import trio
 
 import sleap_rtc
 from sleap_rtc.client_session import (
     ClientSession,
+    JobResumed,
+    LinkLost,
     PackageCopied,
     Plan,
+    ResultsChosen,
     ResultsStored,
     SessionEvent,
     TransferProgress,
 )
-from sleap_rtc.config import SharedStorageConfig
+from sleap_rtc.config import SharedStorageConfig, make_state_directory
 from sleap_rtc.errors import (
     ConnectionLostError,
     InterruptedJobError,
@@ -44,42 +46,40 @@ from sleap_rtc.errors import (
     TransferFailedError,
     UsageError,
 )
-from sleap_rtc.introductions import Introduction, ask_worker
 from sleap_rtc.io.archive import pack_directory
 from sleap_rtc.io.archive_plan import ArchiveError
-from sleap_rtc.io.dial import dial
 from sleap_rtc.io.folder import SharedStorageError
-from sleap_rtc.io.link import DialError, Link, LinkClosedError
+from sleap_rtc.io.link import Link, LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.signaling import RegistrationRefusedError, Room, open_room
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.invite import Invite, RoomKeys
 from sleap_rtc.proto.job_client import JobEnded, LinePrinted, RouteChosen, StateChanged
 from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting
 from sleap_rtc.proto.paths import check_file_name_untrusted
-from sleap_rtc.proto.rendezvous import Metadata
-from sleap_rtc.proto.routes import (
-    GiveUp,
-    RoutePreference,
-    asked_kinds,
-    choose_kinds,
-)
-from sleap_rtc.proto.workers import (
-    Candidate,
-    Choice,
-    NoChoice,
-    choose_worker,
-    read_card,
+from sleap_rtc.proto.routes import RoutePreference
+from sleap_rtc.proto.workers import Candidate
+from sleap_rtc.reach import (
+    FIND_TIMEOUT,
+    LinkOpened,
+    Reach,
+    WorkerChosen,
+    discover,
+    enter_room,
 )
 from sleap_rtc.rooms import require_invite
+from sleap_rtc.submissions import Note, NoteBook, open_note
 
 __all__ = [
     "Event",
     "JobRequest",
     "JobResult",
+    "JobResumed",
     "LinePrinted",
+    "LinkLost",
     "LinkOpened",
+    "PackageChanged",
     "PackageCopied",
+    "ResultsChosen",
     "ResultsStored",
     "RouteChosen",
     "StateChanged",
@@ -89,17 +89,9 @@ __all__ = [
     "submit",
 ]
 
-FIND_TIMEOUT = 15.0
-"""Seconds to find a worker: a signaling server that restarts is back by then."""
-
-RETURN_TIMEOUT = 15.0
-"""Seconds for workers to come back to a signaling server that has restarted."""
-
-RETURN_INTERVAL = 0.5
-"""Seconds between two looks at who has come back."""
-
-ANSWER_TIMEOUT = 10.0
-"""Seconds for the worker to answer an offer."""
+PATIENCE = 1800.0
+"""Seconds for which a lost link is tried to be opened again, if nothing else is said: a
+train goes through a long tunnel, a laptop is carried to another building."""
 
 CANCEL_PATIENCE = 25.0
 """Seconds that a cancelled job may take to end: the worker's own limit, and a bit."""
@@ -117,6 +109,10 @@ class JobRequest(msgspec.Struct, frozen=True):
         timeout: Seconds after which the job is cancelled.
         shared_storage_root: Where this machine mounts the shared storage; None takes
             it from the settings.
+        patience: Seconds for which a lost link is tried to be opened again. A worker
+            whose process has evidently ended is given up after some seconds.
+        fresh: Begin a new job, also if an earlier process has begun one with this
+            package.
     """
 
     package: Path
@@ -125,24 +121,17 @@ class JobRequest(msgspec.Struct, frozen=True):
     output: Path | None = None
     timeout: float | None = None
     shared_storage_root: Path | None = None
+    patience: float = PATIENCE
+    fresh: bool = False
 
 
-class WorkerChosen(msgspec.Struct, frozen=True):
-    """Event: which worker the job goes to, and why."""
+class PackageChanged(msgspec.Struct, frozen=True):
+    """Event: the package is another one than when this job was begun with it."""
 
-    worker: Candidate
-    reason: str
-
-
-class LinkOpened(msgspec.Struct, frozen=True):
-    """Event: the connection to the worker stands, and why it is this one."""
-
-    kind: str
-    address: str
-    reason: str
+    job_id: str
 
 
-Event = WorkerChosen | LinkOpened | SessionEvent
+Event = WorkerChosen | LinkOpened | PackageChanged | SessionEvent
 
 
 class JobResult(msgspec.Struct, frozen=True):
@@ -175,8 +164,8 @@ async def list_workers(
     """
     invite = require_invite(environ)
     keys = RoomKeys.from_secret(invite.secret)
-    async with _enter_room(invite, keys, timeout) as room:
-        return await _discover(room)
+    async with enter_room(invite, keys, timeout) as room:
+        return await discover(room)
 
 
 async def submit(
@@ -213,9 +202,12 @@ async def submit(
         abandon_on_cancel=True,
     )
     wish = trio.Event() if cancel_asked is None else cancel_asked
-    submission = _Submission(request, root, on_event, wish)
-    async with _as_file(request.package) as package:
-        return await submission.run(invite, package)
+    async with (
+        _as_file(request.package) as package,
+        _noted(request.package, package, environ) as book,
+    ):
+        submission = _Submission(request, package, root, book, on_event, wish)
+        return await submission.run(invite)
 
 
 class _Submission:
@@ -224,34 +216,48 @@ class _Submission:
     def __init__(
         self,
         request: JobRequest,
+        package: Path,
         root: Path | None,
+        book: NoteBook,
         on_event: Callable[[Event], None],
         cancel_asked: trio.Event,
     ) -> None:
         self._request = request
+        self._package = package
         self._root = root
         self._tell = on_event
         self._cancel_asked = cancel_asked
+        self._notes = _Notes(book)
+        self._earlier = None if request.fresh else book.earlier
         self._job_id = f"job_{secrets.token_hex(8)}"
+        if book.changed is not None:
+            self._tell(PackageChanged(book.changed.job_id))
         self._output: Path | None = None
         self._timed_out = False
-        self._worker_id = ""
         self._connecting = trio.CancelScope()
         self._connected = False
         self._began = trio.current_time()
         self._seconds: dict[str, float] = {}
         self._phase = "connect"
 
-    async def run(self, invite: Invite, package: Path) -> JobResult:
+    async def run(self, invite: Invite) -> JobResult:
         """Go all the way; see `submit` for what it raises."""
+        wanted = self._request.worker
+        if wanted is None and self._earlier is not None:
+            wanted = self._earlier.worker_id
+        reach = Reach(invite, self._request.route, wanted, self._tell)
         ending = JobEnded("cancelled", "no worker had been reached")
         async with open_background_nursery() as nursery:
             nursery.start_soon(self._watch_time)
             nursery.start_soon(self._stop_connecting)
+            nursery.start_soon(self._notes.keep)
             with self._connecting:
-                ending = await self._connect_and_run(invite, package)
+                ending = await self._connect_and_run(reach)
         self._enter_phase("done")
-        self._raise_unless_complete(ending)
+        # What was lost, or did not fit here, goes on when `send` is typed again.
+        if ending.outcome not in ("lost", "transfer_failed"):
+            await self._notes.remove()
+        self._raise_unless_complete(ending, reach.worker_id)
         return JobResult(self._job_id, self._output, self._seconds)
 
     async def _stop_connecting(self) -> None:
@@ -260,37 +266,67 @@ class _Submission:
         if not self._connected:
             self._connecting.cancel(reason="the user asked for the end")
 
-    async def _connect_and_run(self, invite: Invite, package: Path) -> JobEnded:
-        size = (await trio.to_thread.run_sync(package.stat)).st_size
-        introduction = await self._meet(invite)
+    async def _connect_and_run(self, reach: Reach) -> JobEnded:
         ending: JobEnded | None = None
         try:
-            async with self._dial(introduction) as (link, reason):
+            async with reach.open_first() as link:
                 self._connected = True
-                opened = link.statistics()
-                self._tell(LinkOpened(opened.kind, opened.address, reason))
-                session = ClientSession(link, self._plan(package), size, self._on_event)
-                ending = await self._run_session(session)
+                self._take_up(reach.worker_id)
+                status = await trio.to_thread.run_sync(self._package.stat)
+                self._notes.begin(
+                    self._earlier
+                    or Note(
+                        self._job_id,
+                        reach.worker_id,
+                        str(self._request.package.absolute()),
+                        status.st_size,
+                        _modified(self._request.package, status),
+                    )
+                )
+                session = ClientSession(
+                    self._plan(), status.st_size, self._greeting(), self._on_event
+                )
+                ending = await self._run_session(session, link, reach)
+        except NoWorkerError as error:
+            if self._earlier is None:
+                raise
+            raise NoWorkerError(
+                f"{self._job_id} was begun with this package on "
+                f"{self._earlier.worker_id}. {error.message}",
+                "Try again when that worker is back, or begin a new job with --fresh.",
+            ) from None
         except LinkClosedError as error:
             ending = ending or JobEnded("lost", error.reason)
         return ending
 
-    async def _run_session(self, session: ClientSession) -> JobEnded:
+    def _take_up(self, worker_id: str) -> None:
+        """Go on with the job of an earlier process, if it was for this worker."""
+        if self._earlier is not None:
+            if self._earlier.worker_id == worker_id:
+                self._job_id = self._earlier.job_id
+            else:
+                self._earlier = None  # the user has named another worker
+
+    async def _run_session(
+        self, session: ClientSession, link: Link, reach: Reach
+    ) -> JobEnded:
         """Run the job; once it is cancelled, do not wait for ever."""
-        greeting = Greeting(
+        ending = JobEnded("cancelled", "the worker did not confirm that it stopped")
+        async with trio.open_nursery() as nursery:
+            with trio.CancelScope() as patience:
+                nursery.start_soon(self._limit_cancelling, patience)
+                ending = await session.run(link, reach.open_again, self._cancel_asked)
+            nursery.cancel_scope.cancel(reason="the job has ended")
+        return ending
+
+    def _greeting(self) -> Greeting:
+        return Greeting(
             protocol=PROTOCOL_VERSION,
             version=sleap_rtc.__version__,
             role="client",
             hostname=socket.gethostname()[:255],
             shared_storage=self._root is not None,
         )
-        ending = JobEnded("cancelled", "the worker did not confirm that it stopped")
-        async with trio.open_nursery() as nursery:
-            with trio.CancelScope() as patience:
-                nursery.start_soon(self._limit_cancelling, patience)
-                ending = await session.run(greeting, self._cancel_asked)
-            nursery.cancel_scope.cancel(reason="the job has ended")
-        return ending
 
     async def _watch_time(self) -> None:
         if self._request.timeout is not None:
@@ -302,95 +338,41 @@ class _Submission:
         await self._cancel_asked.wait()
         patience.deadline = trio.current_time() + CANCEL_PATIENCE
 
-    # ---------------------------------------------------------------- to the worker
-
-    async def _meet(self, invite: Invite) -> Introduction:
-        """Find a worker in the room, and be introduced to it."""
-        keys = RoomKeys.from_secret(invite.secret)
-        async with _enter_room(invite, keys, FIND_TIMEOUT) as room:
-            choice = await self._choose_worker(room)
-            if isinstance(choice, NoChoice):
-                raise NoWorkerError(
-                    f"Can't send the job: {choice.reason}.",
-                    "Start a worker with `sleap-rtc daemon --role worker` on the GPU "
-                    "machine; `sleap-rtc workers` lists who is there.",
-                )
-            self._worker_id = choice.worker.peer_id
-            self._tell(WorkerChosen(choice.worker, choice.reason))
-            with trio.move_on_after(ANSWER_TIMEOUT):
-                kinds = asked_kinds(self._request.route)
-                return await ask_worker(room, keys, choice.worker, kinds)
-            raise NoWorkerError(
-                f"The worker {self._worker_id} did not answer for "
-                f"{ANSWER_TIMEOUT:.0f} s.",
-                "Its log says whether the offer was refused: both sides need the same "
-                "invite, and clocks that differ by less than two minutes.",
-            )
-
-    async def _choose_worker(self, room: Room) -> Choice | NoChoice:
-        """Choose a worker; behind a server that was away, wait for one to come back."""
-        wanted = self._request.worker
-        choice = choose_worker(await _discover(room), wanted)
-        if room.trouble:
-            with trio.move_on_after(RETURN_TIMEOUT):
-                while isinstance(choice, NoChoice):
-                    await trio.sleep(RETURN_INTERVAL)
-                    choice = choose_worker(await _discover(room), wanted)
-        return choice
-
-    @asynccontextmanager
-    async def _dial(
-        self, introduction: Introduction
-    ) -> AsyncIterator[tuple[Link, str]]:
-        """Open the link, and say why it is this one."""
-        answer = introduction.answer
-        choice = choose_kinds(self._request.route, answer.kinds)
-        if isinstance(choice, GiveUp):
-            raise NoWorkerError(
-                f"The worker can't be reached: {choice.reason}.",
-                "Send the package without --route.",
-            )
-        addresses = [(address.host, address.port) for address in answer.addresses]
-        try:
-            async with dial(
-                addresses,
-                certificate_der=answer.certificate,
-                auth=introduction.auth,
-                kinds=choice.kinds,
-            ) as (link, reason):
-                yield link, choice.reason or reason
-        except DialError as error:
-            raise NoWorkerError(
-                f"The worker can't be reached: {error}.",
-                "Its port, TCP or UDP, must be open to this machine: see the "
-                "troubleshooting guide, or use a shared network or VPN.",
-            ) from None
-
-    def _plan(self, package: Path) -> Plan:
+    def _plan(self) -> Plan:
         stem = self._request.package.resolve().name.removesuffix(".zip")
-        output = self._request.output
+        output, earlier = self._request.output, self._earlier
+        chosen = None if earlier is None or output else earlier.output
         return Plan(
             job_id=self._job_id,
-            package=package,
+            package=self._package,
             preference=self._request.route,
             shared_root=self._root,
             output=None if output is None else output.absolute(),
             default_output=Path.cwd() / f"{stem}-results",
+            patience=self._request.patience,
+            resumes=earlier is not None,
+            route=None if earlier is None else earlier.route_tried or None,
+            chosen_output=None if chosen is None else Path(chosen),
         )
 
     # --------------------------------------------------------------------- the story
 
     def _on_event(self, event: SessionEvent) -> None:
         match event:
-            case RouteChosen():
+            case RouteChosen(route=route):
+                self._notes.change(route_tried=route)
                 self._enter_phase("transfer")
             case StateChanged(progress=progress):
+                if progress.state != "RECEIVING":
+                    self._notes.change(package_there=True)
                 if progress.state == "QUEUED":
                     self._enter_phase("queue")
                 elif progress.state == "RUNNING":
                     self._enter_phase("run")
                 elif progress.state != "RECEIVING":
                     self._enter_phase("results")
+            case ResultsChosen(directory=directory):
+                self._notes.change(output=str(directory))
             case ResultsStored(directory=directory):
                 self._output = directory
             case _:
@@ -404,7 +386,7 @@ class _Submission:
         self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + spent
         self._phase = phase
 
-    def _raise_unless_complete(self, ending: JobEnded) -> None:
+    def _raise_unless_complete(self, ending: JobEnded, worker_id: str) -> None:
         where = (
             f" What it made until then is in {self._output}." if self._output else ""
         )
@@ -419,7 +401,7 @@ class _Submission:
                 )
             case "rejected":
                 raise RefusedError(
-                    f"The worker {self._worker_id} does not take the job: "
+                    f"The worker {worker_id} does not take the job: "
                     f"{ending.reason}."
                 )
             case "transfer_failed":
@@ -433,55 +415,73 @@ class _Submission:
                 raise InterruptedJobError(f"The job was cancelled.{where}")
             case "lost":
                 raise ConnectionLostError(
-                    f"The connection to {self._worker_id} was lost: {ending.reason}.",
+                    f"The connection to {worker_id} was lost: {ending.reason}.",
                     "Check that the worker runs (`sleap-rtc workers`) and send the "
-                    "package again.",
+                    "package again: it goes on where it was, if the worker has it.",
                 )
 
 
-async def _discover(room: Room) -> list[Candidate]:
-    peers = await room.discover(role="worker")
-    return [
-        Candidate(peer.peer_id, read_card(peer.metadata.properties)) for peer in peers
-    ]
+class _Notes:
+    """Keeps the note about a job true, without making the job wait for the disk."""
+
+    def __init__(self, book: NoteBook) -> None:
+        self._book = book
+        self._note: Note | None = None
+        self._changed = trio.Event()
+
+    def begin(self, note: Note) -> None:
+        """Note which job it is, and where."""
+        self._note = note
+        self._changed.set()
+
+    def change(self, **changes: object) -> None:
+        """Note what has become true."""
+        if self._note is not None:
+            note = msgspec.structs.replace(self._note, **changes)
+            if note != self._note:
+                self._note = note
+                self._changed.set()
+
+    async def keep(self) -> None:
+        """Write what has changed, until cancelled."""
+        while True:
+            await self._changed.wait()
+            self._changed = trio.Event()
+            if self._note is not None:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self._book.write, self._note)
+
+    async def remove(self) -> None:
+        """Forget the job: there is nothing to go on with."""
+        await trio.to_thread.run_sync(self._book.remove)
+
+
+def _modified(named: Path, package: os.stat_result) -> int:
+    """Say when a package changed; a directory is packed anew into the same bytes."""
+    return package.st_mtime_ns if named.is_file() else 0
 
 
 @asynccontextmanager
-async def _enter_room(
-    invite: Invite, keys: RoomKeys, timeout: float
-) -> AsyncIterator[Room]:
-    """Be in the room for as long as the body runs.
+async def _noted(
+    named: Path, package: Path, environ: Mapping[str, str]
+) -> AsyncIterator[NoteBook]:
+    """Open what earlier processes have noted about a package."""
 
-    Raises:
-        NoWorkerError: If the signaling server can't be reached in time.
-        RefusedError: If it does not let this machine in.
-    """
-    peer_id = f"client-{secrets.token_hex(6)}"
-    async with open_room(
-        invite.url,
-        keys,
-        peer_id=peer_id,
-        role="client",
-        metadata=Metadata(tags=("sleap-rtc", "training-client")),
-        log=structlog.get_logger(),
-    ) as room:
-        with trio.move_on_after(timeout) as scope:
-            try:
-                await room.wait_registered()
-            except RegistrationRefusedError as error:
-                raise RefusedError(
-                    f"The signaling server at {invite.url} refused this machine: "
-                    f"{error.reason}.",
-                    "Join again with a fresh invite: `sleap-rtc invite` on the worker.",
-                ) from None
-        if scope.cancelled_caught:
-            raise NoWorkerError(
-                f"The signaling server at {invite.url} can't be reached: "
-                f"{room.trouble or 'it does not answer'}.",
-                "Check that the worker, or its signaling server, runs and that this "
-                "machine can reach it; `sleap-rtc doctor` tests it.",
-            )
-        yield room
+    def enter() -> NoteBook:
+        status = package.stat()
+        return open_note(
+            make_state_directory(environ),
+            named.absolute(),
+            status.st_size,
+            _modified(named, status),
+        )
+
+    book = await trio.to_thread.run_sync(enter)
+    try:
+        yield book
+    finally:
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(book.close)
 
 
 @asynccontextmanager

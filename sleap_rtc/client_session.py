@@ -1,8 +1,9 @@
-"""One job over one link, from the client's side: carries out what the core decides."""
+"""One job from the client's side, over as many links as it takes."""
 
-import os
+import random
 import secrets
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import assert_never
 
@@ -10,14 +11,14 @@ import msgspec
 import trio
 from blake3 import blake3
 
-from sleap_rtc.filesystem import safe_mkdir
-from sleap_rtc.io.chunk_files import ChunkReader, ChunkWriter
+from sleap_rtc.client_results import Results
+from sleap_rtc.errors import NoWorkerError
+from sleap_rtc.io.chunk_files import ChunkReader
 from sleap_rtc.io.copy import copy_with_deadline
 from sleap_rtc.io.folder import (
     PathValidationError,
     SharedStorageError,
     make_directories_beneath,
-    open_beneath,
     remove_tree_beneath,
 )
 from sleap_rtc.io.link import Link, LinkClosedError
@@ -28,7 +29,9 @@ from sleap_rtc.io.transfers import TransferError, Transfers
 from sleap_rtc.proto import job_client as core
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.reconnection import GiveUp, Reconnection, TryAgain
 from sleap_rtc.proto.routes import RoutePreference
+from sleap_rtc.reach import WorkerGoneError
 
 CHUNK_SIZE = 1024 * 1024
 """Bytes in a chunk of the package."""
@@ -41,9 +44,6 @@ STORAGE_TIMEOUT = 20.0
 
 CLEANUP_TIMEOUT = 10.0
 """Seconds for removing a job directory that will not be used."""
-
-RESULTS_AT_ONCE = 4
-"""Result files that are fetched side by side: most are small, and wait for replies."""
 
 PROGRESS_INTERVAL = 0.1
 """Seconds between two events of progress: there are hundreds of chunks a second."""
@@ -67,6 +67,18 @@ class TransferProgress(msgspec.Struct, frozen=True):
     total: int
 
 
+class LinkLost(msgspec.Struct, frozen=True):
+    """Event: the link is gone, and another one is being opened."""
+
+    reason: str
+
+
+class JobResumed(msgspec.Struct, frozen=True):
+    """Event: a job goes on that an earlier process of this client has begun."""
+
+    job_id: str
+
+
 class PackageCopied(msgspec.Struct, frozen=True):
     """Event: the package is on the shared storage.
 
@@ -79,6 +91,12 @@ class PackageCopied(msgspec.Struct, frozen=True):
     method: str
     size: int
     seconds: float
+
+
+class ResultsChosen(msgspec.Struct, frozen=True):
+    """Event: it was decided where the results go."""
+
+    directory: Path
 
 
 class ResultsStored(msgspec.Struct, frozen=True):
@@ -94,8 +112,11 @@ SessionEvent = (
     | core.StateChanged
     | core.LinePrinted
     | core.StageComplete
+    | LinkLost
+    | JobResumed
     | TransferProgress
     | PackageCopied
+    | ResultsChosen
     | ResultsStored
 )
 
@@ -109,7 +130,11 @@ class Plan(msgspec.Struct, frozen=True):
         preference: The route that the user asked for.
         shared_root: Where this machine mounts the shared storage, if anywhere.
         output: Where results go. On the shared route None leaves them where they are.
-        default_output: Where results of the channel route go otherwise.
+        default_output: Where results of the channel route go otherwise, if free.
+        patience: Seconds for which a lost link is tried to be opened again.
+        resumes: Whether an earlier process of this client has begun the job.
+        route: The route that it took; None if it took none.
+        chosen_output: Where it brought results; None if it brought none.
     """
 
     job_id: str
@@ -118,92 +143,175 @@ class Plan(msgspec.Struct, frozen=True):
     shared_root: Path | None
     output: Path | None
     default_output: Path
+    patience: float
+    resumes: bool = False
+    route: m.Route | None = None
+    chosen_output: Path | None = None
+
+
+class _Connection:
+    """The link of the moment, and what goes over it."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.outbox = Outbox(link)
+        self.transfers = Transfers(link)
+
+
+OpenLink = Callable[[], AbstractAsyncContextManager[Link]]
+"""Opens another link; raises `NoWorkerError` or `LinkClosedError`."""
 
 
 class ClientSession:
-    """Runs one job over a link that stands.
+    """Runs one job over a link, and over others when that one is lost.
 
     Args:
-        link: The link; the owner keeps it, and closes it.
         plan: What to do.
         size: Bytes in the package.
+        greeting: What this client says of itself.
         on_event: Is told what happens.
     """
 
     def __init__(
         self,
-        link: Link,
         plan: Plan,
         size: int,
+        greeting: m.Greeting,
         on_event: Callable[[SessionEvent], None],
     ) -> None:
-        self._link = link
         self._plan = plan
         self._size = size
+        self._greeting = greeting
         self._on_event = on_event
         self._job = core.ClientJob(plan.job_id, plan.package.name, size)
-        self._outbox = Outbox(link)
-        self._transfers = Transfers(link)
-        self._offered: dict[int, trio.MemorySendChannel[m.OfferedFile | str]] = {}
-        self._last_transfer = core.PACKAGE_TRANSFER_ID
+        self._results = Results(
+            plan.job_id,
+            plan.chosen_output,
+            lambda done, total: self._progress("Fetching results", done, total),
+        )
+        self._there_before = 0
+        self._source: ChunkReader | None = None
+        self._connection: _Connection | None = None
         self._work = trio.CancelScope()
         self._done = trio.Event()
         self._done.set()
         self._progress_told = float("-inf")
         self._changed = trio.Event()
         self._over = trio.Event()
+        self._returning = trio.CancelScope()
+        self._wants_link = False
+        self._silent_for = 0.0
         self._ending = core.JobEnded("lost", "the job has not begun")
         self._nursery: trio.Nursery | None = None
 
     async def run(
-        self, greeting: m.Greeting, cancel_asked: trio.Event
+        self, link: Link, open_again: OpenLink, cancel_asked: trio.Event
     ) -> core.JobEnded:
         """Run the job to its end.
 
         Args:
-            greeting: What this client says of itself.
+            link: The first link; its owner closes it.
+            open_again: Opens another link to the same worker, one attempt each time.
             cancel_asked: Is set by the owner when the job shall be cancelled.
 
         Returns:
-            How it ended. A link that is lost is an ending, too.
+            How it ended. A worker that can't be reached again is an ending, too.
         """
-        async with open_background_nursery() as nursery:
-            self._nursery = nursery
-            nursery.start_soon(self._outbox.run)
-            nursery.start_soon(self._transfers.run)
-            nursery.start_soon(self._receive_messages, greeting)
-            nursery.start_soon(self._watch_deadline)
-            nursery.start_soon(self._watch_cancel, cancel_asked)
-            await self._over.wait()
-            with trio.move_on_after(CLEANUP_TIMEOUT):
-                await self._outbox.flush()
+        try:
+            async with open_background_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self._watch_deadline)
+                nursery.start_soon(self._watch_cancel, cancel_asked)
+                await self._serve(link)
+                while not self._over.is_set():
+                    if self._wants_link:
+                        await self._come_back(open_again)
+                    else:  # the rest needs no worker
+                        await self._over.wait()
+        finally:
+            if self._source is not None:
+                self._source.close()
         return self._ending
 
-    # ------------------------------------------------------------------- what arrives
+    # ---------------------------------------------------------------------- the links
 
-    async def _receive_messages(self, greeting: m.Greeting) -> None:
-        """Take messages until the link ends or the worker breaks the protocol."""
-        try:
-            self._outbox.put(m.Hello(greeting))
-            self._begin(await self._receive_greeting())
-            while True:
-                message = await self._link.receive_message()
-                if not self._deliver_offer(
-                    message
-                ) and not self._transfers.deliver_message(message):
-                    self._job.receive_message(message, trio.current_time())
-                    self._drain()
-        except LinkClosedError as error:
-            self._job.connection_lost(error.reason, trio.current_time())
-        except RemoteProtocolError as error:
-            self._outbox.put(m.Error(error.reason))
-            reason = f"the worker broke the protocol: {error.reason}"
-            self._job.connection_lost(reason, trio.current_time())
+    async def _come_back(self, open_again: OpenLink) -> None:
+        """Open another link and serve it, or give up."""
+        policy = Reconnection(
+            lost_at=trio.current_time(),
+            silent_for=self._silent_for,
+            patience=self._plan.patience,
+        )
+        with trio.CancelScope() as self._returning:
+            while not self._over.is_set():
+                try:
+                    async with open_again() as link:
+                        self._returning = trio.CancelScope()  # it has come back
+                        await self._serve(link)
+                        return
+                except (NoWorkerError, LinkClosedError) as error:
+                    decision = policy.attempt_failed(
+                        trio.current_time(),
+                        isinstance(error, WorkerGoneError),
+                        random.random(),
+                    )
+                match decision:
+                    case TryAgain(at=at):
+                        await trio.sleep_until(at)
+                    case GiveUp(reason=reason):
+                        self._job.give_up(reason)
+                        self._drain()
+
+    async def _serve(self, link: Link) -> None:
+        """Serve a link until it is lost, or the job is over."""
+        connection = _Connection(link)
+        async with open_background_nursery() as nursery:
+            nursery.start_soon(connection.outbox.run)
+            nursery.start_soon(connection.transfers.run)
+            nursery.start_soon(self._end_when_over, connection, nursery)
+            try:
+                connection.outbox.put(m.Hello(self._greeting))
+                worker = await self._receive_greeting(link)
+                self._connection, self._wants_link = connection, False
+                self._results.new_link(core.PACKAGE_TRANSFER_ID)
+                self._begin(worker)
+                await self._receive_messages(connection)
+            except LinkClosedError as error:
+                self._silent_for = error.silent_for
+                self._lost(error.reason)
+            except RemoteProtocolError as error:
+                connection.outbox.put(m.Error(error.reason))
+                self._lost(error.reason)
+                self._job.give_up(f"the worker broke the protocol: {error.reason}")
+                self._drain()
+                await trio.sleep_forever()  # until the worker has been told
+
+    async def _end_when_over(
+        self, connection: _Connection, nursery: trio.Nursery
+    ) -> None:
+        await self._over.wait()
+        with trio.move_on_after(CLEANUP_TIMEOUT):
+            await connection.outbox.flush()
+        nursery.cancel_scope.cancel(reason="the job is over")
+
+    def _lost(self, reason: str) -> None:
+        self._connection = None
+        self._job.connection_lost(reason, trio.current_time())
         self._drain()
 
-    async def _receive_greeting(self) -> m.Greeting:
+    async def _receive_messages(self, connection: _Connection) -> None:
+        """Take messages until the link ends or the worker breaks the protocol."""
+        while True:
+            message = await connection.link.receive_message()
+            if not self._results.deliver_offer(
+                message
+            ) and not connection.transfers.deliver_message(message):
+                self._job.receive_message(message, trio.current_time())
+                self._drain()
+
+    async def _receive_greeting(self, link: Link) -> m.Greeting:
         with trio.move_on_after(GREETING_TIMEOUT):
-            message = await self._link.receive_message()
+            message = await link.receive_message()
             if isinstance(message, m.Error):
                 raise RemoteProtocolError(message.reason)
             if not isinstance(message, m.Hello):
@@ -214,31 +322,28 @@ class ClientSession:
                     f"{m.PROTOCOL_VERSION}: update the older one"
                 )
             return message.greeting
-        raise RemoteProtocolError("it did not greet in time")
+        raise LinkClosedError("the worker did not greet in time")
 
     def _begin(self, worker: m.Greeting) -> None:
-        self._job.submit(
-            self._plan.preference,
-            trio.current_time(),
-            client_root=self._plan.shared_root is not None,
-            worker_root=worker.shared_storage,
-        )
+        """Begin the job, or go on with it over a new link."""
+        now, plan = trio.current_time(), self._plan
+        client_root, worker_root = plan.shared_root is not None, worker.shared_storage
+        if self._job.state is not core.State.IDLE:
+            self._job.link_restored(now)
+        elif plan.resumes:
+            self._on_event(JobResumed(plan.job_id))
+            self._job.resume(
+                plan.preference,
+                now,
+                client_root=client_root,
+                worker_root=worker_root,
+                route=plan.route,
+            )
+        else:
+            self._job.submit(
+                plan.preference, now, client_root=client_root, worker_root=worker_root
+            )
         self._drain()
-
-    def _deliver_offer(self, message: m.Message) -> bool:
-        """Bring the answer to a `FileRequest` to the task that waits for it."""
-        match message:
-            case m.FileOffer(transfer_id=transfer_id, file=file):
-                answer: m.OfferedFile | str = file
-            case m.FileError(transfer_id=transfer_id, reason=reason):
-                answer = reason
-            case _:
-                return False
-        waiting = self._offered.pop(transfer_id, None)
-        if waiting is None:
-            return False
-        waiting.send_nowait(answer)
-        return True
 
     # ---------------------------------------------------------------------- the clock
 
@@ -269,7 +374,8 @@ class ClientSession:
     def _carry_out(self, output: core.Output) -> None:
         match output:
             case core.SendMessage(message=message):
-                self._outbox.put(message)
+                if self._connection is not None:
+                    self._connection.outbox.put(message)
             case core.PrepareShared(job_id=job_id):
                 self._start(self._prepare_shared, job_id)
             case core.CopyPackage(path=path):
@@ -283,15 +389,17 @@ class ClientSession:
                 self._stop_work()
             case core.FetchResults(job_id=job_id, route=route, files=files):
                 self._start(self._fetch_results, job_id, route, files)
+            case core.Reconnect(reason=reason):
+                self._wants_link = True
+                self._on_event(LinkLost(reason))
             case core.JobEnded():
                 self._ending = output
                 self._over.set()
-            case (
-                core.RouteChosen()
-                | core.StateChanged()
-                | core.LinePrinted()
-                | core.StageComplete()
-            ):
+                self._returning.cancel(reason="the job is over")
+            case core.StateChanged(progress=progress):
+                self._there_before = progress.received
+                self._on_event(output)
+            case core.RouteChosen() | core.LinePrinted() | core.StageComplete():
                 self._on_event(output)
             case _:
                 assert_never(output)
@@ -397,23 +505,26 @@ class ClientSession:
     # -------------------------------------------------------------- the channel route
 
     async def _send_package(self, transfer_id: int) -> None:
-        package = self._plan.package
+        package, connection = self._plan.package, self._connection
         what = f"Sending {package.name}"
+        if connection is None:
+            return  # the link was lost meanwhile
         try:
-            source = await trio.to_thread.run_sync(
-                lambda: ChunkReader(package, chunk_size=CHUNK_SIZE)
-            )
-            try:
-                if source.size != self._size:
-                    raise TransferError(f"{package.name} changed meanwhile")
-                await self._transfers.send_file(
-                    transfer_id,
-                    m.OfferedFile(package.name, source.size, CHUNK_SIZE),
-                    source,
-                    on_progress=lambda done: self._progress(what, done, self._size),
+            if self._source is None:  # it stays open, so that a change is noticed
+                self._source = await trio.to_thread.run_sync(
+                    lambda: ChunkReader(package, chunk_size=CHUNK_SIZE)
                 )
-            finally:
-                source.close()
+            if self._source.size != self._size:
+                raise TransferError(f"{package.name} changed meanwhile")
+            await connection.transfers.send_file(
+                transfer_id,
+                m.OfferedFile(package.name, self._size, CHUNK_SIZE),
+                self._source,
+                on_progress=lambda done: self._progress(
+                    what, min(done + self._there_before, self._size), self._size
+                ),
+            )
+            await trio.lowlevel.checkpoint_if_cancelled()
         except (TransferError, *_BROKEN) as error:
             self._job.transfer_failed(str(error))
         except LinkClosedError:
@@ -426,101 +537,36 @@ class ClientSession:
     async def _fetch_results(
         self, job_id: str, route: m.Route, files: tuple[m.ResultFile, ...]
     ) -> None:
-        if route == "shared" and self._plan.output is None:
-            directory = self._root() / "jobs" / job_id
-        else:
-            wanted = self._plan.output or self._plan.default_output
-            directory = await trio.to_thread.run_sync(
-                _free_directory, wanted, job_id, files
-            )
-            fetch = self._fetch_one if route == "channel" else self._copy_one
-            failures = await self._fetch_all(directory, files, fetch)
-            if failures:
-                self._job.transfer_failed(
-                    f"{len(failures)} of {len(files)} results did not arrive in "
-                    f"{directory}: {failures[0]}"
+        plan, connection = self._plan, self._connection
+        try:
+            if route == "shared" and plan.output is None:
+                directory, failures = self._root() / "jobs" / job_id, list[str]()
+            else:
+                directory = await self._results.choose_directory(
+                    plan.output, plan.default_output, files
                 )
-                return
+                self._on_event(ResultsChosen(directory))
+                if route == "shared":
+                    failures = await self._results.copy(self._root(), files)
+                elif connection is not None:
+                    failures = await self._results.fetch(connection, files)
+                else:
+                    return  # the link was lost meanwhile
+            await trio.lowlevel.checkpoint_if_cancelled()
+        except LinkClosedError:
+            return  # whoever receives messages says so to the core
+        except _BROKEN as error:
+            self._job.transfer_failed(str(error))
+            return
+        if failures:
+            self._job.transfer_failed(
+                f"{len(failures)} of {len(files)} results did not arrive in "
+                f"{directory}: {failures[0]}"
+            )
+            return
         size = sum(file.size for file in files)
         self._on_event(ResultsStored(directory, len(files), size))
         self._job.results_fetched()
-
-    async def _fetch_all(
-        self,
-        directory: Path,
-        files: tuple[m.ResultFile, ...],
-        fetch: Callable[[Path, m.ResultFile, Callable[[int], None]], Awaitable[None]],
-    ) -> list[str]:
-        """Fetch files side by side; returns what went wrong, for people."""
-        failures: list[str] = []
-        done: dict[str, int] = {}
-        total = sum(file.size for file in files)
-        waiting = iter(files)
-
-        async def fetch_some() -> None:
-            for file in waiting:
-
-                def progress(size: int, path: str = file.path) -> None:
-                    done[path] = size
-                    self._progress("Fetching results", sum(done.values()), total)
-
-                try:
-                    await fetch(directory, file, progress)
-                except (TransferError, *_BROKEN) as error:
-                    failures.append(f"{file.path}: {error}")
-                except LinkClosedError as error:
-                    failures.append(f"{file.path}: {error.reason}")
-
-        async with trio.open_nursery() as nursery:
-            for _ in range(min(RESULTS_AT_ONCE, len(files))):
-                nursery.start_soon(fetch_some)
-        return failures
-
-    async def _fetch_one(
-        self, directory: Path, file: m.ResultFile, progress: Callable[[int], None]
-    ) -> None:
-        """Fetch one file through the channel."""
-        self._last_transfer += 1
-        transfer_id = self._last_transfer
-        answer, answered = trio.open_memory_channel[m.OfferedFile | str](1)
-        self._offered[transfer_id] = answer
-        request = m.FileRequest(transfer_id, self._plan.job_id, file.path)
-        await self._link.send_message(request)
-        offer = await answered.receive()
-        if isinstance(offer, str):
-            raise TransferError(offer)
-        if offer.size != file.size:
-            raise TransferError(f"it has {offer.size} bytes instead of {file.size}")
-        try:
-            sink = await trio.to_thread.run_sync(
-                lambda: ChunkWriter(
-                    directory,
-                    file.path,
-                    size=offer.size,
-                    chunk_size=offer.chunk_size,
-                    origin=self._plan.job_id,
-                )
-            )
-        except _BROKEN as error:
-            # The worker would wait for ever to send it.
-            await self._link.send_message(m.FileError(transfer_id, str(error)))
-            raise
-        await self._transfers.receive_file(
-            transfer_id, offer, sink, on_progress=progress
-        )
-
-    async def _copy_one(
-        self, directory: Path, file: m.ResultFile, progress: Callable[[int], None]
-    ) -> None:
-        """Copy one file out of the shared storage."""
-        relative = f"jobs/{self._plan.job_id}/{file.path}"
-        root = self._root()
-        source = await call_in_time(
-            root, _path_beneath, root, relative, timeout=STORAGE_TIMEOUT
-        )
-        await copy_with_deadline(
-            source, directory, file.path, size=file.size, on_progress=progress
-        )
 
     def _progress(self, what: str, done: int, total: int) -> None:
         """Tell how far a transfer is, now and then, and at its end."""
@@ -528,26 +574,3 @@ class ClientSession:
         if done >= total or now - self._progress_told >= PROGRESS_INTERVAL:
             self._progress_told = now
             self._on_event(TransferProgress(what, done, total))
-
-
-def _free_directory(wanted: Path, job_id: str, files: tuple[m.ResultFile, ...]) -> Path:
-    """Choose where results go: nothing that is there already is overwritten.
-
-    Raises:
-        SharedStorageError: If the directory can't be made.
-    """
-    clash = any((wanted / file.path).exists() for file in files)
-    directory = wanted / job_id if clash else wanted
-    safe_mkdir(directory)
-    return directory
-
-
-def _path_beneath(root: Path, relative: str) -> Path:
-    """Check that a result lies beneath the root, and is a file.
-
-    Raises:
-        PathValidationError: If it does not.
-        SharedStorageError: If the storage failed.
-    """
-    os.close(open_beneath(root, relative))
-    return root / relative

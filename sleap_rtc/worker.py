@@ -5,12 +5,11 @@
 
 import errno
 import re
-import secrets
 import shutil
 import socket
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
 import msgspec
@@ -26,6 +25,7 @@ from sleap_rtc.config import (
     make_state_directory,
 )
 from sleap_rtc.errors import RefusedError, UsageError
+from sleap_rtc.identity import take_identity
 from sleap_rtc.introductions import Doorkeeper
 from sleap_rtc.io.certificates import make_certificate
 from sleap_rtc.io.listener import Listener, open_listener
@@ -33,6 +33,7 @@ from sleap_rtc.io.machine import MachineInfo, describe_machine
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.signaling import RegistrationRefusedError, Room, open_room
 from sleap_rtc.io.signals import end_on_signal
+from sleap_rtc.io.store import JobStore, StoreError, StoreWriter, open_store
 from sleap_rtc.proto.envelope import Address
 from sleap_rtc.proto.invite import Invite, RoomKeys
 from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting
@@ -51,10 +52,14 @@ from sleap_rtc.rooms import (
 )
 from sleap_rtc.signaling import run_signaling
 from sleap_rtc.slots import SlotQueue
-from sleap_rtc.worker_session import JobsHome, serve_link
+from sleap_rtc.worker_jobs import JobsHome
+from sleap_rtc.worker_session import serve_link
 
 STATUS_INTERVAL = 30.0
 """Seconds after which the room is told anew how much disk is free."""
+
+STORE_NAME = "jobs.sqlite3"
+"""The file in the state directory that remembers the jobs."""
 
 TAGS = ("sleap-rtc", "training-worker", "inference-worker")
 """By which SLEAP peers look for workers."""
@@ -153,7 +158,8 @@ async def run_worker(
         await nursery.start(end_on_signal, nursery.cancel_scope)
         directory = make_state_directory(options.environ)
         machine = await trio.to_thread.run_sync(describe_machine, directory)
-        await Worker(options, machine).run(on_ready)
+        with take_identity(directory, _slug(options.name)) as identity:
+            await Worker(options, machine, identity.peer_id).run(on_ready)
         nursery.cancel_scope.cancel(reason="the worker has ended")
 
 
@@ -163,15 +169,19 @@ class Worker:
     Args:
         options: What it needs to know.
         machine: What it runs on.
+        peer_id: Its name in the room, the same as before a restart.
     """
 
-    def __init__(self, options: WorkerOptions, machine: MachineInfo) -> None:
+    def __init__(
+        self, options: WorkerOptions, machine: MachineInfo, peer_id: str
+    ) -> None:
         gpus = tuple(range(len(machine.gpus))) if options.gpus is None else options.gpus
         self._options = options
         self._machine = machine
-        self._peer_id = f"worker-{_slug(options.name)}-{secrets.token_hex(3)}"
-        self._log = structlog.get_logger().bind(worker=self._peer_id)
-        self._jobs = make_state_directory(options.environ) / "jobs"
+        self._peer_id = peer_id
+        self._log = structlog.get_logger().bind(worker=peer_id)
+        self._state = make_state_directory(options.environ)
+        self._jobs = self._state / "jobs"
         self._queue = SlotQueue(options.slots or max(1, len(gpus)), gpus)
         self._changed = trio.Event()
 
@@ -302,20 +312,36 @@ class Worker:
     # ---------------------------------------------------------------------- the links
 
     async def _serve_links(self, listener: Listener) -> None:
-        """Accept clients for ever."""
-        async with trio.open_nursery() as nursery:
-            home = JobsHome(
-                directory=self._jobs,
-                shared_root=self._options.shared_root,
-                programs=self._options.programs,
-                queue=self._queue,
-                nursery=nursery,
-                greet=self._greet,
-                changed=lambda: self._changed.set(),
-                log=self._log,
-            )
-            while True:
-                nursery.start_soon(serve_link, home, await listener.accept())
+        """Take up the jobs of the process before this one, and accept clients."""
+        with closing(await self._open_store()) as store:
+            async with trio.open_nursery() as nursery:
+                writer = StoreWriter(store, self._log)
+                nursery.start_soon(writer.run)
+                home = JobsHome(
+                    worker_id=self._peer_id,
+                    directory=self._jobs,
+                    shared_root=self._options.shared_root,
+                    programs=self._options.programs,
+                    queue=self._queue,
+                    store=writer,
+                    nursery=nursery,
+                    greet=self._greet,
+                    changed=lambda: self._changed.set(),
+                    log=self._log,
+                )
+                loaded = await trio.to_thread.run_sync(store.load, self._peer_id)
+                for reason in loaded.unreadable:
+                    self._log.warning("job not restored", reason=reason)
+                await home.restore(loaded.records)
+                nursery.start_soon(home.sweep)
+                while True:
+                    nursery.start_soon(serve_link, home, await listener.accept())
+
+    async def _open_store(self) -> JobStore:
+        try:
+            return await trio.to_thread.run_sync(open_store, self._state / STORE_NAME)
+        except StoreError as error:
+            raise ConfigError(str(error)) from None
 
     def _addresses(self, listener: Listener) -> tuple[Address, ...]:
         """Say where the links can be reached, the likeliest first."""

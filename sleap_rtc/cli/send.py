@@ -51,6 +51,16 @@ def send(
         Path | None,
         typer.Option(help="Where this machine mounts the shared storage."),
     ] = None,
+    patience: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds to try to open a lost connection again."),
+    ] = client.PATIENCE,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh", help="Begin a new job, also if one was begun with this package."
+        ),
+    ] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object a line instead.")
     ] = False,
@@ -64,6 +74,8 @@ def send(
             output=output,
             timeout=timeout,
             shared_storage_root=shared_storage_root,
+            patience=patience,
+            fresh=fresh,
         )
         watch = JsonWatch() if json else TerminalWatch()
         run(_send, request, watch)

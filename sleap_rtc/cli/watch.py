@@ -90,6 +90,15 @@ class TerminalWatch:
                 self._say("Worker", f"{worker.peer_id} ({reason})")
             case client.LinkOpened(kind=kind, address=address, reason=reason):
                 self._say("Link", f"{kind} to {address} ({reason})")
+            case client.LinkLost(reason=reason):
+                self._say("Link", f"lost: {reason}; opening another one")
+            case client.JobResumed(job_id=job_id):
+                self._say("Job", f"going on with {job_id}")
+            case client.PackageChanged(job_id=job_id):
+                self._say(
+                    "Package",
+                    f"changed since {job_id} was begun with it: this is a new job",
+                )
             case client.RouteChosen(route=route, reason=reason):
                 self._say("Route", f"{route} ({reason})")
             case client.TransferProgress(what=what, done=done, total=total):
@@ -106,6 +115,8 @@ class TerminalWatch:
                 self._lines.show(line, printable(text))
             case StageComplete(stage=stage):
                 self._say("Job", f"{stage} complete")
+            case client.ResultsChosen():
+                pass  # it is said once they are there
             case client.ResultsStored(directory=directory, files=files, size=size):
                 self._say(
                     "Results", f"{files} files, {human_size(size)}, in {directory}"
@@ -208,6 +219,14 @@ class JsonWatch:
                 print_json("worker", worker=worker.peer_id, reason=reason)
             case client.LinkOpened(kind=kind, address=address, reason=reason):
                 print_json("link", kind=kind, address=address, reason=reason)
+            case client.LinkLost(reason=reason):
+                print_json("link_lost", reason=reason)
+            case client.JobResumed(job_id=job_id):
+                print_json("resumed", job_id=job_id)
+            case client.PackageChanged(job_id=job_id):
+                print_json("package_changed", earlier_job_id=job_id)
+            case client.ResultsChosen(directory=directory):
+                print_json("results_directory", directory=directory)
             case client.RouteChosen(route=route, reason=reason):
                 print_json("route", route=route, reason=reason)
             case client.TransferProgress(what=what, done=done, total=total):

@@ -20,12 +20,16 @@ class LinkClosedError(Exception):
     Args:
         reason: What happened, for people.
         by_peer: True if the peer closed it in order and gave the reason itself.
+        silent_for: Seconds for which nothing had come, if that was the reason.
     """
 
-    def __init__(self, reason: str, *, by_peer: bool = False) -> None:
+    def __init__(
+        self, reason: str, *, by_peer: bool = False, silent_for: float = 0.0
+    ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.by_peer = by_peer
+        self.silent_for = silent_for
 
 
 class DialError(Exception):

@@ -56,10 +56,12 @@ class Ended(msgspec.Struct, frozen=True):
     Args:
         reason: What happened, for people.
         by_peer: True if the peer closed it in order and gave the reason itself.
+        silent_for: Seconds for which nothing had come, if that was the reason.
     """
 
     reason: str
     by_peer: bool
+    silent_for: float = 0.0
 
 
 class State(enum.Enum):
@@ -304,8 +306,10 @@ class Session(ABC):
     def _violated(self, error: RemoteProtocolError) -> None:
         self._end(f"{self.address}: {error.reason}", tell=error.reason)
 
-    def _end(self, reason: str, *, tell: str, orderly: bool = False) -> None:
+    def _end(
+        self, reason: str, *, tell: str, orderly: bool = False, silent_for: float = 0.0
+    ) -> None:
         self._move(Step.ENDED)
-        self.ended = Ended(reason, by_peer=False)
+        self.ended = Ended(reason, by_peer=False, silent_for=silent_for)
         phrase = tell.encode(errors="replace")[:MAX_REASON_BYTES]
         self._send_close(phrase.decode(errors="ignore"), orderly=orderly)

@@ -164,4 +164,6 @@ class SessionLink(Link):
             finally:
                 del self._waiting[event]
         if ended is not None:
-            raise LinkClosedError(ended.reason, by_peer=ended.by_peer)
+            raise LinkClosedError(
+                ended.reason, by_peer=ended.by_peer, silent_for=ended.silent_for
+            )

@@ -88,6 +88,8 @@ class Room:
         offers: The sealed offers that arrive, as pairs of sender and text. It ends if
             the server refuses the registration.
         trouble: Why the last connection failed or ended; empty if none did.
+        is_refused: Whether the server's host said that nobody listens there.
+        failed: Is set once a connection has failed or ended.
     """
 
     def __init__(
@@ -95,6 +97,8 @@ class Room:
     ) -> None:
         self.peer_id = peer_id
         self.trouble = ""
+        self.is_refused = False
+        self.failed = trio.Event()
         self._url = url
         self._member = member
         self._log = log
@@ -236,10 +240,11 @@ class Room:
         try:
             socket = await connect_websocket(self._url, MAX_LIST_BYTES)
         except WebSocketConnectError as error:
+            self.is_refused = error.is_refused
             self._member.connect_failed(trio.current_time(), str(error))
             self._drain()
             return
-        self._socket = socket
+        self._socket, self.is_refused = socket, False
         self._member.connected(trio.current_time())
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._watch_deadlines)
@@ -282,6 +287,7 @@ class Room:
                 self._registered.set()
             case Reconnecting(delay=delay, reason=reason):
                 self.trouble = reason
+                self.failed.set()
                 self._log.warning(
                     "no signaling server", reason=reason, retry_in=round(delay, 1)
                 )

@@ -132,6 +132,7 @@ class TcpSession(Session):
                 self._end(
                     f"no answer from {self.address} {silence}",
                     tell=f"no answer {silence}",
+                    silent_for=self._idle_timeout,
                 )
             case State.READY if now >= self._ping_at:
                 self._ping(now)

@@ -90,7 +90,16 @@ class WebSocketUser(Protocol):
 
 
 class WebSocketConnectError(Exception):
-    """A server can't be reached; the message says why, for people."""
+    """A server can't be reached.
+
+    Args:
+        message: Why, for people.
+        is_refused: Whether its host said that nobody listens there.
+    """
+
+    def __init__(self, message: str, *, is_refused: bool = False) -> None:
+        super().__init__(message)
+        self.is_refused = is_refused
 
 
 class WebSocket:
@@ -389,7 +398,8 @@ async def connect_websocket(url: str, max_message: int) -> WebSocket:
         ) from None
     except (OSError, trio.BrokenResourceError) as error:
         raise WebSocketConnectError(
-            f"can't connect to {where}: {_cause(error)}"
+            f"can't connect to {where}: {_cause(error)}",
+            is_refused=isinstance(_innermost(error), ConnectionRefusedError),
         ) from error
     return WebSocket(stream, max_message, url)
 

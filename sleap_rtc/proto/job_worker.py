@@ -93,6 +93,7 @@ class WorkerJob:
         self._history = LogHistory()
         self._stages: list[m.Message] = []
         self._position = 0
+        self._received = 0
         self._results: dict[str, int] = {}
         self._unlisted = ""
         self._failure: str | None = None
@@ -148,7 +149,9 @@ class WorkerJob:
         if self.state is State.ENDED:
             return self._end_progress()
         name = _NAMES.get(self.state, "RECEIVING")
-        return m.JobProgress(name, self._position if name == "QUEUED" else 0)
+        position = self._position if name == "QUEUED" else 0
+        received = self._received if self.state is State.RECEIVING else 0
+        return m.JobProgress(name, position, received=received)
 
     @property
     def submission(self) -> m.Submission:
@@ -324,6 +327,14 @@ class WorkerJob:
         if self._report(State.ADMITTING):
             self._send(m.JobRejected(self.job_id, clean_text(reason)))
             self._discard()
+
+    def package_opened(self, received: int) -> None:
+        """So many bytes of the package are here from before."""
+        if self.state is State.SUSPENDED:
+            return  # the link was lost meanwhile
+        if self._report(State.RECEIVING):
+            self._received = received
+            self._tell()
 
     def package_received(self) -> None:
         """The package lies in the job directory, verified."""

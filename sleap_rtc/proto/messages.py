@@ -122,6 +122,9 @@ class JobProgress(Json, frozen=True):
     detail: Annotated[str, Meta(max_length=1024)] = ""
     """For people: which command runs, or why the job ended."""
 
+    received: Size = 0
+    """Bytes of the package that the worker has from before, while it is RECEIVING."""
+
 
 class ResumePoint(Json, frozen=True):
     """What a client has of a job that it comes back to."""

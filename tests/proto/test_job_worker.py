@@ -240,6 +240,7 @@ REPORTS: dict[str, Input] = {
     "path_refused": lambda job: job.path_refused("not there"),
     "admitted": lambda job: job.admitted(),
     "rejected": lambda job: job.rejected("disk full"),
+    "package_opened": lambda job: job.package_opened(7),
     "package_received": lambda job: job.package_received(),
     "package_failed": lambda job: job.package_failed("disk full"),
     "queue_moved": lambda job: job.queue_moved(2),
@@ -260,6 +261,7 @@ AFTER: dict[str, dict[State, State]] = {
     },
     "admitted": {State.ADMITTING: State.ADMITTED},
     "rejected": {State.ADMITTING: State.DISCARDED},
+    "package_opened": {State.RECEIVING: State.RECEIVING},
     "package_received": {
         State.RECEIVING: State.QUEUED,
         State.SUSPENDED: State.QUEUED,  # it was complete when the link was lost
@@ -285,7 +287,7 @@ def test_every_report_in_every_state(route: str, state: State, name: str) -> Non
         assert drain(job)
         return
     late = state in (State.ENDED, State.DISCARDED)
-    late |= (name, state) == ("package_failed", State.SUSPENDED)
+    late |= state is State.SUSPENDED and name in ("package_opened", "package_failed")
     if late or (route in ("channel", "suspended") and name in _ABOUT_PATHS):
         REPORTS[name](job)  # too late to matter
     else:

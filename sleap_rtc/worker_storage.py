@@ -1,0 +1,145 @@
+"""What a worker asks of its disk and of the shared storage, for a job."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import trio
+
+from sleap_rtc.io.chunk_files import ChunkReader
+from sleap_rtc.io.copy import SPACE_PERCENT
+from sleap_rtc.io.files import human_size
+from sleap_rtc.io.folder import (
+    PathValidationError,
+    SharedStorageError,
+    list_tree,
+    open_beneath,
+)
+from sleap_rtc.io.probe import ask_storage
+from sleap_rtc.runner import LOG_NAME
+
+T = TypeVar("T")
+
+STORAGE_TIMEOUT = 20.0
+"""Seconds for one look at the shared storage; the client waits for 30."""
+
+CHUNK_SIZE = 1024 * 1024
+"""Bytes in a chunk of a result file."""
+
+
+async def ask_shared(root: Path | None, function: Callable[..., T], *args: object) -> T:
+    """Touch the shared storage, which may hang; errors say that it is the worker's.
+
+    Raises:
+        SharedStorageError: If there is none, or it failed or hung.
+        PathValidationError: If a path is no good.
+        RemoteProtocolError: If a path is hostile.
+    """
+    if root is None:
+        raise SharedStorageError("Shared storage not configured on the worker")
+    try:
+        return await ask_storage(root, function, *args, timeout=STORAGE_TIMEOUT)
+    except SharedStorageError as error:
+        raise SharedStorageError(f"the worker's shared storage: {error}") from None
+
+
+def look_at_package(root: Path, path: str) -> None:
+    """See that a package is there and can be read.
+
+    Raises:
+        PathValidationError: If it is none, or lies at the top of the shared storage.
+        SharedStorageError: If the storage failed.
+    """
+    source = ChunkReader(open_beneath(root, path), chunk_size=CHUNK_SIZE)
+    source.close()
+    if len(PurePosixPath(path).parts) < 2:
+        raise PathValidationError(f"{path} must lie in a directory of its own")
+
+
+def make_room(directory: Path, size: int) -> None:
+    """Make the directory of a job for a package of so many bytes.
+
+    One that holds nothing but a part of a package is taken again: the worker has
+    forgotten its job, and the client sends the rest.
+
+    Raises:
+        SharedStorageError: If there is no room, or the job is there already.
+    """
+    try:
+        directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        free = shutil.disk_usage(directory.parent).free + _bytes_in(directory)
+        needed = size * SPACE_PERCENT // 100
+        if free < needed:
+            raise SharedStorageError(
+                f"Insufficient disk space on the worker: need {human_size(needed)}, "
+                f"have {human_size(free)}"
+            )
+        directory.mkdir(mode=0o700)
+    except FileExistsError:
+        if list_tree(directory):  # parts are hidden files, which are not listed
+            raise SharedStorageError(
+                f"{directory.name} is known to the worker"
+            ) from None
+    except OSError as error:
+        raise SharedStorageError(
+            f"The worker can't make {directory}: {error.strerror}"
+        ) from None
+
+
+def _bytes_in(directory: Path) -> int:
+    """Count what the parts in a directory take up already."""
+    try:
+        with os.scandir(directory) as entries:
+            return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
+    except OSError:
+        return 0
+
+
+def open_result(directory: Path, path: str) -> ChunkReader:
+    """Open a file of a job directory that its client wants.
+
+    Raises:
+        PathValidationError: If it is none of the job's.
+        SharedStorageError: If the storage failed.
+    """
+    return ChunkReader(open_beneath(directory, path), chunk_size=CHUNK_SIZE)
+
+
+def is_package_there(directory: Path, name: str, size: int) -> bool:
+    """Tell whether a whole package lies in a job directory."""
+    try:
+        found = os.lstat(directory / name)
+    except OSError:
+        return False
+    return found.st_size == size
+
+
+def results_left(directory: Path, output: str) -> dict[str, int]:
+    """List what a job made whose worker was killed: its models, and its output.
+
+    Args:
+        directory: The job directory.
+        output: Where its models are, by its last part.
+    """
+    models = PurePosixPath(output).name
+    try:
+        found = list_tree(directory)
+    except SharedStorageError:
+        return {}
+    return {
+        path: size
+        for path, size, _ in found
+        if path == LOG_NAME or PurePosixPath(path).parts[0] == models
+    }
+
+
+async def remove_quietly(
+    remove: Callable[[], None], complain: Callable[[str], None]
+) -> None:
+    """Remove what nobody needs any more; what stays is only mentioned."""
+    try:
+        await trio.to_thread.run_sync(remove)
+    except (SharedStorageError, PathValidationError) as error:
+        complain(str(error))

@@ -221,7 +221,9 @@ class Congestion(QuicCongestionControl):
             self._round_lost_packets >= FEWEST_LOST
             and self._round_lost > LOSS_LIMIT * (delivered + self._round_lost)
         )
-        if is_congested:
+        # The losses with which startup ends are those of its own queue. Who backed off
+        # for them would hardly get a share of a path that another one fills.
+        if is_congested and self.phase is not Phase.STARTUP:
             window = min(self.congestion_window, self._ceiling)
             self._ceiling = max(BACK_OFF * window, self._smallest_window)
         elif self._ceiling < 2 * self._target(WINDOW_GAIN):

@@ -111,6 +111,8 @@ class JobRequest(msgspec.Struct, frozen=True):
             it from the settings.
         patience: Seconds for which a lost link is tried to be opened again. A worker
             whose process has evidently ended is given up after some seconds.
+        lanes: Connections for a large transfer, at most 4; None takes as many as pay
+            on this machine.
         fresh: Begin a new job, also if an earlier process has begun one with this
             package.
     """
@@ -122,6 +124,7 @@ class JobRequest(msgspec.Struct, frozen=True):
     timeout: float | None = None
     shared_storage_root: Path | None = None
     patience: float = PATIENCE
+    lanes: int | None = None
     fresh: bool = False
 
 
@@ -245,7 +248,9 @@ class _Submission:
         wanted = self._request.worker
         if wanted is None and self._earlier is not None:
             wanted = self._earlier.worker_id
-        reach = Reach(invite, self._request.route, wanted, self._tell)
+        reach = Reach(
+            invite, self._request.route, wanted, self._request.lanes, self._tell
+        )
         ending = JobEnded("cancelled", "no worker had been reached")
         async with open_background_nursery() as nursery:
             nursery.start_soon(self._watch_time)

@@ -11,6 +11,7 @@ import typer
 from sleap_rtc import client
 from sleap_rtc.cli.console import err, reported_errors, run
 from sleap_rtc.cli.watch import JsonWatch, TerminalWatch, Watch
+from sleap_rtc.proto.messages import MAX_LANES
 
 
 class RouteOption(StrEnum):
@@ -55,6 +56,14 @@ def send(
         float,
         typer.Option(min=0, help="Seconds to try to open a lost connection again."),
     ] = client.PATIENCE,
+    lanes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MAX_LANES,
+            help="Connections for a large transfer; default: as many as pay here.",
+        ),
+    ] = None,
     fresh: Annotated[
         bool,
         typer.Option(
@@ -75,6 +84,7 @@ def send(
             timeout=timeout,
             shared_storage_root=shared_storage_root,
             patience=patience,
+            lanes=lanes,
             fresh=fresh,
         )
         watch = JsonWatch() if json else TerminalWatch()

@@ -1,0 +1,126 @@
+"""The instrument that finds what blocks the event loop, and what it finds."""
+
+import gc
+import hashlib
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+import trio
+from loop import Side
+from loop_watch import Findings, LoopWatch
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells how long a thread waited"
+)
+
+SCRIPT = Path(__file__).parents[2] / "bench" / "loop.py"
+DEADLINE = 60.0
+
+FAR_TOO_LONG = 0.045
+"""Seconds; what a machine of others hides is shorter, but for rare moments."""
+
+STOPPED_BY_OTHERS = 4
+"""Steps over the limit that may be somebody else's fault; a call that blocks for each
+chunk of the package would make sixteen."""
+
+
+def watched(main: Callable[[], Awaitable[None]]) -> Findings:
+    watch = LoopWatch()
+    trio.run(main, instruments=[watch])
+    return watch.findings()
+
+
+def compute(seconds: float) -> None:
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        sum(range(1000))
+
+
+def test_a_call_that_sleeps_is_found() -> None:
+    async def main() -> None:
+        await trio.lowlevel.checkpoint()
+        time.sleep(0.05)  # noqa: ASYNC251
+        await trio.lowlevel.checkpoint()
+
+    (step,) = watched(main).blocking()
+    assert step.slept > 0.04
+    assert "test_loop.py" in step.place
+    assert "main" in step.task
+
+
+def test_a_call_that_computes_is_found() -> None:
+    async def main() -> None:
+        compute(0.03)
+
+    (step,) = watched(main).blocking()
+    assert step.computed >= 0.03
+    assert "compute" in step.place
+
+
+def test_waiting_for_the_interpreter_is_no_blocking() -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(trio.to_thread.run_sync, compute, 0.1)
+            for _ in range(100):
+                await trio.sleep(0.001)
+                hashlib.sha256(bytes(10000)).hexdigest()  # gives the lock away
+
+    found = watched(main)
+    assert found.blocking() == []
+    assert found.steps > 100
+
+
+def test_collecting_garbage_is_told_apart() -> None:
+    keep = [[number] for number in range(300_000)]
+
+    async def main() -> None:
+        gc.collect()
+
+    found = watched(main)
+    assert found.collection > 0
+    assert all(step.computed < found.collection for step in found.worst)
+    assert len(keep) == 300_000
+
+
+def test_a_run_leaves_everything_as_it_was() -> None:
+    before = sys.getswitchinterval(), list(gc.callbacks), threading.active_count()
+
+    async def main() -> None:
+        await trio.lowlevel.checkpoint()
+
+    watched(main)
+    now = sys.getswitchinterval(), list(gc.callbacks), threading.active_count()
+    assert now == before
+
+
+@pytest.mark.parametrize("way", ["tcp", "quic", "shared"])
+def test_no_call_that_blocks_sits_in_the_loops_of_a_transfer(
+    way: str, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, str(SCRIPT), "--size", "16MiB", "--ways", way),
+            *("--directory", str(tmp_path), "--json", str(report)),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert report.exists(), done.stdout + done.stderr
+    sides = msgspec.json.decode(report.read_bytes(), type=list[Side])
+    assert [side.name for side in sides] == ["worker", "client"]
+    for side in sides:
+        assert side.found.steps > 100
+        for step in side.found.worst:
+            assert step.busy < FAR_TOO_LONG, f"{side.name}:\n{done.stdout}"
+        # A machine that others use stops a thread now and then, and hides it.
+        blocking = side.found.blocking()
+        assert len(blocking) <= STOPPED_BY_OTHERS, f"{side.name}:\n{done.stdout}"

@@ -1,4 +1,9 @@
-"""Copy a file to shared storage: fast, whole or not at all, and never for ever."""
+"""Copy a file to shared storage: fast, whole or not at all, and never for ever.
+
+A copy is published when all of its bytes are on the disk (fsync), it has the size of
+the source, and nobody changed the source meanwhile. Its content is not hashed:
+`sleap_rtc.io.copy_ladder` says why, and who checks it instead.
+"""
 
 import math
 import os
@@ -43,7 +48,7 @@ class CopyReport(msgspec.Struct, frozen=True):
 
     Args:
         path: The copy.
-        method: How it was made, such as ``reflink`` or ``parallel read/write``.
+        method: How it was made, such as ``reflink`` or ``sendfile``.
         size: Its bytes.
         seconds: How long it took until it was safe on the disk.
     """

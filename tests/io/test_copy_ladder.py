@@ -8,15 +8,23 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import trio
 
-from sleap_rtc.io.copy import CopyReport, copy_file, copy_with_deadline
+from sleap_rtc.io.copy import (
+    SLOWEST_RATE,
+    CopyReport,
+    copy_file,
+    copy_with_deadline,
+)
 from sleap_rtc.io.copy_ladder import (
+    LADDER,
     Rung,
     copy_by_reflink,
+    copy_by_sendfile,
     copy_in_kernel,
     copy_in_parallel,
     copy_plainly,
@@ -42,7 +50,14 @@ needs_linux = pytest.mark.skipif(
     sys.platform != "linux", reason="NOT TESTED: Linux copies in the kernel"
 )
 
-through_memory = pytest.mark.parametrize("rung", [copy_in_parallel, copy_plainly])
+by_any_way = pytest.mark.parametrize(
+    "rung",
+    [
+        pytest.param(copy_by_sendfile, marks=needs_linux),
+        copy_in_parallel,
+        copy_plainly,
+    ],
+)
 
 
 @pytest.fixture(params=["xfs", "btrfs"])
@@ -97,7 +112,7 @@ def copy(source: Path, root: Path) -> CopyReport:
 # ------------------------------------------------------------------- the rungs alone
 
 
-@through_memory
+@by_any_way
 @pytest.mark.parametrize("offset", [0, 5 * MEBIBYTE])
 @pytest.mark.parametrize("size", SIZES)
 def test_a_rung_copies_the_rest(
@@ -116,7 +131,7 @@ def test_a_rung_copies_the_rest(
     assert steps[-1:] == ([size] if size > offset else [])
 
 
-@through_memory
+@by_any_way
 def test_a_rung_that_is_closed_writes_no_more(tmp_path: Path, rung: Rung) -> None:
     make_file(tmp_path / "a", 40 * MEBIBYTE)
     with opened(tmp_path / "a", tmp_path / "b") as (source, target):
@@ -125,7 +140,7 @@ def test_a_rung_that_is_closed_writes_no_more(tmp_path: Path, rung: Rung) -> Non
         assert os.fstat(target).st_size < 40 * MEBIBYTE
 
 
-@through_memory
+@by_any_way
 def test_a_rung_reports_a_full_disk(tmp_path: Path, rung: Rung) -> None:
     make_file(tmp_path / "a", 40 * MEBIBYTE)
     (tmp_path / "full").mkdir()
@@ -138,7 +153,7 @@ def test_a_rung_reports_a_full_disk(tmp_path: Path, rung: Rung) -> None:
     assert caught.value.errno == errno.ENOSPC
 
 
-@through_memory
+@by_any_way
 def test_a_rung_ends_where_the_source_ends(tmp_path: Path, rung: Rung) -> None:
     data = make_file(tmp_path / "a", 9 * MEBIBYTE)
     with opened(tmp_path / "a", tmp_path / "b") as (source, target):
@@ -158,15 +173,38 @@ def test_a_failure_of_the_helper_is_raised(tmp_path: Path) -> None:
 
 
 @needs_linux
-def test_memory_goes_on_where_the_kernel_stopped(tmp_path: Path) -> None:
+@by_any_way
+def test_a_rung_goes_on_where_the_kernel_stopped(tmp_path: Path, rung: Rung) -> None:
     data = make_file(tmp_path / "a", 40 * MEBIBYTE)
     with opened(tmp_path / "a", tmp_path / "b") as (source, target):
         with closing(copy_in_kernel(source, target, 0, len(data))) as steps:
             copied = next(steps)
         assert 0 < copied < len(data)
         os.pwrite(target, b"kernel", 0)  # what was copied is not copied again
-        assert list(copy_in_parallel(source, target, copied, len(data)))
+        assert list(rung(source, target, copied, len(data)))
     assert (tmp_path / "b").read_bytes() == b"kernel" + data[6:]
+
+
+@needs_linux
+@pytest.mark.parametrize("rung", [copy_in_kernel, copy_by_sendfile])
+def test_nothing_is_added_to_a_file_that_the_kernel_can_only_append_to(
+    tmp_path: Path, rung: Rung
+) -> None:
+    make_file(tmp_path / "a", BLOCK)
+    with (tmp_path / "a").open("rb") as source, (tmp_path / "b").open("ab") as target:
+        assert list(rung(source.fileno(), target.fileno(), 0, BLOCK)) == []
+    assert (tmp_path / "b").read_bytes() == b""
+
+
+@needs_linux
+@pytest.mark.parametrize("rung", [copy_in_kernel, copy_by_sendfile])
+def test_a_stop_is_never_far(tmp_path: Path, rung: Rung) -> None:
+    make_file(tmp_path / "a", 40 * MEBIBYTE)
+    with opened(tmp_path / "a", tmp_path / "b") as (source, target):
+        steps = [0, *rung(source, target, 0, 40 * MEBIBYTE)]
+    # At the rate below which storage counts as hanging, each takes under a second.
+    longest = max(end - begin for begin, end in pairwise(steps))
+    assert longest < SLOWEST_RATE
 
 
 @needs_linux
@@ -216,17 +254,29 @@ def test_a_reflink_that_is_not_wanted_leaves_nothing(sharing_disk: Path) -> None
 
 
 @needs_linux
-@pytest.mark.parametrize(
-    ("size", "method"), [(BLOCK, "read/write"), (BLOCK + 1, "parallel read/write")]
-)
-def test_another_file_system_is_written_through_memory(
-    tmp_path: Path, memory: Path, size: int, method: str
+@pytest.mark.parametrize("size", [1, 25 * MEBIBYTE + 3])
+def test_another_file_system_is_written_by_the_kernel(
+    tmp_path: Path, memory: Path, size: int
 ) -> None:
     data = make_file(tmp_path / "a", size)
     report = copy(tmp_path / "a", memory)
-    assert report.method == method
+    assert report.method == "sendfile"
     assert report.path.read_bytes() == data
     assert report.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("size", "method"), [(BLOCK, "read/write"), (BLOCK + 1, "parallel read/write")]
+)
+def test_without_the_kernel_a_file_goes_through_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, method: str
+) -> None:
+    monkeypatch.setattr("sleap_rtc.io.copy.LADDER", LADDER[-2:])
+    data = make_file(tmp_path / "a", size)
+    (tmp_path / "root").mkdir()
+    report = copy(tmp_path / "a", tmp_path / "root")
+    assert report.method == method
+    assert report.path.read_bytes() == data
 
 
 @needs_linux

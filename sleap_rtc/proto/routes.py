@@ -88,8 +88,8 @@ def after_shared_failure(
 # --------------------------------------------------------------------------- links
 
 LINK_KINDS: tuple[LinkKindName, ...] = ("tcp", "quic")
-"""All kinds, the preferred one first: in Python one TLS stream moves 20 to 40 times
-what a QUIC connection does. QUIC is there for peers that TCP cannot reach."""
+"""All kinds, the preferred one first: in Python a TLS stream moves several times what a
+QUIC connection does. QUIC is there for peers that TCP cannot reach."""
 
 STAGGER = 0.25
 """Seconds between the starts of two attempts (RFC 8305, 5)."""

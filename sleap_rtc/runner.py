@@ -14,6 +14,7 @@ from sleap_rtc.io.folder import (
     PathValidationError,
     SharedStorageError,
     create_beneath,
+    explain_errors,
     list_tree,
     open_beneath,
 )
@@ -128,7 +129,10 @@ def _check_cancelled() -> bool:
 
 def _read_script(directory: Path, name: str) -> str:
     fd = open_beneath(directory, name)
-    with os.fdopen(fd, encoding="utf-8", errors="replace") as file:
+    with (
+        explain_errors(f"Failed to read {name}"),
+        os.fdopen(fd, encoding="utf-8", errors="replace") as file,
+    ):
         # One more than is allowed, so that a longer one is refused and not cut.
         return file.read(MAX_SCRIPT_LENGTH + 1)
 
@@ -182,7 +186,7 @@ def _made_since(run: Run, before: Mapping[str, tuple[int, int]]) -> dict[str, in
         return {}
     try:
         after = _snapshot(run.directory)
-    except SharedStorageError:
+    except (SharedStorageError, PathValidationError):
         return {}
     return {
         path: status[0]
@@ -225,8 +229,7 @@ class _JobLog:
         self._lines += [text + "\n" for text in self._recent.values()]
         self._recent.clear()
         await trio.to_thread.run_sync(self._write)
-        if self._file is not None:
-            await trio.to_thread.run_sync(self._file.close)
+        await trio.to_thread.run_sync(self._close)
 
     def _write(self) -> None:
         lines, self._lines = self._lines, []
@@ -239,3 +242,10 @@ class _JobLog:
         except (OSError, SharedStorageError, PathValidationError):
             # The lines have gone to the client, too: a full disk must not end the job.
             return
+
+    def _close(self) -> None:
+        try:
+            if self._file is not None:
+                self._file.close()
+        except OSError:
+            return  # as above: it writes once more what had no room

@@ -12,6 +12,7 @@ from sleap_rtc.proto.script import ScriptKind
 from sleap_rtc.runner import LOG_NAME, Run, RunReport, run_job
 from tests.e2e import actor
 from tests.e2e.packages import make_package
+from tests.io.storage import small_mount
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="workers run on Linux and macOS"
@@ -167,3 +168,15 @@ async def test_a_job_stopped_before_it_began_runs_nothing(job: Job) -> None:
     report = await job.run()
     assert report == RunReport("stopped", {})
     assert [path.name for path in job.directory.iterdir()] == ["job.zip"]
+
+
+async def test_a_full_disk_costs_the_log_and_not_the_worker(tmp_path: Path) -> None:
+    mount = tmp_path / "small"
+    mount.mkdir()
+    with small_mount(mount, 1):
+        job = Job(mount / "job")
+        # What fills the disk stays; then there is no room for the lines.
+        make_package(job.package, f"act fill {mount}", "act say done")
+        report = await job.run()
+    assert report.failure is None
+    assert list(job.lines.values())[-1] == "done"

@@ -52,6 +52,17 @@ def big(path: str, megabytes: str) -> None:
             file.write(os.urandom(1024 * 1024))
 
 
+def fill(folder: str) -> None:
+    """Leave no room on a disk."""
+    print("filling")
+    with open(Path(folder, "filling"), "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            return
+
+
 def empty(path: str) -> None:
     Path(path).touch()
 
@@ -79,7 +90,7 @@ if __name__ == "__main__":
     actions: dict[str, Callable[..., None]] = {
         function.__name__: function
         for function in (
-            *(say, fail, wait, mark, copy, files, big, empty, lines, control),
+            *(say, fail, wait, mark, copy, files, big, fill, empty, lines, control),
         )
     }
     actions[sys.argv[1]](*sys.argv[2:])

@@ -12,10 +12,12 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import trio
 from aioquic.quic.congestion import base as congestion
+from aioquic.quic.congestion.base import QuicCongestionControl
 from blake3 import blake3
 
 from sleap_rtc.io.certificates import make_certificate
@@ -183,8 +185,18 @@ def _judge(auth: Auth) -> str:
 def _replace_congestion_control(name: str) -> None:
     """Let the product's own congestion control be another one, in this process."""
     factories = congestion._factories
+    classic = factories[name]
+
+    def make(*, max_datagram_size: int) -> QuicCongestionControl:
+        control: Any = classic(max_datagram_size=max_datagram_size)
+        # What the driver asks its own for. Without a rate it paces by the window.
+        control.max_datagram_size, control.packets_lost = max_datagram_size, 0
+        control.pacing_rate, control.note_idle = 0.0, lambda: None
+        made: QuicCongestionControl = control
+        return made
+
     for own in set(factories) - {"reno", "cubic"}:
-        factories[own] = factories[name]
+        factories[own] = make
 
 
 def _say(said: msgspec.Struct) -> None:

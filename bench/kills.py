@@ -278,6 +278,8 @@ class Run:
         _kill(processes[victim])
         self.transfer.kills.append(Kill(victim, self._done))
         if victim == "client":
+            if self._scene.arrived.exists():
+                return None  # the job has run: there is nothing left to go on with
             return self._type_command(processes)
         processes["worker"] = self._scene.start_worker()
         return client

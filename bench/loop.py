@@ -3,8 +3,8 @@
     python bench/loop.py --size 256MiB --json report.json
 
 A worker and a client are two processes that run the product's own functions,
-`run_worker` and `submit`, with an instrument of Trio's. The table shows for how long the
-steps of each blocked its loop. docs/performance.md explains it. Linux only.
+`run_worker` and `submit`, with an instrument of Trio's. The table shows for how long
+the steps of each blocked its loop. docs/performance.md explains it. Linux only.
 """
 
 import argparse

@@ -165,7 +165,7 @@ async def list_workers(
         NoWorkerError: If the signaling server can't be reached.
         RefusedError: If it does not let this machine in.
     """
-    invite = require_invite(environ)
+    invite = await trio.to_thread.run_sync(require_invite, environ)
     keys = RoomKeys.from_secret(invite.secret)
     async with enter_room(invite, keys, timeout) as room:
         return await discover(room)
@@ -198,7 +198,7 @@ async def submit(
         JobTimeoutError: If the request's timeout ran out.
         InterruptedJobError: If it was cancelled.
     """
-    invite = require_invite(environ)
+    invite = await trio.to_thread.run_sync(require_invite, environ)
     root = await trio.to_thread.run_sync(
         SharedStorageConfig.get_shared_storage_root,
         request.shared_storage_root,
@@ -277,19 +277,12 @@ class _Submission:
             async with reach.open_first() as link:
                 self._connected = True
                 self._take_up(reach.worker_id)
-                status = await trio.to_thread.run_sync(self._package.stat)
-                self._notes.begin(
-                    self._earlier
-                    or Note(
-                        self._job_id,
-                        reach.worker_id,
-                        str(self._request.package.absolute()),
-                        status.st_size,
-                        _modified(self._request.package, status),
-                    )
+                note, plan = await trio.to_thread.run_sync(
+                    self._look_at_package, reach.worker_id
                 )
+                self._notes.begin(self._earlier or note)
                 session = ClientSession(
-                    self._plan(), status.st_size, self._greeting(), self._on_event
+                    plan, note.size, self._greeting(), self._on_event
                 )
                 ending = await self._run_session(session, link, reach)
         except NoWorkerError as error:
@@ -342,6 +335,19 @@ class _Submission:
     async def _limit_cancelling(self, patience: trio.CancelScope) -> None:
         await self._cancel_asked.wait()
         patience.deadline = trio.current_time() + CANCEL_PATIENCE
+
+    def _look_at_package(self, worker_id: str) -> tuple[Note, Plan]:
+        """Say what is sent, and how; it blocks."""
+        status = self._package.stat()
+        named = self._request.package
+        note = Note(
+            self._job_id,
+            worker_id,
+            str(named.absolute()),
+            status.st_size,
+            _modified(named, status),
+        )
+        return note, self._plan()
 
     def _plan(self) -> Plan:
         stem = self._request.package.resolve().name.removesuffix(".zip")
@@ -496,7 +502,7 @@ async def _as_file(package: Path) -> AsyncIterator[Path]:
     Raises:
         UsageError: If it is none.
     """
-    directory = tempfile.TemporaryDirectory(prefix="sleap-rtc-")
+    directory = await trio.to_thread.run_sync(_make_temporary_directory)
     try:
         yield await trio.to_thread.run_sync(
             _find_package, package, Path(directory.name)
@@ -504,6 +510,10 @@ async def _as_file(package: Path) -> AsyncIterator[Path]:
     finally:
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(directory.cleanup)
+
+
+def _make_temporary_directory() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="sleap-rtc-")
 
 
 def _check_cancelled() -> bool:

@@ -23,6 +23,7 @@ from sleap_rtc.config import (
     SharedStorageConfig,
     load_settings,
     make_state_directory,
+    state_directory,
 )
 from sleap_rtc.errors import RefusedError, UsageError
 from sleap_rtc.identity import take_identity
@@ -156,9 +157,11 @@ async def run_worker(
     """
     async with trio.open_nursery() as nursery:
         await nursery.start(end_on_signal, nursery.cancel_scope)
-        directory = make_state_directory(options.environ)
+        directory = await trio.to_thread.run_sync(make_state_directory, options.environ)
         machine = await trio.to_thread.run_sync(describe_machine, directory)
-        with take_identity(directory, _slug(options.name)) as identity:
+        with await trio.to_thread.run_sync(
+            take_identity, directory, _slug(options.name)
+        ) as identity:
             await Worker(options, machine, identity.peer_id).run(on_ready)
         nursery.cancel_scope.cancel(reason="the worker has ended")
 
@@ -180,8 +183,9 @@ class Worker:
         self._machine = machine
         self._peer_id = peer_id
         self._log = structlog.get_logger().bind(worker=peer_id)
-        self._state = make_state_directory(options.environ)
+        self._state = state_directory(options.environ)
         self._jobs = self._state / "jobs"
+        self._disk_free = machine.disk_free
         self._queue = SlotQueue(options.slots or max(1, len(gpus)), gpus)
         self._changed = trio.Event()
 
@@ -189,7 +193,7 @@ class Worker:
         """Serve until cancelled."""
         async with open_background_nursery() as servants:
             invite, hosted = await self._find_room(servants)
-            certificate = make_certificate()
+            certificate = await trio.to_thread.run_sync(make_certificate)
             keys = RoomKeys.from_secret(invite.secret)
             doorkeeper = Doorkeeper(
                 keys, self._peer_id, certificate.certificate_der, self._log
@@ -256,7 +260,9 @@ class Worker:
             The invite, and whether this worker serves the room.
         """
         options = self._options
-        elsewhere = room_elsewhere(options.settings, options.environ)
+        elsewhere = await trio.to_thread.run_sync(
+            room_elsewhere, options.settings, options.environ
+        )
         if elsewhere is not None and options.listen is not None:
             raise UsageError(
                 f"This machine's room is at {elsewhere.url}, so the worker runs no "
@@ -267,18 +273,21 @@ class Worker:
             )
         if elsewhere is not None:
             return elsewhere, False
-        known = hosting(options.environ)
+        known = await trio.to_thread.run_sync(hosting, options.environ)
         where = options.listen or known or Hosting(LOOPBACK, 0)
         try:
             port = await servants.start(run_signaling, where.host, where.port)
         except OSError as error:
-            invite = load_invite(options.environ)
+            invite = await trio.to_thread.run_sync(load_invite, options.environ)
             if error.errno == errno.EADDRINUSE and where == known and invite:
                 self._log.info("another worker of this user serves the room")
                 return invite, False
             raise bind_problem(where, error) from None
         bound = Hosting(where.host, port)
-        return host_room(bound, options.environ, options.public_url), True
+        invite = await trio.to_thread.run_sync(
+            host_room, bound, options.environ, options.public_url
+        )
+        return invite, True
 
     def _card(self, doorkeeper: Doorkeeper) -> WorkerCard:
         """Describe the worker as it is at present."""
@@ -295,7 +304,7 @@ class Worker:
             slots=self._queue.slots,
             slots_free=self._queue.free,
             queued=self._queue.waiting,
-            disk_free=_free_bytes(self._jobs),
+            disk_free=self._disk_free,
             shared_storage=self._options.shared_root is not None,
             nonce=doorkeeper.nonce.hex(),
         )
@@ -306,8 +315,10 @@ class Worker:
             with trio.move_on_after(STATUS_INTERVAL):
                 await self._changed.wait()
             self._changed = trio.Event()
-            card = await trio.to_thread.run_sync(self._card, doorkeeper)
-            await room.update_metadata(msgspec.to_builtins(card))
+            self._disk_free = await trio.to_thread.run_sync(
+                _free_bytes, self._jobs, abandon_on_cancel=True
+            )
+            await room.update_metadata(msgspec.to_builtins(self._card(doorkeeper)))
 
     # ---------------------------------------------------------------------- the links
 
@@ -356,7 +367,7 @@ class Worker:
             role="worker",
             hostname=self._machine.hostname,
             shared_storage=self._options.shared_root is not None,
-            disk_free=_free_bytes(self._jobs),
+            disk_free=self._disk_free,
             slots=self._queue.slots,
             gpus=self._machine.gpus,
             sleap_nn=self._machine.sleap_nn,

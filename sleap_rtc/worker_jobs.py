@@ -100,14 +100,14 @@ class JobsHome(msgspec.Struct, frozen=True):
         for record in records:
             progress, results = m.JobProgress(record.state, 0, record.detail), {}
             directory = Path(record.directory)
+            if record.route == "channel":  # the state directory may have moved
+                directory = self.directory / record.job_id
             if record.state == "RECEIVING" and await trio.to_thread.run_sync(
                 is_package_there, directory, record.package, record.size
             ):
                 progress = m.JobProgress("QUEUED")
             if record.state == "RUNNING":
-                results = await trio.to_thread.run_sync(
-                    results_left, directory, record.output_path
-                )
+                results = await results_left(directory, record.output_path)
             job = Job(
                 self,
                 core.WorkerJob.restored(
@@ -126,11 +126,14 @@ class JobsHome(msgspec.Struct, frozen=True):
             job.drain()
 
     async def sweep(self) -> None:
-        """Give up, now and then, what nobody came back for."""
+        """Give up, now and then, what nobody came back for.
+
+        It begins with a pause: while the worker was away, nobody could come back.
+        """
         while True:
+            await trio.sleep(SWEEP_INTERVAL)
             for job in tuple(self.jobs.values()):
                 job.give_up_if_older(time.time() - KEEP_PARTS)
-            await trio.sleep(SWEEP_INTERVAL)
 
 
 class Job:
@@ -140,7 +143,7 @@ class Job:
         home: What all jobs share.
         core: The job; a new one by default.
         directory: The job directory, if it has one already.
-        updated: When it was remembered last, in seconds since the epoch.
+        updated: When it was last changed, or had a link, in seconds since the epoch.
     """
 
     def __init__(
@@ -157,8 +160,9 @@ class Job:
         self._link: JobLink | None = None
         self._attaching = trio.Lock()
         self._receiving = trio.CancelScope()
-        self._received = trio.Event()
-        self._received.set()
+        self._settled = trio.Event()
+        self._settled.set()
+        self._gone = trio.Event()
         self._waiting = trio.CancelScope()
         self._stop = trio.CancelScope()
 
@@ -171,6 +175,9 @@ class Job:
     async def attach(self, link: JobLink, next_sequence: int) -> bool:
         """Serve a client that comes back, and no other link from now on.
 
+        A client that is still there over an older link is told, so that it does not
+        take the job back at once.
+
         Args:
             link: The link over which it came.
             next_sequence: The first line of output that it misses.
@@ -179,10 +186,10 @@ class Job:
             False if there is nothing to come back to any more.
         """
         async with self._attaching:
-            if self._link is not None:
-                self._link.leave("the client has come back over another link")
+            if self._link is not None and self.core.can_resume:
+                self._link.leave("a newer connection has taken over the job")
                 self.detach(self._link)
-            await self._received.wait()
+            await self._settled.wait()
             if not self.core.can_resume:
                 return False
             self._link = link
@@ -196,15 +203,17 @@ class Job:
             self.core.connection_lost(trio.current_time())
             self.drain()
             self._link = None
+            self._updated = time.time()
 
-    def receive_message(self, message: m.Message) -> None:
-        """Take a message of the client.
+    def receive_message(self, link: JobLink, message: m.Message) -> None:
+        """Take a message of the client; one from an older link changes nothing.
 
         Raises:
             RemoteProtocolError: If it does not belong here.
         """
-        self.core.receive_message(message, trio.current_time())
-        self.drain()
+        if self._link is link:
+            self.core.receive_message(message, trio.current_time())
+            self.drain()
 
     def give_up_if_older(self, moment: float) -> None:
         """Remove the part of a package whose client has been away since a moment."""
@@ -232,6 +241,8 @@ class Job:
             case core.MakeOutput(path=path):
                 self._start(self._make_output, path)
             case core.Admit(job_id=job_id, submission=submission):
+                self._directory = None  # a client that fell back had one elsewhere
+                self._settled = trio.Event()
                 self._home.nursery.start_soon(self._admit, job_id, submission)
             case core.ReceivePackage(transfer_id=transfer_id, file=file):
                 self._start_receiving(transfer_id, file)
@@ -281,24 +292,23 @@ class Job:
     def _forget(self) -> None:
         self._receiving.cancel(reason="the job was given up")
         if self._home.jobs.get(self.core.job_id) is self:
-            del self._home.jobs[self.core.job_id]
             self._home.store.put(self.core.job_id)
-        self._home.nursery.start_soon(self._remove_copy)
+        self._home.nursery.start_soon(self._remove)
 
-    async def _remove_copy(self) -> None:
-        """Remove the job directory, if the package came through the channel."""
-        await self._received.wait()
-        directory, self._directory = self._directory, None
-        home = self._home.directory
-        if directory is None or self.core.route != "channel":
-            return
-        if directory.is_relative_to(home):  # not on shared storage before it fell back
+    async def _remove(self) -> None:
+        """Remove the package that came through the channel; then its id is free."""
+        await self._settled.wait()
+        home, job_id = self._home, self.core.job_id
+        if self._directory is not None and self.core.route == "channel":
             await remove_quietly(
-                lambda: remove_tree_beneath(home, directory.name),
-                lambda reason: self._home.log.warning(
+                lambda: remove_tree_beneath(home.directory, job_id),
+                lambda reason: home.log.warning(
                     "job directory not removed", reason=reason
                 ),
             )
+        if home.jobs.get(job_id) is self:
+            del home.jobs[job_id]
+        self._gone.set()
 
     # ------------------------------------------------------------- the shared storage
 
@@ -340,25 +350,34 @@ class Job:
 
     async def _admit(self, job_id: str, submission: m.Submission) -> None:
         """Decide about a package; its client may have gone, and come back."""
-        home = self._home
         try:
             check_file_name_untrusted(submission.name)
-            if home.jobs.setdefault(job_id, self) is not self:
-                raise SharedStorageError(f"{job_id} is known to the worker")
-            directory = home.directory / job_id
+            await self._take_id(job_id)
+            directory = self._home.directory / job_id
             await trio.to_thread.run_sync(make_room, directory, submission.size)
             self._directory = directory
-            if self.core.has_ended:  # it was given up meanwhile
-                await self._remove_copy()
             self.core.admitted()
-        except (RemoteProtocolError, SharedStorageError) as error:
+        except _TROUBLE as error:
             self.core.rejected(str(error))
+        finally:
+            self._settled.set()
         self.drain()
+
+    async def _take_id(self, job_id: str) -> None:
+        """Be the only job of this id, as soon as nothing is left of an earlier one.
+
+        Raises:
+            SharedStorageError: If there is another.
+        """
+        while (other := self._home.jobs.setdefault(job_id, self)) is not self:
+            if other.core.state is not core.State.DISCARDED:
+                raise SharedStorageError(f"{job_id} is known to the worker")
+            await other._gone.wait()
 
     def _start_receiving(self, transfer_id: int, file: m.OfferedFile) -> None:
         link, directory = self._link, self._directory
         if link is not None and directory is not None:
-            self._receiving, self._received = trio.CancelScope(), trio.Event()
+            self._receiving, self._settled = trio.CancelScope(), trio.Event()
             link.start(self._receive_package, link, directory, transfer_id, file)
 
     async def _receive_package(
@@ -371,6 +390,7 @@ class Job:
                 if sink.chunk_map.bytes_there:
                     self.core.package_opened(sink.chunk_map.bytes_there)
                     self.drain()
+                    await link.outbox.flush()  # before the first grant
                 await link.transfers.receive_file(
                     transfer_id, file, sink, keep_part=True
                 )
@@ -380,7 +400,7 @@ class Job:
         except LinkClosedError:
             pass  # the link's session tells the core
         finally:
-            self._received.set()
+            self._settled.set()
         self.drain()
 
     def _open_part(self, directory: Path, file: m.OfferedFile) -> ChunkWriter:

@@ -15,6 +15,9 @@ from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.job_worker import State
 from sleap_rtc.worker_jobs import Job, JobsHome
 
+FAREWELL_SECONDS = 1.0
+"""How long a link that ends may take to tell its client why."""
+
 
 async def serve_link(home: JobsHome, link: Link) -> None:
     """Serve one client until its link ends.
@@ -59,31 +62,37 @@ class _Session:
             self._nursery.start_soon(effect, *args)
 
     def leave(self, reason: str) -> None:
-        """End the link."""
+        """End the link, and tell the client why, if it is still there."""
         self._reason = reason
+        self.outbox.put(m.Error(reason))
         self._serving.cancel(reason=reason)
 
     async def serve(self) -> str:
         """Serve the link; returns why it ended."""
-        with self._serving:
-            async with open_background_nursery() as nursery:
-                self._nursery = nursery
-                nursery.start_soon(self.outbox.run)
-                nursery.start_soon(self.transfers.run)
-                self.outbox.put(m.Hello(self._home.greet()))
-                try:
+        async with open_background_nursery() as nursery:
+            self._nursery = nursery
+            nursery.start_soon(self.outbox.run)
+            nursery.start_soon(self.transfers.run)
+            self.outbox.put(m.Hello(self._home.greet()))
+            try:
+                with self._serving:
                     await self._receive_messages()
-                except LinkClosedError as error:
-                    self._reason = error.reason
-                except RemoteProtocolError as error:
-                    self._reason = error.reason
-                    self._log.warning("client broke the protocol", reason=error.reason)
-                    self.outbox.put(m.Error(error.reason))
-                    with trio.move_on_after(1):
-                        await self.outbox.flush()
-                finally:
-                    self._nursery = None
+                await self._say_farewell()
+            except LinkClosedError as error:
+                self._reason = self._reason or error.reason
+            except RemoteProtocolError as error:
+                self._reason = error.reason
+                self._log.warning("client broke the protocol", reason=error.reason)
+                self.outbox.put(m.Error(error.reason))
+                await self._say_farewell()
+            finally:
+                self._nursery = None
         return self._reason
+
+    async def _say_farewell(self) -> None:
+        """Let the client hear why the link ends."""
+        with trio.move_on_after(FAREWELL_SECONDS):
+            await self.outbox.flush()
 
     async def _receive_messages(self) -> NoReturn:
         """Take messages until the link ends."""
@@ -101,7 +110,7 @@ class _Session:
                 await self._resume(message)
             else:
                 self._check_is_free(message)
-                self.job.receive_message(message)
+                self.job.receive_message(self, message)
 
     async def _resume(self, message: m.JobResume) -> None:
         """Take up the job of an earlier link, or say that there is none."""
@@ -126,5 +135,5 @@ class _Session:
         if not isinstance(message, m.MountProbe | m.JobIdentity):
             return
         known = self._home.jobs.get(message.job_id)
-        if known is not None and known is not self.job:
+        if known is not None and known is not self.job and known.core.can_resume:
             raise RemoteProtocolError(f"{message.job_id} is known; it can be resumed")

@@ -116,8 +116,10 @@ def is_package_there(directory: Path, name: str, size: int) -> bool:
     return found.st_size == size
 
 
-def results_left(directory: Path, output: str) -> dict[str, int]:
+async def results_left(directory: Path, output: str) -> dict[str, int]:
     """List what a job made whose worker was killed: its models, and its output.
+
+    Storage that fails or hangs has nothing: it must not keep a worker from starting.
 
     Args:
         directory: The job directory.
@@ -125,8 +127,10 @@ def results_left(directory: Path, output: str) -> dict[str, int]:
     """
     models = PurePosixPath(output).name
     try:
-        found = list_tree(directory)
-    except SharedStorageError:
+        found = await ask_storage(
+            directory, list_tree, directory, timeout=STORAGE_TIMEOUT
+        )
+    except (SharedStorageError, PathValidationError):
         return {}
     return {
         path: size

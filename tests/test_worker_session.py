@@ -1,0 +1,282 @@
+"""Links to a worker, and the jobs that outlive them, without a room around them."""
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+import trio
+import trio.testing
+
+from sleap_rtc.io.nursery import open_background_nursery
+from sleap_rtc.io.store import JobRecord, JobStore, StoreWriter, open_store
+from sleap_rtc.proto import messages as m
+from sleap_rtc.proto.job_worker import State
+from sleap_rtc.slots import SlotQueue
+from sleap_rtc.worker_jobs import KEEP_PARTS, SWEEP_INTERVAL, JobsHome
+from sleap_rtc.worker_session import serve_link
+from tests.io.memory_link import MemoryLink
+
+T = TypeVar("T", bound=m.Message)
+
+DEADLINE = 20.0
+JOB = "job_0123abcd"
+SIZE = 3 * 1024 * 1024
+SUBMIT = m.JobSubmit(JOB, m.Submission("job.zip", SIZE))
+RESUME = m.JobResume(JOB, m.ResumePoint())
+OFFER = m.FileOffer(0, m.OfferedFile("job.zip", SIZE, 1024 * 1024))
+
+
+class Client:
+    """The other end of a worker's link."""
+
+    def __init__(self, link: MemoryLink) -> None:
+        self.link = link
+
+    async def send(self, *messages: m.Message) -> None:
+        for message in messages:
+            await self.link.send_message(message)
+
+    async def expect(self, kind: type[T]) -> T:
+        """Wait for a message of a kind, and skip all others."""
+        while True:
+            message = await self.link.receive_message()
+            if isinstance(message, kind):
+                return message
+
+
+class World:
+    """A worker's jobs, and a way to open links to them."""
+
+    def __init__(self, home: JobsHome, store: JobStore) -> None:
+        self.home = home
+        self.store = store
+
+    async def connect(self) -> Client:
+        """Open a link, and greet."""
+        mine, its = MemoryLink.pair()
+        self.home.nursery.start_soon(serve_link, self.home, its)
+        client = Client(mine)
+        await client.send(m.Hello(_greeting()))
+        return client
+
+    async def begin(self) -> Client:
+        """Open a link, and submit the job over it."""
+        client = await self.connect()
+        await client.send(SUBMIT)
+        await client.expect(m.JobAccepted)
+        return client
+
+    async def resume(self) -> Client:
+        """Open a link, and go on with the job over it."""
+        client = await self.connect()
+        await client.send(RESUME)
+        await client.expect(m.JobResumed)
+        return client
+
+    def state(self) -> State:
+        return self.home.jobs[JOB].core.state
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait for what worker threads bring about."""
+    while not condition():
+        await trio.lowlevel.checkpoint()
+
+
+def _greeting() -> m.Greeting:
+    return m.Greeting(m.PROTOCOL_VERSION, "1.0", "client")
+
+
+@asynccontextmanager
+async def open_world(
+    tmp_path: Path, shared_root: Path | None = None
+) -> AsyncIterator[World]:
+    log = structlog.get_logger()
+    with trio.fail_after(DEADLINE), closing(open_store(tmp_path / "store")) as store:
+        async with open_background_nursery() as nursery:
+            writer = StoreWriter(store, log)
+            nursery.start_soon(writer.run)
+            home = JobsHome(
+                worker_id="worker-test",
+                directory=tmp_path / "jobs",
+                shared_root=shared_root,
+                programs=frozenset(),
+                queue=SlotQueue(1),
+                store=writer,
+                nursery=nursery,
+                greet=_greeting,
+                changed=lambda: None,
+                log=log,
+            )
+            yield World(home, store)
+
+
+def record(state: m.JobStateName, updated: float, directory: Path) -> JobRecord:
+    return JobRecord(
+        job_id=JOB,
+        worker_id="worker-test",
+        route="channel",
+        directory=str(directory),
+        package="job.zip",
+        size=SIZE,
+        state=state,
+        detail="",
+        output_path="models",
+        results={},
+        updated=updated,
+    )
+
+
+async def test_a_client_whose_job_was_taken_over_is_told(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        first = await world.begin()
+        second = await world.connect()
+        await second.send(RESUME)
+        # A client that is told so does not come back and take the job away again.
+        error = await first.expect(m.Error)
+        assert error.reason == "a newer connection has taken over the job"
+        await second.expect(m.JobResumed)
+
+
+async def test_of_two_that_resume_at_once_the_later_one_has_the_job(
+    tmp_path: Path,
+) -> None:
+    async with open_world(tmp_path) as world:
+        first = await world.begin()
+        await first.send(OFFER)
+        await until(lambda: world.state() is State.RECEIVING)
+        others = [await world.connect() for _ in range(5)]
+        for other in others:
+            await other.send(RESUME)
+            await trio.testing.wait_all_tasks_blocked()
+        await others[-1].expect(m.JobResumed)
+        await until(lambda: all(other.link.is_cut for other in (first, *others[:-1])))
+        await others[-1].send(OFFER)
+        await others[-1].expect(m.ChunkGrant)
+
+
+async def test_an_older_link_has_no_say_any_more(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        await world.begin()
+        job = world.home.jobs[JOB]
+        older = job._link
+        assert older is not None
+        await world.resume()
+        job.receive_message(older, m.JobCancel(JOB))
+        assert job.core.state is State.ADMITTED
+
+
+async def test_a_link_that_dies_while_it_waits_for_its_job_leaves_it_free(
+    tmp_path: Path,
+) -> None:
+    async with open_world(tmp_path) as world:
+        first = await world.begin()
+        await first.send(OFFER)
+        await until(lambda: world.state() is State.RECEIVING)
+        second = await world.connect()
+        await second.send(RESUME)
+        await trio.testing.wait_all_tasks_blocked()
+        second.link.cut("a tunnel")
+        await until(lambda: world.state() is State.SUSPENDED)
+        await world.resume()
+
+
+async def test_a_job_can_be_resumed_while_room_is_made_for_it(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        first = await world.connect()
+        await first.send(SUBMIT)
+        second = await world.resume()
+        await second.send(OFFER)
+        await second.expect(m.ChunkGrant)
+
+
+async def test_a_job_that_is_refused_leaves_the_other_of_its_id_alone(
+    tmp_path: Path,
+) -> None:
+    # The shared storage may hold everything of a user, the state directory, too.
+    async with open_world(tmp_path, shared_root=tmp_path) as world:
+        await world.begin()
+        directory = world.home.directory / JOB
+        (directory / "job.zip").write_bytes(b"a package")
+        hostile = await world.connect()
+        await hostile.send(
+            m.JobIdentity("job_ffff0000"), m.SharedInputPath(f"jobs/{JOB}/job.zip")
+        )
+        await hostile.expect(m.PathValidated)
+        await hostile.send(m.JobSubmit("job_ffff0000", m.Submission("job.zip", 1)))
+        await hostile.send(m.JobCancel("job_ffff0000"))
+        await hostile.expect(m.JobFailed)
+        await until(lambda: "job_ffff0000" not in world.home.jobs)
+        assert (directory / "job.zip").read_bytes() == b"a package"
+        another = await world.connect()
+        await another.send(SUBMIT)
+        rejected = await another.expect(m.JobRejected)
+        assert rejected.reason == f"{JOB} is known to the worker"
+        assert (directory / "job.zip").exists()
+        assert world.home.jobs[JOB].core.state is State.ADMITTED
+
+
+async def test_an_id_is_free_once_nothing_is_left_of_its_job(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        directory = world.home.directory / JOB
+        for _ in range(30):
+            first, second = await world.connect(), await world.connect()
+            await first.send(SUBMIT, m.JobCancel(JOB))
+            await first.expect(m.JobFailed)
+            await second.send(SUBMIT)
+            await second.expect(m.JobAccepted)
+            await second.send(OFFER)
+            await second.expect(m.ChunkGrant)
+            assert directory.exists()
+            await second.send(m.JobCancel(JOB))
+            await second.expect(m.JobFailed)
+            await until(lambda: not world.home.jobs)
+            assert not directory.exists()
+
+
+async def test_nothing_is_left_of_a_link_that_named_no_job(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        client = await world.connect()
+        await client.send(RESUME)
+        await client.expect(m.JobUnknown)
+        client.link.cut("gone")
+        await trio.testing.wait_all_tasks_blocked()
+        assert world.home.jobs == {}
+        assert world.store.load("worker-test").records == []
+
+
+async def test_a_part_outlives_a_long_absence_of_the_worker(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        long_ago = time.time() - 2 * KEEP_PARTS
+        await world.home.restore([record("RECEIVING", long_ago, tmp_path)])
+        world.home.nursery.start_soon(world.home.sweep)
+        await world.resume()
+
+
+async def test_a_part_counts_from_when_its_client_left(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        long_ago = time.time() - 2 * KEEP_PARTS
+        await world.home.restore([record("RECEIVING", long_ago, tmp_path)])
+        job = world.home.jobs[JOB]
+        client = await world.resume()
+        client.link.cut("gone")
+        await until(lambda: world.state() is State.SUSPENDED)
+        await trio.testing.wait_all_tasks_blocked()
+        job.give_up_if_older(time.time() - SWEEP_INTERVAL)
+        assert world.state() is State.SUSPENDED
+        job.give_up_if_older(time.time() + 1)
+        assert world.state() is State.DISCARDED
+
+
+async def test_a_state_directory_may_be_moved_between_two_runs(tmp_path: Path) -> None:
+    async with open_world(tmp_path) as world:
+        (world.home.directory / JOB).mkdir(parents=True)
+        earlier = tmp_path / "elsewhere" / JOB
+        await world.home.restore([record("RECEIVING", time.time(), earlier)])
+        client = await world.resume()
+        await client.send(OFFER)
+        await client.expect(m.ChunkGrant)
+        assert list((world.home.directory / JOB).iterdir()) != []

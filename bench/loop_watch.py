@@ -29,9 +29,6 @@ SWITCH_INTERVAL = 0.0005
 """Seconds for which a thread waits in one piece for the lock of the interpreter. Short
 naps are thereby known to be such waits, and a long one to be a call that blocks."""
 
-_LOOK = 0.002
-"""Seconds on the clock from which on a step is looked at closely."""
-
 _SAMPLE = 0.005
 """Seconds between two looks at where the loop is."""
 
@@ -161,7 +158,7 @@ class LoopWatch(trio.abc.Instrument):
         self._lock_wait = max(self._lock_wait, asleep - slept)
         busy = computed + slept
         self._busy.append(busy)
-        if busy > _LOOK and (len(self._worst) < KEPT or busy > self._worst[0][0]):
+        if len(self._worst) < KEPT or busy > self._worst[0][0]:
             place = self._place or _end_of(task)
             step = Step(busy, computed, slept, naps, wall, task.name, place)
             heapq.heappush(self._worst, (busy, len(self._busy), step))

@@ -2,7 +2,7 @@
 # make have to be there.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n auto
+PYTEST_ARGS ?= -n 4
 BENCH_ARGS ?=
 BENCH_OUT ?= build
 

@@ -77,6 +77,7 @@ __all__ = [
     "LinePrinted",
     "LinkLost",
     "LinkOpened",
+    "NoteTrouble",
     "PackageChanged",
     "PackageCopied",
     "ResultsChosen",
@@ -128,13 +129,19 @@ class JobRequest(msgspec.Struct, frozen=True):
     fresh: bool = False
 
 
+class NoteTrouble(msgspec.Struct, frozen=True):
+    """Event: nothing was noted of the job, so that a crash would make it start over."""
+
+    reason: str
+
+
 class PackageChanged(msgspec.Struct, frozen=True):
     """Event: the package is another one than when this job was begun with it."""
 
     job_id: str
 
 
-Event = WorkerChosen | LinkOpened | PackageChanged | SessionEvent
+Event = WorkerChosen | LinkOpened | NoteTrouble | PackageChanged | SessionEvent
 
 
 class JobResult(msgspec.Struct, frozen=True):
@@ -180,7 +187,8 @@ async def submit(
 ) -> JobResult:
     """Run a package on a worker of this machine's room, and get its results.
 
-    If the task is cancelled, the job goes on without it; set `cancel_asked` to end it.
+    If the task is cancelled, a job whose package the worker has goes on without it, and
+    an upload is given up; set `cancel_asked` to end the job as well.
 
     Args:
         request: What to run.
@@ -260,7 +268,7 @@ class _Submission:
                 ending = await self._connect_and_run(reach)
         self._enter_phase("done")
         # What was lost, or did not fit here, goes on when `send` is typed again.
-        if ending.outcome not in ("lost", "transfer_failed"):
+        if ending.outcome not in ("lost", "transfer_failed") and not _untold(ending):
             await self._notes.remove()
         self._raise_unless_complete(ending, reach.worker_id)
         return JobResult(self._job_id, self._output, self._seconds)
@@ -280,7 +288,10 @@ class _Submission:
                 note, plan = await trio.to_thread.run_sync(
                     self._look_at_package, reach.worker_id
                 )
-                self._notes.begin(self._earlier or note)
+                # On the disk before the job is: a crash must not begin it twice.
+                trouble = await self._notes.begin(self._earlier or note)
+                if trouble:
+                    self._tell(NoteTrouble(trouble))
                 session = ClientSession(
                     plan, note.size, self._greeting(), self._on_event
                 )
@@ -309,12 +320,11 @@ class _Submission:
         self, session: ClientSession, link: Link, reach: Reach
     ) -> JobEnded:
         """Run the job; once it is cancelled, do not wait for ever."""
-        ending = JobEnded("cancelled", "the worker did not confirm that it stopped")
-        async with trio.open_nursery() as nursery:
+        ending = JobEnded("cancelled", "cancelled; the worker did not confirm it")
+        async with open_background_nursery() as nursery:
             with trio.CancelScope() as patience:
                 nursery.start_soon(self._limit_cancelling, patience)
                 ending = await session.run(link, reach.open_again, self._cancel_asked)
-            nursery.cancel_scope.cancel(reason="the job has ended")
         return ending
 
     def _greeting(self) -> Greeting:
@@ -337,8 +347,17 @@ class _Submission:
         patience.deadline = trio.current_time() + CANCEL_PATIENCE
 
     def _look_at_package(self, worker_id: str) -> tuple[Note, Plan]:
-        """Say what is sent, and how; it blocks."""
-        status = self._package.stat()
+        """Say what is sent, and how; it blocks.
+
+        Raises:
+            UsageError: If the package is gone.
+        """
+        try:
+            status = self._package.stat()
+        except OSError as error:
+            raise UsageError(
+                f"{self._package} can't be read: {error.strerror}."
+            ) from None
         named = self._request.package
         note = Note(
             self._job_id,
@@ -352,7 +371,11 @@ class _Submission:
     def _plan(self) -> Plan:
         stem = self._request.package.resolve().name.removesuffix(".zip")
         output, earlier = self._request.output, self._earlier
-        chosen = None if earlier is None or output else earlier.output
+        chosen = None if earlier is None or not earlier.output else Path(earlier.output)
+        if output is not None and chosen is not None:
+            asked = output.absolute()
+            if chosen not in (asked, asked / self._job_id):
+                chosen = None  # this time the user wants them elsewhere
         return Plan(
             job_id=self._job_id,
             package=self._package,
@@ -363,7 +386,7 @@ class _Submission:
             patience=self._request.patience,
             resumes=earlier is not None,
             route=None if earlier is None else earlier.route_tried or None,
-            chosen_output=None if chosen is None else Path(chosen),
+            chosen_output=chosen,
         )
 
     # --------------------------------------------------------------------- the story
@@ -423,13 +446,24 @@ class _Submission:
                         f"The job was cancelled after {self._request.timeout:g} s, as "
                         f"--timeout said.{where}"
                     )
-                raise InterruptedJobError(f"The job was cancelled.{where}")
+                but = f", but {_untold(ending)}" if _untold(ending) else ""
+                raise InterruptedJobError(
+                    f"The job was cancelled{but}.{where}",
+                    "Send the package again to see whether it goes on." if but else "",
+                )
             case "lost":
                 raise ConnectionLostError(
                     f"The connection to {worker_id} was lost: {ending.reason}.",
                     "Check that the worker runs (`sleap-rtc workers`) and send the "
                     "package again: it goes on where it was, if the worker has it.",
                 )
+
+
+def _untold(ending: JobEnded) -> str:
+    """Say why a cancelled job may go on; empty if it does not."""
+    if ending.outcome != "cancelled":
+        return ""
+    return ending.reason.partition("; ")[2]
 
 
 class _Notes:
@@ -440,10 +474,11 @@ class _Notes:
         self._note: Note | None = None
         self._changed = trio.Event()
 
-    def begin(self, note: Note) -> None:
-        """Note which job it is, and where."""
+    async def begin(self, note: Note) -> str:
+        """Note which job it is, and where; returns what was wrong, if anything."""
         self._note = note
-        self._changed.set()
+        await trio.to_thread.run_sync(self._book.write, note)
+        return self._book.trouble
 
     def change(self, **changes: object) -> None:
         """Note what has become true."""

@@ -79,6 +79,7 @@ class Results:
                 _free_directory, asked or default, asked is None, self._job_id, files
             )
         else:
+            await trio.to_thread.run_sync(safe_mkdir, self.directory)
             # What an earlier process has brought home is there under its name.
             self._fetched |= await trio.to_thread.run_sync(
                 _present, self.directory, files

@@ -340,7 +340,10 @@ class Worker:
                     changed=lambda: self._changed.set(),
                     log=self._log,
                 )
-                loaded = await trio.to_thread.run_sync(store.load, self._peer_id)
+                try:
+                    loaded = await trio.to_thread.run_sync(store.load, self._peer_id)
+                except StoreError as error:
+                    raise ConfigError(str(error)) from None
                 for reason in loaded.unreadable:
                     self._log.warning("job not restored", reason=reason)
                 await home.restore(loaded.records)

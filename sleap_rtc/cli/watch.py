@@ -94,6 +94,8 @@ class TerminalWatch:
                 self._say("Link", f"lost: {reason}; opening another one")
             case client.JobResumed(job_id=job_id):
                 self._say("Job", f"going on with {job_id}")
+            case client.NoteTrouble(reason=reason):
+                self._say("Note", f"{reason}; after a crash it would start over")
             case client.PackageChanged(job_id=job_id):
                 self._say(
                     "Package",
@@ -223,6 +225,8 @@ class JsonWatch:
                 print_json("link_lost", reason=reason)
             case client.JobResumed(job_id=job_id):
                 print_json("resumed", job_id=job_id)
+            case client.NoteTrouble(reason=reason):
+                print_json("note_trouble", reason=reason)
             case client.PackageChanged(job_id=job_id):
                 print_json("package_changed", earlier_job_id=job_id)
             case client.ResultsChosen(directory=directory):

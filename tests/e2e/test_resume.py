@@ -28,7 +28,7 @@ from tests.e2e.packages import make_package
 
 pytestmark = END_TO_END
 
-MEGABYTES = 48
+MEGABYTES = 96
 
 
 def big_package(machine: Machine, *lines: str) -> Path:

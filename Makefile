@@ -2,7 +2,8 @@
 # make have to be there.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 4
+# Most tests wait for other processes: more of them than cores keep the cores busy.
+PYTEST_ARGS ?= -n $(shell $(PYTHON) -c 'import os; print(max(4, os.cpu_count() or 1))') --dist worksteal
 BENCH_ARGS ?=
 BENCH_OUT ?= build
 

@@ -263,16 +263,16 @@ def test_results_are_fetched_by_whoever_comes_back(lab: Lab, killed: str) -> Non
 def test_a_second_send_of_a_package_is_a_job_of_its_own(lab: Lab) -> None:
     machine = lab.machine("gpu")
     worker = machine.start_worker("--slots", 2)
-    fifo = lab.fifo()
-    package = make_package(machine.home / "job.zip", f"act wait {fifo}")
+    package = make_package(machine.home / "job.zip", f"act wait {lab.fifo()}")
     first, second = (machine.start("send", package) for _ in range(2))
     for client in (first, second):
         client.wait_for("waiting")
     assert worker.err.count("job runs") == 2
-    for _ in range(2):
-        release(fifo)
-    first.finish().expect(0)
-    second.finish().expect(0)
+    for client in (first, second):
+        client.signal(signal.SIGINT)
+        client.finish().expect(130)
+    logs = sorted((machine.home / "job-results").rglob("job.log"))
+    assert len(logs) == 2
 
 
 def test_fresh_begins_a_new_job(lab: Lab) -> None:

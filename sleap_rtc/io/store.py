@@ -7,6 +7,7 @@ whoever changes a job hands over what it is now and goes on.
 import os
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -221,13 +222,26 @@ def _prepare(path: Path, connection: sqlite3.Connection) -> None:
     connection.text_factory = bytes
     _require_known_version(path, connection)
     # Where WAL is not to be had, the older journal is as safe.
-    connection.execute("PRAGMA journal_mode = WAL").fetchone()
+    _use_write_ahead_log(connection)
     connection.execute("PRAGMA synchronous = FULL")
     (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if verdict != b"ok":
         raise _damaged(path, "SQLITE_CORRUPT")
     if _version(connection) == 0:
         _create_table(connection)
+
+
+def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
+    """Switch the journal; SQLite does not wait for others by itself here."""
+    end = time.monotonic() + _BUSY_SECONDS
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorname != "SQLITE_BUSY" or time.monotonic() > end:
+                raise
+            time.sleep(0.01)
 
 
 def _create_table(connection: sqlite3.Connection) -> None:

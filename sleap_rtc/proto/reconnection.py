@@ -20,7 +20,7 @@ LONGEST_PAUSE = 15.0
 LONGEST_PAUSE_GONE = 1.0
 """The same while the worker is gone: one that is started again is found quickly."""
 
-GONE_GRACE = 10.0
+GONE_GRACE = 7.0
 """Seconds that a worker may be gone. One that is started again needs a few of them."""
 
 GONE_ATTEMPTS = 2

@@ -66,24 +66,24 @@ def test_a_thousand_failures_do_not_overflow() -> None:
 # seconds silent before the loss; (seconds after the loss, what the attempt found);
 # the index of the attempt that is the last, or None
 TIMES = [
-    pytest.param(0, [(0, GONE), (9.9, GONE)], None, id="within the grace"),
-    pytest.param(0, [(0, GONE), (9.9, GONE), (10, GONE)], 2, id="after the grace"),
-    pytest.param(4, [(0, GONE), (5.9, GONE), (6, GONE)], 2, id="silence counts"),
+    pytest.param(0, [(0, GONE), (6.9, GONE)], None, id="within the grace"),
+    pytest.param(0, [(0, GONE), (6.9, GONE), (7, GONE)], 2, id="after the grace"),
+    pytest.param(1, [(0, GONE), (5.9, GONE), (6, GONE)], 2, id="silence counts"),
     pytest.param(15, [(0, GONE), (1, GONE), (2.9, GONE)], None, id="not within 3 s"),
     pytest.param(15, [(0, GONE), (3, GONE)], 1, id="after 3 s"),
     pytest.param(15, [(4, GONE), (4.2, GONE)], 1, id="never after one attempt"),
     pytest.param(99, [(0, AWAY)] * 50, None, id="away is no evidence"),
     pytest.param(
-        15, [(0, AWAY), (20, GONE), (29.9, GONE)], None, id="grace after waking up"
+        15, [(0, AWAY), (20, GONE), (26.9, GONE)], None, id="grace after waking up"
     ),
-    pytest.param(15, [(0, AWAY), (20, GONE), (25, GONE), (30, GONE)], 3, id="its end"),
+    pytest.param(15, [(0, AWAY), (20, GONE), (25, GONE), (27, GONE)], 3, id="its end"),
     pytest.param(
         0,
-        [(0, GONE), (9, GONE), (10, AWAY), (11, GONE), (20.9, GONE), (21, GONE)],
+        [(0, GONE), (6, GONE), (10, AWAY), (11, GONE), (17.9, GONE), (18, GONE)],
         5,
         id="away starts the grace again",
     ),
-    pytest.param(0, [(1, AWAY), (30, GONE), (60, AWAY)], None, id="one is not two"),
+    pytest.param(0, [(1, AWAY), (27, GONE), (60, AWAY)], None, id="one is not two"),
 ]
 
 

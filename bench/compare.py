@@ -12,7 +12,6 @@ table.
 
 import argparse
 import datetime
-import re
 import shutil
 import signal
 import sys
@@ -24,13 +23,11 @@ import msgspec
 from chart import draw
 from files import MEMORY
 from machine import describe_machine
-from measures import GIBIBYTE, KIBIBYTE, MEBIBYTE, BenchError, Report
+from measures import BenchError, Report, parse_size
 from report import show
 from rich.console import Console
 from sections import SECTIONS, Settings
 from targets import judge
-
-UNITS = {"KiB": KIBIBYTE, "MiB": MEBIBYTE, "GiB": GIBIBYTE}
 
 
 def main() -> int:
@@ -95,10 +92,10 @@ def _parse_arguments() -> argparse.Namespace:
         description="Measure how fast a file reaches a worker, beside other ways."
     )
     parser.add_argument(
-        "--size", type=_parse_size, default="256MiB", help="such as 256MiB or 5GiB"
+        "--size", type=parse_size, default="256MiB", help="such as 256MiB or 5GiB"
     )
     parser.add_argument(
-        "--quic-size", type=_parse_size, default="32MiB", help="for the slower ways"
+        "--quic-size", type=parse_size, default="32MiB", help="for the slower ways"
     )
     parser.add_argument("--rounds", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument(
@@ -125,13 +122,6 @@ def _parse_arguments() -> argparse.Namespace:
     if arguments.rounds < 1:
         parser.error("at least one round is needed")
     return arguments
-
-
-def _parse_size(text: str) -> int:
-    found = re.fullmatch(r"([1-9]\d*)([KMG]iB)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text} is no size such as 256MiB or 5GiB")
-    return int(found[1]) * UNITS[found[2]]
 
 
 def _parse_sections(text: str) -> tuple[str, ...]:

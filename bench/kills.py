@@ -14,7 +14,6 @@ import json
 import os
 import queue
 import random
-import re
 import shlex
 import signal
 import statistics
@@ -31,9 +30,9 @@ from typing import Any
 
 import msgspec
 from blake3 import blake3
+from measures import MEBIBYTE, BenchError, parse_size
 from rich.console import Console
 
-MEBIBYTE = 1024**2
 SLEAP_RTC = (sys.executable, "-m", "sleap_rtc")
 PROGRAM = "ln"
 """What the job runs: it keeps a hard link to what has arrived."""
@@ -48,10 +47,6 @@ MAX_RETRIES = 5
 """How often a client that gave up by itself is typed again."""
 
 console = Console(highlight=False)
-
-
-class BenchError(Exception):
-    """A measurement can't be made; the text is for people."""
 
 
 class Kill(msgspec.Struct):
@@ -404,7 +399,7 @@ def _hash(path: Path) -> bytes:
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Kill either side of transfers.")
     parser.add_argument(
-        "--size", type=_parse_size, default="1GiB", help="such as 64MiB (1GiB)"
+        "--size", type=parse_size, default="1GiB", help="such as 64MiB (1GiB)"
     )
     parser.add_argument("--kills", type=int, default=100, help="how many (100)")
     parser.add_argument("--seed", type=int, default=1, help="decides when and whom (1)")
@@ -412,13 +407,6 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--directory", type=Path, help="where the files go")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write it all here")
     return parser.parse_args()
-
-
-def _parse_size(text: str) -> int:
-    found = re.fullmatch(r"(\d+)([MG])iB", text)
-    if found is None or int(found[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is no size such as 64MiB or 1GiB")
-    return int(found[1]) * MEBIBYTE * (1024 if found[2] == "G" else 1)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ the steps of each blocked its loop. docs/performance.md explains it. Linux only.
 
 import argparse
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -26,7 +25,7 @@ from typing import IO
 import msgspec
 import trio
 from loop_watch import LIMIT, Findings, LoopWatch
-from measures import KIBIBYTE, MEBIBYTE, BenchError
+from measures import MEBIBYTE, BenchError, parse_size
 from processes import last_line_of, patience, started, wait_for_text
 from rich.console import Console
 from rich.table import Table
@@ -42,8 +41,6 @@ WAYS: dict[str, RoutePreference] = {
 }
 """What is watched, and the route that it takes. "many" is a small package whose job
 prints many lines and makes many files; the others move one big file."""
-
-UNITS = {"KiB": KIBIBYTE, "MiB": MEBIBYTE}
 
 START_TIMEOUT = 60.0
 """Seconds in which a worker has to be ready."""
@@ -257,7 +254,7 @@ def _parse_arguments() -> argparse.Namespace:
         description="Watch what blocks the event loops of a worker and a client."
     )
     parser.add_argument(
-        "--size", type=_parse_size, default="256MiB", help="such as 8MiB"
+        "--size", type=parse_size, default="256MiB", help="such as 8MiB"
     )
     parser.add_argument(
         "--count", type=int, default=2000, help="lines and files of a job with many"
@@ -275,13 +272,6 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--end", choices=_ENDS, help=argparse.SUPPRESS)
     parser.add_argument("--route", help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def _parse_size(text: str) -> int:
-    found = re.fullmatch(r"(\d+)(KiB|MiB)", text)
-    if found is None:
-        raise argparse.ArgumentTypeError(f"{text} is no size such as 256MiB")
-    return int(found[1]) * UNITS[found[2]]
 
 
 def _parse_ways(text: str) -> list[str]:

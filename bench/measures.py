@@ -1,5 +1,7 @@
 """What is measured: values, and nothing that measures."""
 
+import argparse
+import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +11,34 @@ import msgspec
 KIBIBYTE, MEBIBYTE, GIBIBYTE = 1024, 1024**2, 1024**3
 
 
+_UNITS = {"KiB": KIBIBYTE, "MiB": MEBIBYTE, "GiB": GIBIBYTE}
+
+
 class BenchError(Exception):
     """A measurement can't be made; the text is for people."""
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes such as ``256MiB``, for a command line.
+
+    Raises:
+        ArgumentTypeError: If it is none.
+    """
+    found = re.fullmatch(r"([1-9]\d*)([KMG]iB)", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text} is no size such as 256MiB or 5GiB")
+    return int(found[1]) * _UNITS[found[2]]
+
+
+def without_connecting(seconds: float, connecting: float) -> float:
+    """Take off what a program needs to connect, which is not moving.
+
+    Raises:
+        BenchError: If nothing is left: the file is too small to tell.
+    """
+    if seconds <= connecting:
+        raise BenchError("it took no longer than to connect; name a larger --size")
+    return round(seconds - connecting, 4)
 
 
 class Usage(msgspec.Struct, frozen=True):

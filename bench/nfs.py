@@ -30,6 +30,7 @@ from pathlib import Path
 import msgspec
 import trio
 from direct import copy_directly
+from measures import MEBIBYTE, BenchError, parse_size
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +40,6 @@ from sleap_rtc.io.copy_ladder import LADDER, Rung
 from sleap_rtc.io.folder import PathValidationError, SharedStorageError
 from sleap_rtc.io.probe import probe_storage, read_probe, write_probe
 
-MEBIBYTE = 1024**2
 PROBE_TIMEOUT = 30.0
 """Seconds in which storage has to answer, and a new file has to be seen."""
 
@@ -49,10 +49,6 @@ LOOKS = 20
 console = Console(highlight=False)
 
 Copy = Callable[[Path, Path], object]
-
-
-class BenchError(Exception):
-    """A measurement can't be made; the text is for people."""
 
 
 class Mount(msgspec.Struct, frozen=True):
@@ -394,7 +390,7 @@ def _parse_arguments() -> argparse.Namespace:
         help="a local directory (default: %(default)s)",
     )
     parser.add_argument(
-        "--size", type=_parse_size, default="64MiB", help="such as 256MiB or 4GiB"
+        "--size", type=parse_size, default="64MiB", help="such as 256MiB or 4GiB"
     )
     parser.add_argument("--rounds", type=int, default=3, help="rounds (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write it all here")
@@ -408,13 +404,6 @@ def _parse_directory(text: str) -> Path:
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text} is no directory")
     return Path(text)
-
-
-def _parse_size(text: str) -> int:
-    found = re.fullmatch(r"(\d+)([MG])iB", text)
-    if found is None or int(found[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text} is no size such as 256MiB or 4GiB")
-    return int(found[1]) * MEBIBYTE * (1024 if found[2] == "G" else 1)
 
 
 if __name__ == "__main__":

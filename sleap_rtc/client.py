@@ -51,6 +51,7 @@ from sleap_rtc.io.archive_plan import ArchiveError
 from sleap_rtc.io.folder import SharedStorageError
 from sleap_rtc.io.link import Link, LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
+from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.invite import Invite, RoomKeys
 from sleap_rtc.proto.job_client import JobEnded, LinePrinted, RouteChosen, StateChanged
@@ -397,8 +398,6 @@ class _Submission:
                 self._notes.change(route_tried=route)
                 self._enter_phase("transfer")
             case StateChanged(progress=progress):
-                if progress.state != "RECEIVING":
-                    self._notes.change(package_there=True)
                 if progress.state == "QUEUED":
                     self._enter_phase("queue")
                 elif progress.state == "RUNNING":
@@ -551,12 +550,6 @@ def _make_temporary_directory() -> "tempfile.TemporaryDirectory[str]":
     return tempfile.TemporaryDirectory(prefix="sleap-rtc-")
 
 
-def _check_cancelled() -> bool:
-    """Let the thread that packs notice that its task is cancelled."""
-    trio.from_thread.check_cancelled()
-    return False
-
-
 def _find_package(package: Path, directory: Path) -> Path:
     """Look at what the user gave, and pack it if it is a directory.
 
@@ -569,7 +562,7 @@ def _find_package(package: Path, directory: Path) -> Path:
         if package.is_dir():
             packed = directory / f"{package.name}.zip"
             pack_directory(
-                package, packed, progress=lambda size: None, cancelled=_check_cancelled
+                package, packed, progress=lambda size: None, cancelled=stop_if_cancelled
             )
             return packed
         if not package.is_file():

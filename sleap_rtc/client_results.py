@@ -11,23 +11,20 @@ from sleap_rtc.filesystem import safe_mkdir
 from sleap_rtc.io.chunk_files import ChunkWriter
 from sleap_rtc.io.copy import copy_with_deadline
 from sleap_rtc.io.folder import (
-    PathValidationError,
-    SharedStorageError,
+    PATH_ERRORS,
     open_beneath,
 )
 from sleap_rtc.io.link import Link, LinkClosedError
 from sleap_rtc.io.probe import call_in_time
+from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.io.transfers import TransferError, Transfers
 from sleap_rtc.proto import messages as m
-from sleap_rtc.proto.errors import RemoteProtocolError
 
 RESULTS_AT_ONCE = 4
 """Result files that are fetched side by side: most are small, and wait for replies."""
 
 STORAGE_TIMEOUT = 20.0
 """Seconds for one look at the shared storage."""
-
-_BROKEN = (RemoteProtocolError, PathValidationError, SharedStorageError)
 
 Fetch = Callable[[m.ResultFile, Callable[[int], None]], Awaitable[None]]
 
@@ -157,7 +154,7 @@ class Results:
 
                 try:
                     await fetch(file, progress)
-                except (TransferError, *_BROKEN) as error:
+                except (TransferError, *PATH_ERRORS) as error:
                     failures.append(f"{file.path}: {error}")
                 except LinkClosedError as error:
                     lost.append(error)
@@ -189,7 +186,7 @@ class Results:
             raise TransferError(f"it has {offer.size} bytes instead of {file.size}")
         try:
             sink = await trio.to_thread.run_sync(self._open_part, file.path, offer)
-        except _BROKEN as error:
+        except PATH_ERRORS as error:
             # The worker would wait for ever to send it.
             await over.link.send_message(m.FileError(transfer_id, str(error)))
             raise
@@ -205,19 +202,13 @@ class Results:
             size=offer.size,
             chunk_size=offer.chunk_size,
             origin=self._job_id,
-            cancelled=_check_cancelled,
+            cancelled=stop_if_cancelled,
         )
 
     def _chosen(self) -> Path:
         if self.directory is None:
             raise RuntimeError("results are fetched before it was decided where to")
         return self.directory
-
-
-def _check_cancelled() -> bool:
-    """Let the thread that checks a part notice that its task is cancelled."""
-    trio.from_thread.check_cancelled()
-    return False
 
 
 def _free_directory(

@@ -11,13 +11,12 @@ import msgspec
 import trio
 from blake3 import blake3
 
-from sleap_rtc.client_results import Results
+from sleap_rtc.client_results import STORAGE_TIMEOUT, Results
 from sleap_rtc.errors import NoWorkerError
 from sleap_rtc.io.chunk_files import ChunkReader
 from sleap_rtc.io.copy import copy_with_deadline
 from sleap_rtc.io.folder import (
-    PathValidationError,
-    SharedStorageError,
+    PATH_ERRORS,
     make_directories_beneath,
     remove_tree_beneath,
 )
@@ -39,9 +38,6 @@ CHUNK_SIZE = 1024 * 1024
 GREETING_TIMEOUT = 15.0
 """Seconds for the worker to greet back."""
 
-STORAGE_TIMEOUT = 20.0
-"""Seconds for making the job directory and the probe file."""
-
 CLEANUP_TIMEOUT = 10.0
 """Seconds for removing a job directory that will not be used."""
 
@@ -49,8 +45,6 @@ PROGRESS_INTERVAL = 0.1
 """Seconds between two events of progress: there are hundreds of chunks a second."""
 
 PROBE_NAME = "mount-probe"
-
-_BROKEN = (RemoteProtocolError, PathValidationError, SharedStorageError)
 
 
 class TransferProgress(msgspec.Struct, frozen=True):
@@ -450,7 +444,7 @@ class ClientSession:
 
         try:
             await ask_storage(root, write, timeout=STORAGE_TIMEOUT)
-        except _BROKEN as error:
+        except PATH_ERRORS as error:
             self._shared_failed(str(error))
         else:
             content = blake3(nonce).hexdigest()
@@ -471,7 +465,7 @@ class ClientSession:
                 size=self._size,
                 on_progress=lambda done: self._progress(what, done, self._size),
             )
-        except _BROKEN as error:
+        except PATH_ERRORS as error:
             self._shared_failed(str(error))
         else:
             self._on_event(
@@ -490,7 +484,7 @@ class ClientSession:
                     f"jobs/{job_id}",
                     abandon_on_cancel=True,
                 )
-            except _BROKEN:
+            except PATH_ERRORS:
                 return
 
     def _shared_failed(self, reason: str) -> None:
@@ -525,7 +519,7 @@ class ClientSession:
                 ),
             )
             await trio.lowlevel.checkpoint_if_cancelled()
-        except (TransferError, *_BROKEN) as error:
+        except (TransferError, *PATH_ERRORS) as error:
             self._job.transfer_failed(str(error))
         except LinkClosedError:
             return  # whoever receives messages says so to the core
@@ -555,7 +549,7 @@ class ClientSession:
             await trio.lowlevel.checkpoint_if_cancelled()
         except LinkClosedError:
             return  # whoever receives messages says so to the core
-        except _BROKEN as error:
+        except PATH_ERRORS as error:
             self._job.transfer_failed(str(error))
             return
         if failures:

@@ -4,8 +4,7 @@ import os
 import secrets
 import sys
 from pathlib import Path
-from types import TracebackType
-from typing import Annotated, Self
+from typing import Annotated
 
 import msgspec
 import structlog
@@ -13,6 +12,7 @@ from filelock import FileLock, Timeout
 from msgspec import Meta
 
 from sleap_rtc.config import STATE_VARIABLE, ConfigError
+from sleap_rtc.io.closing import Closing
 
 _TAG_BYTES = 3
 """Enough to tell apart the workers of a name in one room."""
@@ -24,7 +24,7 @@ class _Stored(msgspec.Struct, frozen=True):
     tag: Annotated[str, Meta(pattern=r"\A[0-9a-f]{6}\Z")]
 
 
-class Identity:
+class Identity(Closing):
     """A peer id that no other worker of this user has until it is closed.
 
     The kernel gives it back, too, when the process dies. Made by `take_identity`.
@@ -41,17 +41,6 @@ class Identity:
     def close(self) -> None:
         """Let another worker have it; safe to call again."""
         self._lock.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def take_identity(state_directory: Path, slug: str) -> Identity:

@@ -19,6 +19,7 @@ from sleap_rtc.io.folder import (
     open_beneath,
 )
 from sleap_rtc.io.process import run_script
+from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.lines import LineEvent
 from sleap_rtc.proto.script import (
@@ -111,7 +112,7 @@ def _unpack(run: Run) -> tuple[Script, ...]:
         SharedStorageError: If the storage failed.
     """
     package = open_beneath(run.directory, run.package)
-    extract_package(package, run.directory, cancelled=_check_cancelled)
+    extract_package(package, run.directory, cancelled=stop_if_cancelled)
     present = {path for path, _, _ in list_tree(run.directory)}
     texts = {
         name: _read_script(run.directory, name)
@@ -119,12 +120,6 @@ def _unpack(run: Run) -> tuple[Script, ...]:
         if name in present
     }
     return plan_scripts_untrusted(texts, run.programs)
-
-
-def _check_cancelled() -> bool:
-    """Let the thread that unpacks notice that its job is stopped."""
-    trio.from_thread.check_cancelled()
-    return False
 
 
 def _read_script(directory: Path, name: str) -> str:

@@ -13,13 +13,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 import msgspec
 from blake3 import blake3
 from filelock import BaseFileLock, FileLock, Timeout
 
+from sleap_rtc.io.closing import Closing
 from sleap_rtc.io.files import PartFile, write_at
 from sleap_rtc.io.folder import Folder, PathValidationError
 from sleap_rtc.proto.messages import JobId
@@ -46,7 +46,6 @@ class Note(msgspec.Struct, frozen=True):
         size: Bytes in the package.
         modified_ns: When it was last changed, in nanoseconds since 1970.
         route_tried: The route that was begun last; empty if none was.
-        package_there: Whether the worker has the whole package.
         output: The directory for the results, once it was chosen.
     """
 
@@ -56,7 +55,6 @@ class Note(msgspec.Struct, frozen=True):
     size: int
     modified_ns: int
     route_tried: Literal["shared", "channel", ""] = ""
-    package_there: bool = False
     output: str | None = None
 
 
@@ -83,7 +81,7 @@ def open_note(
     return book
 
 
-class NoteBook:
+class NoteBook(Closing):
     """The note about one package, for one process.
 
     Any thread may use it, one at a time. Leaving its ``with`` block keeps the note.
@@ -103,17 +101,6 @@ class NoteBook:
         self.trouble = ""
         self._path = path
         self._lock: BaseFileLock | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def open(self, size: int, modified_ns: int) -> None:
         """Take the lock and read the note; `open_note` does this.

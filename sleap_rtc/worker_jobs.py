@@ -12,6 +12,7 @@ from blake3 import blake3
 
 from sleap_rtc.io.chunk_files import ChunkWriter
 from sleap_rtc.io.folder import (
+    PATH_ERRORS,
     PathValidationError,
     SharedStorageError,
     make_directories_beneath,
@@ -21,10 +22,10 @@ from sleap_rtc.io.link import LinkClosedError
 from sleap_rtc.io.outbox import Outbox
 from sleap_rtc.io.probe import read_probe
 from sleap_rtc.io.store import JobRecord, StoreWriter
+from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.io.transfers import TransferError, Transfers
 from sleap_rtc.proto import job_worker as core
 from sleap_rtc.proto import messages as m
-from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.lines import LineEvent
 from sleap_rtc.proto.paths import check_file_name_untrusted
 from sleap_rtc.proto.script import ScriptKind
@@ -49,8 +50,6 @@ KEEP_PARTS = 3 * 24 * 3600.0
 
 SWEEP_INTERVAL = 3600.0
 """Seconds between two looks for parts that nobody came back for."""
-
-_TROUBLE = (RemoteProtocolError, PathValidationError, SharedStorageError)
 
 
 class JobLink(Protocol):
@@ -317,7 +316,7 @@ class Job:
         try:
             content = await ask_shared(root, read_probe, root, path)
             self.core.probe_read(blake3(content).hexdigest())
-        except _TROUBLE as error:
+        except PATH_ERRORS as error:
             self.core.probe_failed(str(error))
         self.drain()
 
@@ -328,7 +327,7 @@ class Job:
             if root is not None and self.core.state is core.State.CHECKING_INPUT:
                 self._directory = root / PurePosixPath(path).parent
             self.core.input_valid()
-        except _TROUBLE as error:
+        except PATH_ERRORS as error:
             self.core.path_refused(str(error))
         self.drain()
 
@@ -342,7 +341,7 @@ class Job:
             if self.core.state is core.State.MAKING_OUTPUT:
                 await ask_shared(root, make_directories_beneath, root, path)
             self.core.output_made()
-        except _TROUBLE as error:
+        except PATH_ERRORS as error:
             self.core.path_refused(str(error))
         self.drain()
 
@@ -357,7 +356,7 @@ class Job:
             await trio.to_thread.run_sync(make_room, directory, submission.size)
             self._directory = directory
             self.core.admitted()
-        except _TROUBLE as error:
+        except PATH_ERRORS as error:
             self.core.rejected(str(error))
         finally:
             self._settled.set()
@@ -411,7 +410,7 @@ class Job:
             size=file.size,
             chunk_size=file.chunk_size,
             origin=self.core.job_id,
-            cancelled=_check_cancelled,
+            cancelled=stop_if_cancelled,
         )
 
     async def _send_result(self, transfer_id: int, path: str) -> None:
@@ -493,9 +492,3 @@ class Job:
         )
         self.core.run_ended(failure, results)
         self.drain()
-
-
-def _check_cancelled() -> bool:
-    """Let the thread that checks a part notice that its task is cancelled."""
-    trio.from_thread.check_cancelled()
-    return False

@@ -92,7 +92,7 @@ def test_a_package_is_unknown_at_first(state: Path, package: Path) -> None:
 
 def test_the_next_process_reads_the_last_note(state: Path, package: Path) -> None:
     last = msgspec.structs.replace(
-        note_of(package), route_tried="channel", package_there=True, output="/x/results"
+        note_of(package), route_tried="channel", output="/x/results"
     )
     with opened(state, package) as book:
         book.write(note_of(package))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 from files import take_away
-from measures import BenchError, Contestant, Load, Sample, Usage
+from measures import BenchError, Contestant, Load, Sample, Usage, without_connecting
 from processes import (
     END_TIMEOUT,
     Meter,
@@ -98,7 +98,7 @@ def _measure(load: Load, command: tuple[str, ...], server: int) -> Sample:
     _wait_for_sessions(server)
     meter.end()
     return Sample(
-        seconds=round(seconds - connecting, 4),
+        seconds=without_connecting(seconds, connecting),
         is_intact=take_away(load),
         sender=sender,
         # The memory of its sessions is not known, and its own says nothing.

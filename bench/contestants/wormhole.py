@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 from files import take_away
-from measures import Contestant, Load, Sample
+from measures import Contestant, Load, Sample, without_connecting
 from processes import (
     END_TIMEOUT,
     free_port,
@@ -80,7 +80,7 @@ def _measure(load: Load, servers: Servers) -> Sample:
     whole = _send(servers, load.path, load)
     return msgspec.structs.replace(
         whole,
-        seconds=round(whole.seconds - connecting, 4),
+        seconds=without_connecting(whole.seconds, connecting),
         is_intact=take_away(load),
         note=f"and {connecting:.1f} s to connect",
     )

@@ -19,9 +19,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn, Self
 
+from sleap_rtc.io.closing import Closing
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.paths import check_relative_path_untrusted
 
@@ -53,6 +53,10 @@ class PathValidationError(ValueError):
 
 class SharedStorageError(Exception):
     """Storage failed, or refused; the message says what to which file."""
+
+
+PATH_ERRORS = (RemoteProtocolError, PathValidationError, SharedStorageError)
+"""Whatever may be wrong with a path that somebody named, and with what is there."""
 
 
 class InsufficientSpaceError(SharedStorageError):
@@ -88,7 +92,7 @@ def explain_errors(what: str) -> Iterator[None]:
         raise SharedStorageError(f"{what}: {error.strerror or error}") from error
 
 
-class Folder:
+class Folder(Closing):
     """An open directory. Names are looked up in it and never lead out of it.
 
     A name is one component that passed `sleap_rtc.proto.paths`, or that `names`
@@ -107,17 +111,6 @@ class Folder:
             return cls(path.resolve(strict=True), None)
         fd = os.open(path, _DIRECTORY | getattr(os, "O_CLOEXEC", 0))
         return cls(path, fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Let go of the directory; calling it again does nothing."""

@@ -7,11 +7,10 @@ import sys
 from collections import deque
 from collections.abc import Iterable
 from itertools import islice
-from types import TracebackType
-from typing import Self
 
 import trio
 
+from sleap_rtc.io.closing import Closing
 from sleap_rtc.io.quic_engine import Datagram
 
 BUFFER_SIZE = 8 * 1024 * 1024
@@ -48,7 +47,7 @@ _NO_TRAINS = (errno.EINVAL, errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP)
 """What an operating system or a network card says that cannot cut trains."""
 
 
-class UdpSocket:
+class UdpSocket(Closing):
     """A UDP socket that receives in batches and never blocks when it sends.
 
     Args:
@@ -69,19 +68,6 @@ class UdpSocket:
         self._receives_trains = _ask_for_trains(bound)
         self._sends_trains = self._receives_trains  # older systems may not cut
         self.never_fragments = _forbid_fragments(bound)
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the socket."""
-        self.close()
 
     def close(self) -> None:
         """Close the socket."""

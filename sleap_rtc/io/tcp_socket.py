@@ -5,10 +5,10 @@ import os
 import socket
 import struct
 import sys
-from types import TracebackType
-from typing import Self
 
 import trio
+
+from sleap_rtc.io.closing import Closing
 
 RECEIVE_SIZE = 256 * 1024
 """Bytes taken at once, before anything else gets its turn."""
@@ -27,7 +27,7 @@ _BACKLOG = 128
 _TCP_INFO = struct.Struct("=100xI")
 
 
-class TcpSocket:
+class TcpSocket(Closing):
     """A TCP connection that never blocks when it sends.
 
     Args:
@@ -44,19 +44,6 @@ class TcpSocket:
         # Not on Windows.
         if option := getattr(socket, "TCP_NOTSENT_LOWAT", None):
             connected.setsockopt(socket.IPPROTO_TCP, option, UNSENT_IN_KERNEL)
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close the connection."""
-        self.close()
 
     def close(self) -> None:
         """Close the connection; nobody may wait for it any more."""

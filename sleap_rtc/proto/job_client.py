@@ -94,13 +94,8 @@ class ClientJob(JobSteps):
         """
         if self.state is State.ENDED:
             return
-        self._require(State.IDLE)
-        self._connected = True
-        self._preference = preference
-        self._take(
-            first_route(preference, client_root=client_root, worker_root=worker_root),
-            now,
-        )
+        self._decide(preference, client_root, worker_root)
+        self._take(self._decision, now)
 
     def resume(
         self,
@@ -125,14 +120,20 @@ class ClientJob(JobSteps):
         """
         if self.state is State.ENDED:
             return
+        self._decide(preference, client_root, worker_root)
+        self.route = route
+        self._ask_to_resume(now)
+
+    def _decide(
+        self, preference: RoutePreference, client_root: bool, worker_root: bool
+    ) -> None:
+        """Decide on the first route, over the first link or another one."""
         self._require(State.IDLE)
         self._connected = True
         self._preference = preference
         self._decision = first_route(
             preference, client_root=client_root, worker_root=worker_root
         )
-        self.route = route
-        self._ask_to_resume(now)
 
     def cancel(self, reason: str, now: float) -> None:
         """Stop the job; the last event says when it has stopped.

@@ -386,10 +386,7 @@ class Job:
         try:
             with self._receiving:
                 sink = await trio.to_thread.run_sync(self._open_part, directory, file)
-                if sink.chunk_map.bytes_there:
-                    self.core.package_opened(sink.chunk_map.bytes_there)
-                    self.drain()
-                    await link.outbox.flush()  # before the first grant
+                await self._tell_what_is_there(link, sink)
                 await link.transfers.receive_file(
                     transfer_id, file, sink, keep_part=True
                 )
@@ -401,6 +398,20 @@ class Job:
         finally:
             self._settled.set()
         self.drain()
+
+    async def _tell_what_is_there(self, link: JobLink, sink: ChunkWriter) -> None:
+        """Say how much of the package is here, before the first grant."""
+        if sink.chunk_map.bytes_there == 0:
+            return
+        self.core.package_opened(sink.chunk_map.bytes_there)
+        self.drain()
+        try:
+            await link.outbox.flush()
+        except trio.Cancelled:
+            # Else the next link would find the part in use.
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(sink.keep)
+            raise
 
     def _open_part(self, directory: Path, file: m.OfferedFile) -> ChunkWriter:
         """Open what is there of the package, in a worker thread."""

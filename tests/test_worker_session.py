@@ -9,10 +9,12 @@ from typing import TypeVar
 import structlog
 import trio
 import trio.testing
+from blake3 import blake3
 
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.store import JobRecord, JobStore, StoreWriter, open_store
 from sleap_rtc.proto import messages as m
+from sleap_rtc.proto.frames import ChunkHeader, Frame
 from sleap_rtc.proto.job_worker import State
 from sleap_rtc.slots import SlotQueue
 from sleap_rtc.worker_jobs import KEEP_PARTS, SWEEP_INTERVAL, JobsHome
@@ -280,3 +282,42 @@ async def test_a_state_directory_may_be_moved_between_two_runs(tmp_path: Path) -
         await client.send(OFFER)
         await client.expect(m.ChunkGrant)
         assert list((world.home.directory / JOB).iterdir()) != []
+
+
+class _Stalling(MemoryLink):
+    """A link over which the news of what is there never gets through."""
+
+    async def send_message(self, message: m.Message) -> None:
+        if isinstance(message, m.JobState) and message.progress.received:
+            await trio.sleep_forever()
+        await super().send_message(message)
+
+
+async def test_a_part_is_free_again_when_its_link_stalls_at_once(
+    tmp_path: Path,
+) -> None:
+    payload = bytes(1024 * 1024)
+    header = ChunkHeader(0, 0, len(payload), blake3(payload).digest())
+    async with open_world(tmp_path) as world:
+        first = await world.begin()
+        await first.send(OFFER)
+        await first.expect(m.ChunkGrant)
+        journal = tmp_path / "jobs" / JOB / ".job.zip.map"
+        empty = journal.read_bytes()
+        await first.link.send_frame(Frame(header, payload))
+        await until(lambda: journal.read_bytes() != empty)
+        await first.link.aclose()
+
+        mine, its = _Stalling.pair()
+        world.home.nursery.start_soon(serve_link, world.home, its)
+        second = Client(mine)
+        await second.send(m.Hello(_greeting()), RESUME)
+        await second.expect(m.JobResumed)
+        await second.send(OFFER)
+        await until(lambda: world.home.jobs[JOB].core.progress.received > 0)
+        await second.link.aclose()
+
+        third = await world.resume()
+        await third.send(OFFER)
+        assert (await third.expect(m.JobState)).progress.state == "RECEIVING"
+        assert (await third.expect(m.ChunkGrant)).first == 1

@@ -238,27 +238,30 @@ class ClientSession:
         )
         with trio.CancelScope() as self._returning:
             while not self._over.is_set():
+                is_gone = False
                 try:
                     async with open_again() as link:
-                        self._returning = trio.CancelScope()  # it has come back
-                        await self._serve(link)
-                        return
+                        if await self._serve(link):
+                            return
                 except (NoWorkerError, LinkClosedError) as error:
-                    decision = policy.attempt_failed(
-                        trio.current_time(),
-                        isinstance(error, WorkerGoneError),
-                        random.random(),
-                    )
-                match decision:
+                    is_gone = isinstance(error, WorkerGoneError)
+                match policy.attempt_failed(
+                    trio.current_time(), is_gone, random.random()
+                ):
                     case TryAgain(at=at):
                         await trio.sleep_until(at)
                     case GiveUp(reason=reason):
                         self._job.give_up(reason)
                         self._drain()
 
-    async def _serve(self, link: Link) -> None:
-        """Serve a link until it is lost, or the job is over."""
+    async def _serve(self, link: Link) -> bool:
+        """Serve a link until it is lost, or the job is over.
+
+        Returns:
+            False if it was lost before the worker had greeted.
+        """
         connection = _Connection(link)
+        has_greeted = False
         async with open_background_nursery() as nursery:
             nursery.start_soon(connection.outbox.run)
             nursery.start_soon(connection.transfers.run)
@@ -266,6 +269,8 @@ class ClientSession:
             try:
                 connection.outbox.put(m.Hello(self._greeting))
                 worker = await self._receive_greeting(link)
+                has_greeted = True
+                self._returning = trio.CancelScope()  # this link ends by itself
                 self._connection, self._wants_link = connection, False
                 self._results.new_link(core.PACKAGE_TRANSFER_ID)
                 self._begin(worker)
@@ -279,6 +284,7 @@ class ClientSession:
                 self._job.give_up(f"the worker broke the protocol: {error.reason}")
                 self._drain()
                 await trio.sleep_forever()  # until the worker has been told
+        return has_greeted
 
     async def _end_when_over(
         self, connection: _Connection, nursery: trio.Nursery

@@ -254,11 +254,16 @@ class _Submission:
 
     async def run(self, invite: Invite) -> JobResult:
         """Go all the way; see `submit` for what it raises."""
-        wanted = self._request.worker
+        wanted, because = self._request.worker, ""
         if wanted is None and self._earlier is not None:
-            wanted = self._earlier.worker_id
+            wanted, because = self._earlier.worker_id, "it has the job"
         reach = Reach(
-            invite, self._request.route, wanted, self._request.lanes, self._tell
+            invite,
+            self._request.route,
+            wanted,
+            self._request.lanes,
+            self._tell,
+            because,
         )
         ending = JobEnded("cancelled", "no worker had been reached")
         async with open_background_nursery() as nursery:

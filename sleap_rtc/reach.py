@@ -66,6 +66,7 @@ class Reach:
         wanted: Id, name or host name of the worker; None chooses one.
         lanes: Connections for a large transfer; None takes as many as pay.
         on_event: Is told who was chosen, and which link stands.
+        because: Why it is the wanted one, if not because the user said so.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Reach:
         wanted: str | None,
         lanes: int | None,
         on_event: Callable[[WorkerChosen | LinkOpened], None],
+        because: str = "",
     ) -> None:
         self.worker_id = ""
         self._invite = invite
@@ -83,6 +85,7 @@ class Reach:
         self._wanted = wanted
         self._lanes = lanes
         self._tell = on_event
+        self._because = because
 
     @asynccontextmanager
     async def open_first(self) -> AsyncIterator[Link]:
@@ -120,7 +123,7 @@ class Reach:
                     "machine; `sleap-rtc workers` lists who is there.",
                 )
             self.worker_id = choice.worker.peer_id
-            self._tell(WorkerChosen(choice.worker, choice.reason))
+            self._tell(WorkerChosen(choice.worker, self._because or choice.reason))
             return await self._be_introduced(room, choice.worker)
 
     async def _meet_again(self) -> Introduction:

@@ -48,7 +48,7 @@ def check_usage(row: dict[str, Any]) -> None:
 def test_the_table_the_json_and_the_chart_tell_the_same(tmp_path: Path) -> None:
     folder, report, chart = tmp_path / "files", tmp_path / "json", tmp_path / "svg"
     folder.mkdir()
-    options = ("--size", "4MiB", "--rounds", "1", "--sections", "tcp,start")
+    options = ("--size", "64MiB", "--rounds", "1", "--sections", "tcp,start")
     files = ("--json", str(report), "--svg", str(chart))
     with bench(folder, *options, *files) as process:
         out, _ = process.communicate(timeout=DEADLINE)

@@ -21,6 +21,7 @@ machine, and compares the CRC-32 of each file in it: see `sleap_rtc.io.archive`.
 
 import ctypes
 import errno
+import functools
 import os
 import sys
 import threading
@@ -195,15 +196,19 @@ def _move_ranges(move: Callable[[int, int], int], offset: int, size: int) -> Ste
             length = max(length // 2, _SMALLEST_RANGE)
 
 
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
 def _start_flushing(fd: int, offset: int, length: int) -> None:
     """Let Linux write a range of a file to the disk, without waiting for it.
 
     Raises:
         OSError: If the storage failed.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
     begin, count = ctypes.c_int64(offset), ctypes.c_int64(length)
-    if libc.sync_file_range(fd, begin, count, _SYNC_FILE_RANGE_WRITE) != 0:
+    if _libc().sync_file_range(fd, begin, count, _SYNC_FILE_RANGE_WRITE) != 0:
         code = ctypes.get_errno()
         if code not in _KERNEL_CAN_NOT:
             raise OSError(code, os.strerror(code))

@@ -121,7 +121,8 @@ class JobsHome(msgspec.Struct, frozen=True):
                 updated=record.updated,
             )
             self.jobs[record.job_id] = job
-            self.log.info("job restored", job=record.job_id, state=progress.state)
+            state = job.core.progress.state
+            self.log.info("job restored", job=record.job_id, state=state)
             job.drain()
 
     async def sweep(self) -> None:

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
-from contestants import copies, ends, product, ssh, wormhole
+from contestants import copies, ends, paths, product, ssh, wormhole
 from contestants.product import Way
 from files import file_system_of, fresh_directory, loop_mount, make_load
 from measures import (
@@ -119,6 +119,13 @@ def with_lanes(settings: Settings) -> Section:
         return _measure(settings, section, load, [*product.deliveries(load, ways)])
 
 
+def over_a_path(settings: Settings) -> Section:
+    """Links through a proxy that delays and loses; see `impaired.py` for more of it."""
+    section = Section("path", "on a path, once warm", "", settings.quic_size)
+    ways = [*paths.links(settings.quic_size)]
+    return take_turns(section, ways, settings.rounds, settings.say)
+
+
 def long_over_quic(settings: Settings) -> Section:
     """A long file over QUIC, once: what counts is the memory."""
     place = settings.memory or settings.disk
@@ -163,6 +170,7 @@ SECTIONS: dict[str, Callable[[Settings], Section]] = {
     "tcp": over_tcp,
     "quic": over_quic,
     "lanes": with_lanes,
+    "path": over_a_path,
     "start": start_of_a_job,
     "reflink": shared_blocks,
     "long": long_over_quic,

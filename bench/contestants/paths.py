@@ -1,0 +1,44 @@
+"""Links of the product on paths with delay and loss: the rate once they are warm."""
+
+import subprocess
+from collections.abc import Iterator
+
+import impaired
+import msgspec
+from line import Conditions
+from measures import BenchError, Contestant, Sample
+
+SECONDS, WARM = 6.0, 2.0
+"""How long is sent, and how much of it does not count: congestion control begins
+slowly."""
+
+PATHS = ((0.0, 0.0), (0.05, 0.0), (0.05, 0.001))
+"""Round trips in seconds, and the share of datagrams that is lost each way."""
+
+
+def links(size: int) -> Iterator[Contestant]:
+    """Give a way for each kind of link on each path that it can be measured on.
+
+    Args:
+        size: The time is given that so many bytes take at that rate.
+    """
+    for kind in (impaired.Way("tcp"), impaired.Way("quic")):
+        for rtt, loss in PATHS:
+            if kind.kind == "tcp" and loss:
+                continue  # the proxy can't lose what is in a TCP connection
+            yield _link(kind, rtt, loss, size)
+
+
+def _link(way: impaired.Way, rtt: float, loss: float, size: int) -> Contestant:
+    def measure() -> Sample:
+        conditions = Conditions(delay=rtt / 2, loss=loss)
+        try:
+            cell = impaired.measure(way, conditions, SECONDS, WARM)
+        except (OSError, subprocess.SubprocessError, msgspec.DecodeError) as error:
+            raise BenchError(f"an end of the link failed: {error}") from None
+        if not cell.rate:
+            raise BenchError("too little arrived to tell")
+        note = f"the path lost {cell.lost}" if loss else ""
+        return Sample(round(size / cell.rate, 4), note=note)
+
+    return Contestant(f"{way.name}, {rtt * 1e3:g} ms, {loss:.1%} lost", measure)

@@ -284,6 +284,7 @@ class ReceivingFile(RunningTransfer):
             self._receiver.cancel(str(error))
         else:
             self._receiver.published()
+            self._error = None  # it is whole, even if the link was lost meanwhile
 
 
 class SendingFile(RunningTransfer):

@@ -1,15 +1,24 @@
 """Transfers that go on where an earlier one of the same file was cut off."""
 
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
-from sleap_rtc.io.chunk_files import ChunkReader
+from sleap_rtc.io.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.io.link import LinkClosedError
 from sleap_rtc.proto.frames import Frame
 from tests.io.memory_link import MemoryLink
-from tests.io.transfer_sides import CHUNK_SIZE, Job, send_and_receive, two_sides
+from tests.io.transfer_sides import (
+    CHUNK_SIZE,
+    DEADLINE,
+    Job,
+    send_and_receive,
+    two_sides,
+)
 
 
 async def cut_and_keep(job: Job, frames: int) -> int:
@@ -118,3 +127,36 @@ async def test_a_receiver_that_was_cancelled_goes_on_later(tmp_path: Path) -> No
         assert isinstance(sender.link, MemoryLink)
         assert sender.link.frames_sent < 40
     job.check_arrived()
+
+
+class _SlowDisk(ChunkWriter):
+    """A sink whose fsync takes until the link is lost."""
+
+    is_publishing = threading.Event()
+    may_end = threading.Event()
+
+    def publish(self) -> Path:
+        self.is_publishing.set()
+        assert self.may_end.wait(DEADLINE)
+        return super().publish()
+
+
+async def test_a_link_that_is_lost_during_the_fsync_changes_nothing(
+    tmp_path: Path,
+) -> None:
+    job = Job(tmp_path, 3 * CHUNK_SIZE)
+    sink = _SlowDisk(
+        job.root, job.offer.name, size=job.offer.size, chunk_size=CHUNK_SIZE
+    )
+    async with two_sides() as (sender, receiver), trio.open_nursery() as nursery:
+        nursery.start_soon(job.send, sender)
+        await receiver.next_offer()
+        nursery.start_soon(partial(job.receive, receiver, sink=sink))
+        await trio.to_thread.run_sync(sink.is_publishing.wait, DEADLINE)
+        assert isinstance(receiver.link, MemoryLink)
+        receiver.link.cut("the laptop sleeps")
+        await trio.testing.wait_all_tasks_blocked()
+        sink.may_end.set()
+    assert "receiver" not in job.errors
+    assert job.path == job.root / job.offer.name
+    assert job.path.read_bytes() == job.content

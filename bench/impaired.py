@@ -23,7 +23,7 @@ from typing import IO
 
 import msgspec
 from line import Conditions
-from link_end import LOOPBACK, Received, Sent, Task, Where
+from link_end import LOOPBACK, Received, Sent, Span, Task, Where
 from proxy import Kind, open_proxy
 from rich import box
 from rich.console import Console
@@ -69,7 +69,7 @@ class Cell(msgspec.Struct, frozen=True):
         way: The kind of link.
         rtt: Seconds to the other end and back.
         loss: The share of datagrams that is lost, in each direction.
-        rate: Bytes per second once the link was warm; 0 if too little arrived.
+        rate: Bytes per second once the link was warm.
         first: Seconds until the first MiB had arrived; None if it had not.
         lost: Datagrams that the path lost.
         packets_lost: Packets that the sender took for lost.
@@ -124,7 +124,7 @@ def measure(way: Way, conditions: Conditions, seconds: float, warm: float) -> Ce
     Args:
         way: The kind of link.
         conditions: The path.
-        seconds: How long to send.
+        seconds: How long to send, at least.
         warm: Seconds at the beginning that do not count.
 
     Raises:
@@ -133,7 +133,8 @@ def measure(way: Way, conditions: Conditions, seconds: float, warm: float) -> Ce
         msgspec.DecodeError: If an end fails before it says anything.
     """
     carrier: Kind = "udp" if way.kind == "quic" else "tcp"
-    with _started(LINK_END, "receive") as receiver:
+    span = msgspec.json.encode(Span(seconds, warm)).decode()
+    with _started(LINK_END, "receive", span) as receiver:
         where = msgspec.json.decode(_output(receiver).readline(), type=Where)
         with open_proxy((LOOPBACK, where.port), conditions, carrier) as proxy:
             task = Task(
@@ -141,7 +142,6 @@ def measure(way: Way, conditions: Conditions, seconds: float, warm: float) -> Ce
                 where.certificate,
                 way.kind,
                 way.congestion,
-                seconds,
                 SMALL_CHUNK_SIZE if conditions.loss else CHUNK_SIZE,
             )
             command = [sys.executable, str(LINK_END), "send"]

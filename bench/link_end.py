@@ -1,6 +1,6 @@
 """One end of a link that carries a file from memory to nowhere.
 
-    python bench/link_end.py receive
+    python bench/link_end.py receive '{"seconds": 6, "warm": 2}'
     python bench/link_end.py send '{"address": ...}'
 
 `impaired.py` starts both. Each prints one line of JSON at its end; the receiver prints
@@ -32,7 +32,7 @@ from sleap_rtc.proto.messages import Auth, FileOffer, OfferedFile
 
 LOOPBACK = "127.0.0.1"
 ENDLESS = 2**36
-"""Bytes of the file; the sender stops long before its end."""
+"""Bytes of the file; the receiver stops long before its end."""
 
 AUTH = Auth(session="5" * 32, proof=hashlib.sha256(b"bench").hexdigest())
 
@@ -52,7 +52,6 @@ class Task(msgspec.Struct, frozen=True):
         certificate: What the receiver shows.
         kind: The link.
         congestion: The congestion control of QUIC; an empty one is the product's own.
-        seconds: How long to send.
         chunk_size: Bytes of a chunk. A fixed number of them is on the way at most.
     """
 
@@ -60,8 +59,32 @@ class Task(msgspec.Struct, frozen=True):
     certificate: bytes
     kind: LinkKind
     congestion: str
-    seconds: float
     chunk_size: int
+
+
+class Span(msgspec.Struct, frozen=True):
+    """How long to receive: so long, and until enough has arrived for a rate.
+
+    Args:
+        seconds: The time from the offer on.
+        warm: Seconds of it that do not count.
+    """
+
+    seconds: float
+    warm: float
+
+    def is_over(self, arrivals: list[tuple[float, int]]) -> bool:
+        """Say whether that was enough.
+
+        Args:
+            arrivals: Seconds, and the bytes that had arrived by then.
+        """
+        late = arrivals[-2:]
+        return (
+            len(late) == 2
+            and late[1][0] >= self.seconds
+            and self.warm <= late[0][0] < late[1][0]
+        )
 
 
 class Sent(msgspec.Struct, frozen=True):
@@ -115,8 +138,8 @@ class _Memory:
         return True
 
 
-async def receive() -> Received:
-    """Take one file over one link, until the sender goes away."""
+async def receive(span: Span) -> Received:
+    """Take one file over one link, for so long."""
     certificate = make_certificate()
     arrivals: list[tuple[float, int]] = []
     async with (
@@ -132,22 +155,24 @@ async def receive() -> Received:
             raise SystemExit(f"a {type(message).__name__} came instead of a file")
         nursery.start_soon(_deliver, link, transfers)
         began = time.monotonic()
-        try:
+
+        def note(size: int) -> None:
+            arrivals.append((time.monotonic() - began, size))
+            if span.is_over(arrivals):
+                enough.cancel()
+
+        with trio.CancelScope() as enough:
             await transfers.receive_file(
                 message.transfer_id,
                 message.file,
                 _Nowhere(message.file.chunk_size),
-                on_progress=lambda size: arrivals.append(
-                    (time.monotonic() - began, size)
-                ),
+                on_progress=note,
             )
-        except (LinkClosedError, TransferError):
-            pass  # that is how it ends
     return Received(arrivals, time.process_time())
 
 
 async def send(task: Task) -> Sent:
-    """Send for some seconds."""
+    """Send until the receiver has seen enough."""
     if task.congestion:
         _replace_congestion_control(task.congestion)
     async with (
@@ -163,8 +188,10 @@ async def send(task: Task) -> Sent:
         nursery.start_soon(transfers.run)
         nursery.start_soon(_deliver, link, transfers)
         offer = OfferedFile(name="endless", size=ENDLESS, chunk_size=task.chunk_size)
-        with trio.move_on_after(task.seconds):
+        try:
             await transfers.send_file(1, offer, _Memory(task.chunk_size))
+        except (LinkClosedError, TransferError):
+            pass  # that is how it ends
         return Sent(link.statistics(), time.process_time())
 
 
@@ -206,7 +233,7 @@ def _say(said: msgspec.Struct) -> None:
 def main() -> None:
     """Be one end; the command line says which."""
     if sys.argv[1] == "receive":
-        _say(trio.run(receive))
+        _say(trio.run(receive, msgspec.json.decode(sys.argv[2], type=Span)))
     else:
         _say(trio.run(partial(send, msgspec.json.decode(sys.argv[2], type=Task))))
 

@@ -38,7 +38,8 @@ CHUNK_SIZE = 1024 * 1024
 """Bytes, as in any transfer."""
 
 SMALL_CHUNK_SIZE = 256 * 1024
-"""Where loss makes the path slow: few large chunks would arrive in the time."""
+"""For the classic congestion controls: where there is loss, they are so slow that few
+large chunks would arrive in the time."""
 
 LINK_END = Path(__file__).with_name("link_end.py")
 
@@ -142,7 +143,7 @@ def measure(way: Way, conditions: Conditions, seconds: float, warm: float) -> Ce
                 where.certificate,
                 way.kind,
                 way.congestion,
-                SMALL_CHUNK_SIZE if conditions.loss else CHUNK_SIZE,
+                SMALL_CHUNK_SIZE if way.congestion else CHUNK_SIZE,
             )
             command = [sys.executable, str(LINK_END), "send"]
             done = subprocess.run(

@@ -40,6 +40,11 @@ class BulkSender:
         """Bytes that were queued and have not been acknowledged."""
         return self.end - self.acknowledged
 
+    @property
+    def unsent(self) -> int:
+        """Bytes that were queued and never sent."""
+        return self.end - self.sent
+
     def has_more(self, limit: int) -> bool:
         """Tell if there is something to take.
 

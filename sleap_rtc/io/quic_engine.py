@@ -44,7 +44,7 @@ DATAGRAM_SIZE = 1350
 FIRST_WINDOW = 256 * 1024
 """What a peer may send before it is known: a message, and frames that overtook it."""
 
-STREAM_WINDOW = 16 * 1024 * 1024
+STREAM_WINDOW = 32 * 1024 * 1024
 """As long as the window of the whole connection, which is the one that counts."""
 
 
@@ -80,6 +80,15 @@ class QuicEngine(BulkConnection):
         if stream is not None and stream is self._bulk:
             return self._bulk_sender.unacknowledged
         return 0 if stream is None else len(stream.sender._buffer)
+
+    def unsent(self, stream_id: int) -> int:
+        """Bytes of our side of a stream for bulk that were never sent so far."""
+        stream = self._streams.get(stream_id)
+        return (
+            0
+            if stream is None or stream is not self._bulk
+            else self._bulk_sender.unsent
+        )
 
     # ------------------------------------------------------------------- commands
 

@@ -25,6 +25,7 @@ from aioquic.quic.packet import QuicErrorCode
 from sleap_rtc.io.quic_engine import Datagram, QuicEngine
 from sleap_rtc.io.session import (
     IDLE_TIMEOUT,
+    MAX_UNACKNOWLEDGED_FRAMES,
     MAX_UNREAD,
     MAX_UNSENT_FRAMES,
     MAX_UNSENT_MESSAGES,
@@ -220,8 +221,12 @@ class QuicSession(Session):
 
     @property
     def has_room_for_frame(self) -> bool:
-        """True while few frames wait for acknowledgement."""
-        return self._engine.unacknowledged(self._our_bulk) < MAX_UNSENT_FRAMES
+        """True while few frames wait to be sent, and not too many are on the way."""
+        engine, bulk = self._engine, self._our_bulk
+        return (
+            engine.unsent(bulk) < MAX_UNSENT_FRAMES
+            and engine.unacknowledged(bulk) < MAX_UNACKNOWLEDGED_FRAMES
+        )
 
     @property
     def all_sent(self) -> bool:

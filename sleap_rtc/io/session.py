@@ -39,7 +39,11 @@ MAX_UNSENT_FRAMES = 4 * 1024 * 1024
 MAX_UNSENT_MESSAGES = 1024 * 1024
 """Bytes of messages that wait to be sent: 16 of the longest."""
 
-MAX_UNREAD = 16 * 1024 * 1024
+MAX_UNACKNOWLEDGED_FRAMES = 32 * 1024 * 1024
+"""Bytes of frames that may be on the way: a gigabyte per second over 30 ms, or 150 MB
+over 200 ms. Those who send them again have to keep them."""
+
+MAX_UNREAD = 32 * 1024 * 1024
 """Bytes that a peer may send beyond what was read: twice what a receiver of chunks
 grants, so that bulk that nobody reads yet never holds up the messages."""
 

@@ -100,7 +100,7 @@ class Receiver(Machine[ReceiverState, ReceiverOutput]):
         file: OfferedFile,
         *,
         chunk_map: ChunkMap | None = None,
-        window: int = 8,
+        window: int = 16,
     ) -> None:
         super().__init__(transfer_id, ReceiverState.NEW, RECEIVER_TABLE)
         if not 0 < window <= MAX_WINDOW:

@@ -398,32 +398,55 @@ def test_what_is_granted_to_a_sender_leaves_room_for_messages(
 def test_unread_frames_hold_the_sender_back_until_they_are_read(
     network: Network,
 ) -> None:
-    flow = Flow(network, 24)
+    flow = Flow(network, 48)
     while network.now < 1015:
         flow.step()
-    assert flow.sent < 24
+    assert flow.sent < 48
     assert network.server.bytes_received < MAX_UNREAD * 1.1
     assert network.server.ended is None
     read = 0
-    while read < 24:
+    while read < 48:
         read += len(list(frames_of(network.server)))
         network.flush(network.server)
         flow.step()
         assert network.now < 1060
 
 
-def test_room_for_frames_ends_with_what_is_unacknowledged(network: Network) -> None:
+@pytest.mark.parametrize(
+    ("limit", "value"),
+    [
+        ("MAX_UNSENT_FRAMES", 4 * MEGABYTE),
+        ("MAX_UNACKNOWLEDGED_FRAMES", 2 * MEGABYTE),
+    ],
+)
+def test_room_for_frames_ends_with_what_is_unsent_or_unacknowledged(
+    network: Network, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+) -> None:
+    monkeypatch.setattr(f"sleap_rtc.io.quic_session.{limit}", value)
     network.loss = 1.0
     count = 0
     while network.client.has_room_for_frame:
         network.client.send_frame(make_frame(count, MEGABYTE))
         count += 1
-    assert count == MAX_UNSENT_FRAMES // MEGABYTE
+    assert count == value // MEGABYTE
     assert not network.client.all_sent
     network.loss = 0.0
     network.flush(network.client)
     network.run_until(lambda: network.client.all_sent)
     assert network.client.has_room_for_frame
+
+
+def test_what_is_on_the_way_takes_no_room_of_what_waits(network: Network) -> None:
+    flow = Flow(network, 24)
+    most = 0
+    while not (network.client.all_sent and flow.sent == 24):
+        flow.step()
+        engine = network.client._engine
+        most = max(most, engine.unacknowledged(network.client._our_bulk))
+        list(frames_of(network.server))
+        network.flush(network.server)
+        assert network.now < 1060
+    assert most > MAX_UNSENT_FRAMES + MEGABYTE
 
 
 def test_a_frame_must_be_what_its_header_says(network: Network) -> None:
@@ -758,7 +781,7 @@ def test_a_path_that_loses_much_is_taken_for_a_congested_one() -> None:
     transfer(network, 12)
     before = network.client_engine.congestion.congestion_window
     network.loss = 0.2
-    transfer(network, 24)
+    transfer(network, 36)
     assert network.client_engine.congestion.congestion_window < before / 4
 
 

@@ -392,7 +392,7 @@ def test_a_silent_peer_is_noticed_in_time(wire: Wire) -> None:
 
 
 def test_who_does_not_listen_does_not_blame_the_peer(wire: Wire) -> None:
-    for index in range(20):
+    for index in range(40):
         wire.client.send_frame(make_frame(index, MEGABYTE))
     wire.flush()
     assert not wire.server.wants_data

@@ -290,7 +290,7 @@ async def test_a_frame_that_was_never_granted_ends_only_its_transfer(
         hostile.is_hostile = True
         async with trio.open_nursery() as nursery:
             nursery.start_soon(job.receive, receiver)
-            assert await hostile.next_message() == ChunkGrant(1, 0, 8)
+            assert await hostile.next_message() == ChunkGrant(1, 0, 16)
             await hostile.link.send_frame(frame)
         assert job.reason("receiver") == reason
         assert await hostile.next_message() == FileError(1, reason)

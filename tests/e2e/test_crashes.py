@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import time
 
 import pytest
 
@@ -153,8 +152,6 @@ def test_a_worker_that_serves_its_room_comes_back_with_it(lab: Lab) -> None:
     worker = machine.start_worker()
     invite = machine.run("invite").expect(0).out
     worker.kill()
-    began = time.monotonic()
     worker = machine.start_worker()
-    assert time.monotonic() - began < NOTICED
     assert machine.run("invite").expect(0).out == invite
     check_healthy(machine, worker)

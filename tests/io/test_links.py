@@ -1,5 +1,6 @@
 """What links of both kinds have to do, over real sockets on loopback."""
 
+import itertools
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -89,6 +90,34 @@ async def test_frames_go_both_ways_at_once_to_a_slow_reader(
         for link in (client, worker):
             nursery.start_soon(send, link)
             nursery.start_soon(receive, link)
+
+
+async def test_a_transfer_lets_others_have_their_turn(
+    kind: Kind, listener: AnyListener
+) -> None:
+    count = 24
+    moved: list[int] = []
+
+    async def watch(links: tuple[Link, Link]) -> None:
+        while True:
+            seen = [link.statistics() for link in links]
+            moved.append(sum(one.bytes_sent + one.bytes_received for one in seen))
+            await trio.lowlevel.checkpoint()
+
+    async def send(link: Link) -> None:
+        for index in range(count):
+            await link.send_frame(make_frame(index))
+
+    async with pair(kind, listener) as links, trio.open_nursery() as nursery:
+        nursery.start_soon(watch, links)
+        nursery.start_soon(send, links[0])
+        for _ in range(count):
+            await links[1].receive_frame()
+        nursery.cancel_scope.cancel()
+    assert moved[-1] - moved[0] > 2 * (count - 4) * MEGABYTE
+    # In one round of the event loop each side sends and receives a few times.
+    longest = max(after - before for before, after in itertools.pairwise(moved))
+    assert longest < 8 * MEGABYTE
 
 
 async def test_a_message_does_not_wait_for_a_reader_of_frames(

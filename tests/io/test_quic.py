@@ -1,9 +1,7 @@
 """What only QUIC links do, over real UDP sockets on loopback."""
 
-import math
 import os
 import socket
-import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -61,40 +59,6 @@ async def test_an_unknown_version_is_answered_with_the_known_ones(
     header = pull_quic_header(Buffer(data=answer), host_cid_length=8)
     assert header.version == 0
     assert header.supported_versions == [1, 0x6B3343CF]
-
-
-class LongestStep(trio.abc.Instrument):
-    """Seconds of CPU that the longest step of a task took."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._began = math.inf
-
-    def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        self._began = time.thread_time()
-
-    def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        self.seconds = max(self.seconds, time.thread_time() - self._began)
-
-
-async def test_a_transfer_never_keeps_others_waiting(listener: QuicListener) -> None:
-    count, size = 24, 1024 * 1024
-    payload = bytes(size)
-    longest = LongestStep()
-    async with pair(QUIC, listener) as (client, worker), trio.open_nursery() as nursery:
-        trio.lowlevel.add_instrument(longest)
-
-        async def send() -> None:
-            for index in range(count):
-                header = ChunkHeader(1, index, size, bytes(32))
-                await client.send_frame(Frame(header, payload))
-
-        nursery.start_soon(send)
-        for index in range(count):
-            frame = await worker.receive_frame()
-            assert frame.header.index == index
-        trio.lowlevel.remove_instrument(longest)
-    assert 0 < longest.seconds < 0.01
 
 
 async def test_datagrams_over_loopback_grow_to_the_size_that_is_asked_for() -> None:

@@ -84,11 +84,8 @@ class QuicEngine(BulkConnection):
     def unsent(self, stream_id: int) -> int:
         """Bytes of our side of a stream for bulk that were never sent so far."""
         stream = self._streams.get(stream_id)
-        return (
-            0
-            if stream is None or stream is not self._bulk
-            else self._bulk_sender.unsent
-        )
+        is_bulk = stream is not None and stream is self._bulk
+        return self._bulk_sender.unsent if is_bulk else 0
 
     # ------------------------------------------------------------------- commands
 

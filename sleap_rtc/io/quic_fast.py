@@ -39,6 +39,7 @@ Address = tuple[Any, ...]
 Datagram = tuple[bytes, Address]
 
 PACKETS_PER_TURN = 64
+BYTES_PER_TURN = 512 * 1024
 """Sent at most before anything else gets its turn: a millisecond or two."""
 
 PACKETS_PER_ACK = 32
@@ -224,6 +225,7 @@ class BulkConnection(QuicConnection):
         room = self._max_datagram_size - header - _OFFSET_SIZE - TAG_SIZE
         window = self._loss.congestion_window - self._loss.bytes_in_flight
         pieces: list[Piece] = []
+        most = min(PACKETS_PER_TURN, BYTES_PER_TURN // self._max_datagram_size)
         while window >= self._max_datagram_size:
             allowed = self._remote_max_data - self._remote_max_data_used
             limit = min(sender.sent + allowed, stream.max_stream_data_remote)
@@ -233,7 +235,7 @@ class BulkConnection(QuicConnection):
             self._pacing_at = self.pacer.next_send_time(now)
             if self._pacing_at is not None:
                 break
-            if len(pieces) == PACKETS_PER_TURN:
+            if len(pieces) == most:
                 self._pacing_at = now  # at the next turn
                 break
             before = sender.sent

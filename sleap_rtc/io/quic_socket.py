@@ -17,7 +17,9 @@ BUFFER_SIZE = 8 * 1024 * 1024
 """Asked for in each direction; the operating system grants what it allows."""
 
 BATCH = 64
-"""Datagrams taken at most before anything else gets its turn."""
+BATCH_BYTES = 512 * 1024
+"""Datagrams, and bytes, after which anything else gets its turn: large ones take as
+many microseconds to decrypt as several small ones."""
 
 LONGEST_TRAIN = 64
 LARGEST_TRAIN = 65_000
@@ -101,12 +103,15 @@ class UdpSocket(Closing):
         return self._full.is_set()
 
     async def receive_batch(self) -> list[Datagram]:
-        """Wait for datagrams, and take those that are there, up to `BATCH`."""
+        """Wait for datagrams, and take those that are there, until it is a batch."""
         await trio.lowlevel.wait_readable(self._socket)
         batch: list[Datagram] = []
-        while len(batch) < BATCH:
+        size = 0
+        while len(batch) < BATCH and size < BATCH_BYTES:
             try:
-                batch += self._receive()
+                train = self._receive()
+                batch += train
+                size += sum(len(data) for data, _ in train)
             except BlockingIOError:
                 break
             except ConnectionError:

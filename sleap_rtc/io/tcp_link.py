@@ -7,6 +7,10 @@ from sleap_rtc.io.session_link import SessionLink
 from sleap_rtc.io.tcp_session import TcpSession
 from sleap_rtc.io.tcp_socket import TcpSocket
 
+BYTES_PER_TURN = 512 * 1024
+"""Sent at most before anything else gets its turn: two milliseconds or so. Who reads as
+fast as this writes would keep the event loop busy for as long as there is anything."""
+
 
 class TcpLink(SessionLink):
     """A link over one TCP connection.
@@ -49,12 +53,15 @@ class TcpLink(SessionLink):
         Sending is not a task of its own, so no cancellation can cut a record in two.
         """
         session = self._session
+        enough = session.bytes_sent + BYTES_PER_TURN
         try:
             while not (session.finished or self._tcp.full):
                 data = session.data_to_send()
                 if not data:
                     break
                 session.data_sent(self._tcp.send(data))
+                if session.bytes_sent >= enough:
+                    self._tcp.pause()
             if session.ended and session.all_sent and not session.finished:
                 self._tcp.end_sending()
         except OSError as error:

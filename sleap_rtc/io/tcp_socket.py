@@ -51,7 +51,7 @@ class TcpSocket(Closing):
 
     @property
     def full(self) -> bool:
-        """True while the operating system takes no more."""
+        """True while the operating system takes no more, or the sender pauses."""
         return self._full.is_set()
 
     @property
@@ -100,6 +100,10 @@ class TcpSocket(Closing):
         except BlockingIOError:
             self._full.set()
             return 0
+
+    def pause(self) -> None:
+        """Count as full until anything else has had its turn."""
+        self._full.set()
 
     async def wait_until_writable(self) -> None:
         """Wait until the socket was full, and has room again."""

@@ -21,7 +21,7 @@ from sleap_rtc.io.quic_engine import (
     client_engine_untrusted,
     server_engine,
 )
-from sleap_rtc.io.quic_fast import PACKETS_PER_TURN
+from sleap_rtc.io.quic_fast import BYTES_PER_TURN, PACKETS_PER_TURN
 from sleap_rtc.io.quic_session import (
     Established,
     MessageDecoder,
@@ -817,12 +817,17 @@ def test_keys_are_renewed_before_they_wear_out(
     assert network.client.ended is None
 
 
-def test_a_turn_makes_a_bounded_number_of_packets(network: Network) -> None:
+@pytest.mark.parametrize("largest", [None, 16_383])
+def test_a_turn_makes_a_bounded_number_of_packets(largest: int | None) -> None:
+    network = Network(largest_datagram=largest)
+    network.prove()
+    transfer(network, 4)
     for index in range(4):
         network.client.send_frame(make_frame(index, MEGABYTE))
     network.client_engine.congestion.congestion_window = 100 * MEGABYTE
     datagrams = network.client.datagrams_to_send(network.now)
     assert 1 < len(datagrams) <= PACKETS_PER_TURN + 2
+    assert sum(len(data) for data, _ in datagrams) < BYTES_PER_TURN * 1.1
     deadline = network.client.deadline()
     assert deadline is not None
     assert deadline - network.now < 0.1

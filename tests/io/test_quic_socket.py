@@ -14,6 +14,7 @@ from sleap_rtc.io.quic_engine import Address
 from sleap_rtc.io.quic_socket import (
     _UDP_GRO,
     BATCH,
+    BATCH_BYTES,
     LONGEST_TRAIN,
     UdpSocket,
     open_udp_listener,
@@ -43,6 +44,24 @@ async def test_datagrams_arrive_in_bounded_batches_with_their_source() -> None:
         assert len(first) == BATCH
         assert [data for data, _ in first + second] == sent
         assert {source for _, source in first} == {(sender.host, sender.port)}
+
+
+async def test_large_datagrams_make_short_batches() -> None:
+    size = 32_000
+    with (
+        open_udp_listener("127.0.0.1", 0) as receiver,
+        open_udp_listener("127.0.0.1", 0) as sender,
+    ):
+        target = (receiver.host, receiver.port)
+        sent = 0
+        while sent * size <= BATCH_BYTES + size:
+            sender.send([(bytes(size), target)])
+            sent += 1
+        first = await receiver.receive_batch()
+        assert 1 < len(first) <= BATCH_BYTES // size + 2
+        while sent > len(first):
+            sent -= len(await receiver.receive_batch())
+        assert sent == len(first)
 
 
 @pytest.mark.parametrize("size", [1, 1350, 8900])

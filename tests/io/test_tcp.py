@@ -337,6 +337,17 @@ async def test_a_socket_says_when_it_is_full_and_when_it_is_not() -> None:
             assert near.send(data) > 0
 
 
+async def test_a_pause_ends_as_soon_as_others_had_their_turn() -> None:
+    with bind_tcp_listener("127.0.0.1", 0) as listening:
+        near = await open_tcp_socket(*listening.getsockname())
+        far, _ = await accept_tcp(listening)
+        with near, far:
+            near.pause()
+            assert near.full
+            await near.wait_until_writable()
+            assert not near.full
+
+
 async def test_the_end_of_a_stream_is_told_once() -> None:
     with bind_tcp_listener("127.0.0.1", 0) as listening:
         near = await open_tcp_socket(*listening.getsockname())

@@ -434,8 +434,8 @@ class _Submission:
             case "failed":
                 raise JobFailedError(
                     f"The job failed: {ending.reason}.{where}",
-                    "The output above and job.log say more. Correct the package and "
-                    "send it again.",
+                    "The output above and job.log say more. If the package is at "
+                    "fault, correct it; then send it again.",
                 )
             case "rejected":
                 raise RefusedError(

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from files import PROGRAM, fresh_directory, take_away
+from files import PROGRAM, fresh_directory, take_away, warm_memory
 from measures import BenchError, Contestant, Load, Sample
 from processes import (
     Meter,
@@ -134,6 +134,8 @@ def _send(load: Load, way: Way) -> _Watch:
         arguments += ["--output", str(directory / "results")]
         arguments += ["--shared-storage-root", str(directory / "storage")]
         arguments += ["--timeout", f"{timeout:.0f}", *way.options]
+        # Free memory stays warm for seconds only, and the worker took some to start.
+        warm_memory(load.size)
         command, sent_at = way.command(*arguments), time.monotonic()
         errors = directory / "send.log"
         with (

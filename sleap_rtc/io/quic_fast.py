@@ -226,7 +226,10 @@ class BulkConnection(QuicConnection):
         window = self._loss.congestion_window - self._loss.bytes_in_flight
         pieces: list[Piece] = []
         most = min(PACKETS_PER_TURN, BYTES_PER_TURN // self._max_datagram_size)
-        while window >= self._max_datagram_size:
+        # Datagrams may grow beyond a small window; with nothing in flight, no
+        # acknowledgement would ever widen it.
+        is_stuck = self._loss.bytes_in_flight == 0
+        while window >= self._max_datagram_size or (is_stuck and not pieces):
             allowed = self._remote_max_data - self._remote_max_data_used
             limit = min(sender.sent + allowed, stream.max_stream_data_remote)
             if not sender.has_more(limit):

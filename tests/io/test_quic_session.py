@@ -803,6 +803,19 @@ def test_a_path_that_begins_to_swallow_large_datagrams_does_not_end_a_link() -> 
     assert network.client.ended is None
 
 
+def test_a_window_that_holds_no_datagram_does_not_halt_a_transfer() -> None:
+    network = Network(largest_datagram=16_383)
+    network.prove()
+    transfer(network, 4)
+    network.run_until(lambda: network.client.all_sent)
+    network.client_engine.congestion.congestion_window = 10_000
+    began = network.now
+    transfer(network, 4)
+    # Without that packet only the acknowledgement of a ping would widen the window.
+    assert network.now - began < 1
+    assert network.client_engine._max_datagram_size == 16_383
+
+
 def test_keys_are_renewed_before_they_wear_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

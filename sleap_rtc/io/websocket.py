@@ -331,7 +331,12 @@ class _Transport(trio.abc.Stream):
         """Write all of it, also if this task is cancelled meanwhile."""
         with trio.CancelScope(shield=True) as self._write_scope:
             self._write_scope.deadline = trio.current_time() + WRITE_SECONDS
-            await self._stream.send_all(data)
+            try:
+                await self._stream.send_all(data)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                # After a write that fails the library reads no more, and waits.
+                self.opening.cancel(reason="the stream ended")
+                raise
         if self._write_scope.cancelled_caught:
             self._drop(_DOES_NOT_READ)
             raise trio.BrokenResourceError(_DOES_NOT_READ)

@@ -171,6 +171,17 @@ async def test_who_never_shakes_hands_is_dropped(
 
 
 @pytest.mark.timeout(20)
+async def test_a_server_that_is_gone_before_the_request_is_noticed_at_once(
+    autojump_clock: MockClock,
+) -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    await theirs.aclose()
+    socket = WebSocket(ours, MAX_SIGNAL_BYTES, f"ws://{HOST}/")
+    began = trio.current_time()
+    assert await socket.run(Recorder()) == "it did not open a WebSocket"
+    assert trio.current_time() - began < 1
+
+
 async def test_a_close_does_not_wait_for_the_handshake(
     mock_clock: MockClock, nursery: trio.Nursery
 ) -> None:

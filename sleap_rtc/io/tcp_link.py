@@ -60,8 +60,10 @@ class TcpLink(SessionLink):
                 if not data:
                     break
                 session.data_sent(self._tcp.send(data))
-                if session.bytes_sent >= enough:
+                # The last words can't wait: nobody may come back to send the rest.
+                if session.bytes_sent >= enough and session.ended is None:
                     self._tcp.pause()
+                    break
             if session.ended and session.all_sent and not session.finished:
                 self._tcp.end_sending()
         except OSError as error:

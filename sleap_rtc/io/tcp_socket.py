@@ -37,7 +37,8 @@ class TcpSocket(Closing):
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
         self._buffer = memoryview(bytearray(RECEIVE_SIZE))
-        self._full = trio.Event()
+        self._is_full = False
+        self._waits = trio.Event()
         self._sending = True
         connected.setblocking(False)
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
@@ -51,8 +52,8 @@ class TcpSocket(Closing):
 
     @property
     def full(self) -> bool:
-        """True while the operating system takes no more, or the sender pauses."""
-        return self._full.is_set()
+        """True while the operating system takes no more."""
+        return self._is_full
 
     @property
     def retransmissions(self) -> int:
@@ -98,18 +99,20 @@ class TcpSocket(Closing):
         try:
             return self._socket.send(data)
         except BlockingIOError:
-            self._full.set()
+            self._is_full = True
+            self._waits.set()
             return 0
 
     def pause(self) -> None:
-        """Count as full until anything else has had its turn."""
-        self._full.set()
+        """Let `wait_until_writable` return when anything else has had its turn."""
+        self._waits.set()
 
     async def wait_until_writable(self) -> None:
-        """Wait until the socket was full, and has room again."""
-        await self._full.wait()
+        """Wait until the socket was full, or its user paused, and has room again."""
+        await self._waits.wait()
         await trio.lowlevel.wait_writable(self._socket)
-        self._full = trio.Event()
+        self._is_full = False
+        self._waits = trio.Event()
 
     def end_sending(self) -> None:
         """Tell the peer that nothing more comes.

@@ -14,6 +14,7 @@ from sleap_rtc.io.certificates import SERVER_NAME
 from sleap_rtc.io.link import DialError, LinkClosedError
 from sleap_rtc.io.session import ALPN
 from sleap_rtc.io.tcp import TcpListener, connect_tcp, dial_tcp, open_tcp_listener
+from sleap_rtc.io.tcp_link import TcpLink
 from sleap_rtc.io.tcp_socket import (
     TcpSocket,
     accept_tcp,
@@ -343,9 +344,27 @@ async def test_a_pause_ends_as_soon_as_others_had_their_turn() -> None:
         far, _ = await accept_tcp(listening)
         with near, far:
             near.pause()
-            assert near.full
-            await near.wait_until_writable()
             assert not near.full
+            await near.wait_until_writable()
+            with trio.move_on_after(0.05):
+                await near.wait_until_writable()
+                pytest.fail("it neither pauses nor is full")
+
+
+async def test_a_link_that_ends_as_its_turn_does_still_says_why(
+    listener: TcpListener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turn = 32 * 1024
+    monkeypatch.setattr("sleap_rtc.io.tcp_link.BYTES_PER_TURN", turn)
+    async with pair(TCP, listener) as (client, worker):
+        await client.send_frame(make_frame(1, turn))
+        assert isinstance(client, TcpLink)
+        client.close_now("enough")
+        # Its owner may drop the connection now, without another turn.
+        assert client._session.all_sent
+        assert (await worker.receive_frame()).header.index == 1
+        with pytest.raises(LinkClosedError, match="enough"):
+            await worker.receive_message()
 
 
 async def test_the_end_of_a_stream_is_told_once() -> None:

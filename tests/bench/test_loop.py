@@ -68,11 +68,12 @@ def test_waiting_for_the_interpreter_is_no_blocking() -> None:
                 nursery.start_soon(trio.to_thread.run_sync, compute, 0.1)
             for _ in range(100):
                 await trio.sleep(0.001)
-                hashlib.sha256(bytes(10000)).hexdigest()  # gives the lock away
+                for _ in range(3):
+                    hashlib.sha256(bytes(10000)).hexdigest()  # gives the lock away
 
     found = watched(main)
     # A busy machine stops a thread now and then; the lock is waited for in each step.
-    assert len(found.blocking()) <= STOPPED_BY_OTHERS
+    assert len(found.blocking(limit=0.002)) <= STOPPED_BY_OTHERS
     assert found.steps > 100
 
 

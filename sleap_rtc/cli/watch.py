@@ -1,8 +1,8 @@
 """What ``send`` shows while it works: for people, or one JSON object a line."""
 
 import sys
-from types import TracebackType
-from typing import Protocol, Self, assert_never
+from abc import abstractmethod
+from typing import assert_never
 
 import msgspec
 from rich.progress import (
@@ -17,6 +17,7 @@ from rich.progress import (
 
 from sleap_rtc import client
 from sleap_rtc.cli.console import err, out, plain, print_json
+from sleap_rtc.io.closing import Closing
 from sleap_rtc.io.files import human_size
 from sleap_rtc.proto.job_client import StageComplete
 from sleap_rtc.proto.lines import printable
@@ -25,28 +26,19 @@ _STEP = 10
 """Percent between two lines of progress where nothing can be redrawn."""
 
 
-class Watch(Protocol):
-    """Somebody who is told what happens to a job."""
+class Watch(Closing):
+    """Somebody who is told what happens to a job; closing leaves things in order."""
 
-    def __enter__(self) -> Self:
-        """Begin to watch."""
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Stop, and leave the terminal in order."""
-
+    @abstractmethod
     def __call__(self, event: client.Event) -> None:
         """Take an event."""
 
+    @abstractmethod
     def summarize(self, result: client.JobResult) -> None:
         """Say how it ended well."""
 
 
-class TerminalWatch:
+class TerminalWatch(Watch):
     """Shows a progress bar for the transfer, then the output of the job.
 
     The last line is redrawn where the terminal allows it; elsewhere a line is printed
@@ -67,15 +59,8 @@ class TerminalWatch:
         self._told: dict[str, int] = {}
         self._lines = _Lines()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """End what is being shown; safe to call again."""
         self._end_bar()
         self._lines.finish()
 
@@ -200,18 +185,11 @@ class _Lines:
         sys.stdout.flush()
 
 
-class JsonWatch:
+class JsonWatch(Watch):
     """Prints each event as one JSON object on a line."""
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Let everything out that was printed; safe to call again."""
         sys.stdout.flush()
 
     def __call__(self, event: client.Event) -> None:

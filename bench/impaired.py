@@ -41,6 +41,9 @@ SMALL_CHUNK_SIZE = 256 * 1024
 """For the classic congestion controls: where there is loss, they are so slow that few
 large chunks would arrive in the time."""
 
+FAILURES = (OSError, subprocess.SubprocessError, msgspec.DecodeError)
+"""What `measure` raises."""
+
 LINK_END = Path(__file__).with_name("link_end.py")
 
 console = Console(highlight=False)
@@ -61,6 +64,10 @@ class Way(msgspec.Struct, frozen=True):
     def name(self) -> str:
         """What it is called."""
         return f"{self.kind} {self.congestion}".strip()
+
+    def can_take(self, loss: float) -> bool:
+        """Tell if the proxy can lose a share of it: not of what is in TCP."""
+        return self.kind != "tcp" or not loss
 
 
 class Cell(msgspec.Struct, frozen=True):
@@ -102,13 +109,13 @@ def main() -> int:
     for (rtt, loss), number, way in itertools.product(
         paths, range(arguments.rounds), arguments.ways
     ):
-        if way.kind == "tcp" and loss:
-            continue  # the proxy can't lose what is in a TCP connection
+        if not way.can_take(loss):
+            continue
         console.print(f"[dim]{rtt * 1e3:g} ms, {loss:.2%}, {way.name}[/]")
         conditions = Conditions(delay=rtt / 2, loss=loss, seed=arguments.seed + number)
         try:
             cells.append(measure(way, conditions, arguments.seconds, arguments.warm))
-        except (OSError, subprocess.SubprocessError, msgspec.DecodeError) as error:
+        except FAILURES as error:
             console.print(f"{way.name} failed: {error}", style="red", markup=False)
             return 1
     show(cells)

@@ -1,10 +1,8 @@
 """Links of the product on paths with delay and loss: the rate once they are warm."""
 
-import subprocess
 from collections.abc import Iterator
 
 import impaired
-import msgspec
 from line import Conditions
 from measures import BenchError, Contestant, Sample
 
@@ -24,9 +22,8 @@ def links(size: int) -> Iterator[Contestant]:
     """
     for kind in (impaired.Way("tcp"), impaired.Way("quic")):
         for rtt, loss in PATHS:
-            if kind.kind == "tcp" and loss:
-                continue  # the proxy can't lose what is in a TCP connection
-            yield _link(kind, rtt, loss, size)
+            if kind.can_take(loss):
+                yield _link(kind, rtt, loss, size)
 
 
 def _link(way: impaired.Way, rtt: float, loss: float, size: int) -> Contestant:
@@ -34,7 +31,7 @@ def _link(way: impaired.Way, rtt: float, loss: float, size: int) -> Contestant:
         conditions = Conditions(delay=rtt / 2, loss=loss)
         try:
             cell = impaired.measure(way, conditions, SECONDS, WARM)
-        except (OSError, subprocess.SubprocessError, msgspec.DecodeError) as error:
+        except impaired.FAILURES as error:
             raise BenchError(f"an end of the link failed: {error}") from None
         if not cell.rate:
             raise BenchError("too little arrived to tell")

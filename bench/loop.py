@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sleap_rtc import client, worker
-from sleap_rtc.proto.routes import RoutePreference
+from sleap_rtc.proto.route.routes import RoutePreference
 
 WAYS: dict[str, RoutePreference] = {
     "tcp": "tcp",

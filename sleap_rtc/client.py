@@ -57,7 +57,7 @@ from sleap_rtc.proto.invite import Invite, RoomKeys
 from sleap_rtc.proto.job_client import JobEnded, LinePrinted, RouteChosen, StateChanged
 from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting
 from sleap_rtc.proto.paths import check_file_name_untrusted
-from sleap_rtc.proto.routes import RoutePreference
+from sleap_rtc.proto.route.routes import RoutePreference
 from sleap_rtc.proto.workers import Candidate
 from sleap_rtc.reach import (
     FIND_TIMEOUT,

@@ -28,8 +28,8 @@ from sleap_rtc.io.transfers import TransferError, Transfers
 from sleap_rtc.proto import job_client as core
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.reconnection import GiveUp, Reconnection, TryAgain
-from sleap_rtc.proto.routes import RoutePreference
+from sleap_rtc.proto.route.reconnection import GiveUp, Reconnection, TryAgain
+from sleap_rtc.proto.route.routes import RoutePreference
 from sleap_rtc.reach import WorkerGoneError
 
 CHUNK_SIZE = 1024 * 1024

@@ -32,7 +32,7 @@ from sleap_rtc.proto.envelope import (
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.invite import RoomKeys
 from sleap_rtc.proto.messages import Auth
-from sleap_rtc.proto.routes import LINK_KINDS
+from sleap_rtc.proto.route.routes import LINK_KINDS
 from sleap_rtc.proto.workers import Candidate
 
 

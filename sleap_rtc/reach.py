@@ -16,7 +16,12 @@ from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.signaling import RegistrationRefusedError, Room, open_room
 from sleap_rtc.proto.invite import Invite, RoomKeys
 from sleap_rtc.proto.rendezvous import Metadata
-from sleap_rtc.proto.routes import GiveUp, RoutePreference, asked_kinds, choose_kinds
+from sleap_rtc.proto.route.routes import (
+    GiveUp,
+    RoutePreference,
+    asked_kinds,
+    choose_kinds,
+)
 from sleap_rtc.proto.workers import (
     Candidate,
     Choice,

@@ -19,7 +19,7 @@ from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.quic import connect_quic
 from sleap_rtc.io.tcp import connect_tcp
 from sleap_rtc.proto.messages import Auth
-from sleap_rtc.proto.routes import (
+from sleap_rtc.proto.route.routes import (
     LINK_KINDS,
     Attempt,
     KeepLink,

@@ -27,7 +27,7 @@ from sleap_rtc.proto.job_client_steps import (
     JobSteps,
 )
 from sleap_rtc.proto.job_client_table import EXPECTED, STALE, State
-from sleap_rtc.proto.routes import RoutePreference, first_route
+from sleap_rtc.proto.route.routes import RoutePreference, first_route
 
 __all__ = [
     "CANCEL_TIMEOUT",

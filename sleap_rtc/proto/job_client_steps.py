@@ -22,7 +22,7 @@ from sleap_rtc.proto.job_client_outputs import (
     StopSending,
 )
 from sleap_rtc.proto.job_client_table import SHARED_STATES, State
-from sleap_rtc.proto.routes import (
+from sleap_rtc.proto.route.routes import (
     GiveUp,
     RoutePreference,
     TryShared,

@@ -12,7 +12,7 @@ from sleap_rtc.io.certificates import make_certificate
 from sleap_rtc.io.dial import dial
 from sleap_rtc.io.link import DialError, LinkClosedError
 from sleap_rtc.io.listener import Listener, open_listener
-from sleap_rtc.proto.routes import STAGGER
+from sleap_rtc.proto.route.routes import STAGGER
 from tests.io.links import AUTH, CANCEL, CERTIFICATE, DER, QUIC, TCP, Kind, judge
 
 

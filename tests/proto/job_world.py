@@ -16,7 +16,7 @@ from blake3 import blake3
 from sleap_rtc.proto import job_client as client
 from sleap_rtc.proto import job_worker as worker
 from sleap_rtc.proto import messages as m
-from sleap_rtc.proto.routes import RoutePreference
+from sleap_rtc.proto.route.routes import RoutePreference
 from tests.proto.job_examples import JOB, NAME, SIZE
 
 MAX_STEPS = 50_000

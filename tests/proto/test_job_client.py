@@ -26,7 +26,7 @@ from sleap_rtc.proto.job_client import (
     StateChanged,
     StopSending,
 )
-from sleap_rtc.proto.routes import RoutePreference
+from sleap_rtc.proto.route.routes import RoutePreference
 from tests.proto.job_examples import (
     CONTENT,
     EXAMPLES,

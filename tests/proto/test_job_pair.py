@@ -8,7 +8,7 @@ import pytest
 from sleap_rtc.proto import job_client as client
 from sleap_rtc.proto import job_worker as worker
 from sleap_rtc.proto import messages as m
-from sleap_rtc.proto.routes import RoutePreference
+from sleap_rtc.proto.route.routes import RoutePreference
 from tests.proto.job_examples import JOB, NAME, SIZE
 from tests.proto.job_world import LINES, PROBE_PATH, Mount, Scenario, Trouble, World
 

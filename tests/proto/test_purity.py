@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROTO = ROOT / "sleap_rtc" / "proto"
-MODULES = sorted(PROTO.glob("*.py"))
+MODULES = sorted(PROTO.rglob("*.py"))
 
 WORLDLY_IMPORTS = [
     "import trio",
@@ -110,7 +110,7 @@ def test_the_ban_holds_in_proto_alone(copy: Path) -> None:
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(PROTO)))
 def test_no_module_uses_a_worldly_builtin(module: Path) -> None:
     assert worldly_names(module.read_text(encoding="utf-8")) == set()
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sleap_rtc.proto.errors import LocalProtocolError
-from sleap_rtc.proto.reconnection import (
+from sleap_rtc.proto.route.reconnection import (
     FIRST_PAUSE,
     GONE_GRACE,
     GONE_SECONDS,

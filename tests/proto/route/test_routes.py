@@ -1,7 +1,7 @@
 import pytest
 
 from sleap_rtc.proto.envelope import LinkKindName
-from sleap_rtc.proto.routes import (
+from sleap_rtc.proto.route.routes import (
     LINK_KINDS,
     Attempt,
     GiveUp,

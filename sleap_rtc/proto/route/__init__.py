@@ -1,0 +1,1 @@
+"""Where a job's bytes travel, and how a lost link comes back."""

@@ -26,9 +26,9 @@ from sleap_rtc.io.link import Link, LinkClosedError, LinkKind, LinkStatistics
 from sleap_rtc.io.listener import open_listener
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.transfers import Buffer, TransferError, Transfers
-from sleap_rtc.proto.chunk_map import ChunkMap
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import Auth, FileOffer, OfferedFile
+from sleap_rtc.proto.transfer.chunk_map import ChunkMap
 
 LOOPBACK = "127.0.0.1"
 ENDLESS = 2**36

@@ -35,9 +35,9 @@ from sleap_rtc.io.folder import (
     open_owned,
 )
 from sleap_rtc.io.journal import Journal
-from sleap_rtc.proto.chunk_map import ChunkMap
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 from sleap_rtc.proto.paths import check_portable_path_untrusted
+from sleap_rtc.proto.transfer.chunk_map import ChunkMap
 
 SAVE_EVERY = 256 * 1024 * 1024
 """Bytes that a power cut may cost. A crash of the process alone costs none."""

@@ -47,7 +47,7 @@ from sleap_rtc.io.files import (
     write_at,
 )
 from sleap_rtc.io.folder import Folder
-from sleap_rtc.proto.chunk_map import HASH_SIZE
+from sleap_rtc.proto.transfer.chunk_map import HASH_SIZE
 
 if sys.platform == "win32":
     import msvcrt

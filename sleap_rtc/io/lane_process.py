@@ -31,8 +31,8 @@ from sleap_rtc.io.pipe_link import open_pipe_link, relay
 from sleap_rtc.io.quic import connect_quic, open_quic_listener
 from sleap_rtc.io.session import IDLE_TIMEOUT
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.lanes import TICKET_SECONDS
 from sleap_rtc.proto.messages import MAX_LANES, Auth
+from sleap_rtc.proto.transfer.lanes import TICKET_SECONDS
 
 CORES_FOR_PROCESSES = 4
 """With fewer of them the processes of both sides only take turns."""

@@ -2,7 +2,7 @@
 
 The first connection is the link. It carries all messages, and bulk like any other; when
 it ends, the link has ended. The client asks over it for lanes when there is enough to
-transfer, and the worker answers with tickets (see `sleap_rtc.proto.lanes`).
+transfer, and the worker answers with tickets (see `sleap_rtc.proto.transfer.lanes`).
 """
 
 import secrets
@@ -23,8 +23,6 @@ from sleap_rtc.io.link import (
     LinkStatistics,
 )
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.frames import Frame
-from sleap_rtc.proto.lanes import TicketBook
 from sleap_rtc.proto.messages import (
     MAX_LANES,
     Auth,
@@ -32,6 +30,8 @@ from sleap_rtc.proto.messages import (
     LaneTicket,
     Message,
 )
+from sleap_rtc.proto.transfer.frames import Frame
+from sleap_rtc.proto.transfer.lanes import TicketBook
 
 MAX_REQUESTS = MAX_LANES
 """LANE_REQUESTs of a link that are answered: for any port, then for each lane that

@@ -8,8 +8,8 @@ import msgspec
 import trio
 
 from sleap_rtc.proto.envelope import LinkKindName
-from sleap_rtc.proto.frames import Frame
 from sleap_rtc.proto.messages import Message
+from sleap_rtc.proto.transfer.frames import Frame
 
 LinkKind = LinkKindName
 

@@ -1,7 +1,8 @@
 """A link between two processes of one machine, over a pair of sockets.
 
-It carries the records of `sleap_rtc.proto.records` as they are. Neither side has to
-prove anything: only a process and the child that it started hold the two sockets.
+It carries the records of `sleap_rtc.proto.transfer.records` as they are. Neither side
+has to prove anything: only a process and the child that it started hold the two
+sockets.
 """
 
 from collections.abc import AsyncIterator
@@ -12,9 +13,9 @@ import trio
 from sleap_rtc.io.link import Link, LinkClosedError, LinkStatistics
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.frames import Frame, FrameDecoder, encode_header
 from sleap_rtc.proto.messages import Message, decode_message_untrusted, encode_message
-from sleap_rtc.proto.records import (
+from sleap_rtc.proto.transfer.frames import Frame, FrameDecoder, encode_header
+from sleap_rtc.proto.transfer.records import (
     MAX_BULK,
     RecordDecoder,
     RecordType,

@@ -35,13 +35,13 @@ from sleap_rtc.io.session import (
     Step,
 )
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.frames import FrameDecoder
 from sleap_rtc.proto.messages import (
     MAX_MESSAGE_BYTES,
     Auth,
     Message,
     decode_message_untrusted,
 )
+from sleap_rtc.proto.transfer.frames import FrameDecoder
 
 _CONTROL = 0
 _CLIENT_BULK = 2

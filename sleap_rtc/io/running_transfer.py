@@ -9,11 +9,11 @@ import trio
 
 from sleap_rtc.io.folder import SharedStorageError
 from sleap_rtc.io.link import Link, LinkClosedError
-from sleap_rtc.proto.chunk_map import ChunkMap
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.frames import ChunkHeader, Frame
 from sleap_rtc.proto.messages import ChunkGrant, FileOffer, OfferedFile
-from sleap_rtc.proto.transfer import (
+from sleap_rtc.proto.transfer.chunk_map import ChunkMap
+from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
+from sleap_rtc.proto.transfer.machine import (
     Discard,
     HashMissing,
     Publish,
@@ -26,8 +26,8 @@ from sleap_rtc.proto.transfer import (
     TransferFailed,
     TransferMessage,
 )
-from sleap_rtc.proto.transfer_receiver import Receiver
-from sleap_rtc.proto.transfer_sender import Sender
+from sleap_rtc.proto.transfer.receiver import Receiver
+from sleap_rtc.proto.transfer.sender import Sender
 
 Buffer = bytes | bytearray | memoryview
 Progress = Callable[[int], None]

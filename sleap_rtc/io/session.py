@@ -12,8 +12,8 @@ from collections.abc import Callable
 import msgspec
 
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.frames import HEADER_SIZE, Frame, encode_header
 from sleap_rtc.proto.messages import Auth, Message, Unknown, encode_message
+from sleap_rtc.proto.transfer.frames import HEADER_SIZE, Frame, encode_header
 
 ALPN = "sleap-rtc/1"
 """What both sides name in their TLS handshake (RFC 7301)."""

@@ -8,8 +8,8 @@ import trio
 
 from sleap_rtc.io.link import Link, LinkClosedError, LinkKind, LinkStatistics
 from sleap_rtc.io.session import Session
-from sleap_rtc.proto.frames import Frame
 from sleap_rtc.proto.messages import Message
+from sleap_rtc.proto.transfer.frames import Frame
 
 FLUSH_TIMEOUT = 3.0
 """Seconds that `aclose` waits until what was accepted has been sent."""

@@ -1,7 +1,7 @@
 """One TCP connection as a link sees it, without sockets and without an event loop.
 
-The one stream carries records (see `sleap_rtc.proto.records`) in TLS 1.3. The client's
-first message is `Auth`.
+The one stream carries records (see `sleap_rtc.proto.transfer.records`) in TLS 1.3. The
+client's first message is `Auth`.
 """
 
 import math
@@ -21,9 +21,9 @@ from sleap_rtc.io.session import (
 )
 from sleap_rtc.io.tls import TlsEngine
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.frames import HEADER_SIZE, FrameDecoder
 from sleap_rtc.proto.messages import Auth, decode_message_untrusted
-from sleap_rtc.proto.records import (
+from sleap_rtc.proto.transfer.frames import HEADER_SIZE, FrameDecoder
+from sleap_rtc.proto.transfer.records import (
     MAX_BULK,
     RecordDecoder,
     RecordType,

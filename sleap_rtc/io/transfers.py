@@ -19,7 +19,6 @@ from sleap_rtc.io.running_transfer import (
     SendingFile,
     TransferError,
 )
-from sleap_rtc.proto.frames import Frame
 from sleap_rtc.proto.messages import (
     ChunkGrant,
     FileError,
@@ -27,9 +26,10 @@ from sleap_rtc.proto.messages import (
     Message,
     OfferedFile,
 )
-from sleap_rtc.proto.transfer import TransferMessage
-from sleap_rtc.proto.transfer_receiver import Receiver
-from sleap_rtc.proto.transfer_sender import Sender
+from sleap_rtc.proto.transfer.frames import Frame
+from sleap_rtc.proto.transfer.machine import TransferMessage
+from sleap_rtc.proto.transfer.receiver import Receiver
+from sleap_rtc.proto.transfer.sender import Sender
 
 __all__ = [
     "Buffer",

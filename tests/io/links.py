@@ -12,8 +12,8 @@ from sleap_rtc.io.quic import connect_quic, dial_quic, open_quic_listener
 from sleap_rtc.io.session_link import SessionLink
 from sleap_rtc.io.tcp import connect_tcp, dial_tcp, open_tcp_listener
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.frames import ChunkHeader, Frame
 from sleap_rtc.proto.messages import Auth, JobCancel, JobLog, Message
+from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
 
 AUTH = Auth(session="5" * 32, proof="7" * 64)
 CERTIFICATE = make_certificate()

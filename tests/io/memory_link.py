@@ -5,8 +5,8 @@ from collections.abc import Callable
 import trio
 
 from sleap_rtc.io.link import Link, LinkClosedError, LinkStatistics
-from sleap_rtc.proto.frames import Frame, FrameDecoder, encode_header
 from sleap_rtc.proto.messages import Message, decode_message_untrusted, encode_message
+from sleap_rtc.proto.transfer.frames import Frame, FrameDecoder, encode_header
 
 FRAMES_ON_THE_WAY = 4
 

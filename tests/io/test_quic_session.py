@@ -39,7 +39,6 @@ from sleap_rtc.io.session import (
     Step,
 )
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.frames import ChunkHeader, Frame
 from sleap_rtc.proto.messages import (
     MAX_MESSAGE_BYTES,
     Auth,
@@ -49,6 +48,7 @@ from sleap_rtc.proto.messages import (
     Message,
     encode_message,
 )
+from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
 
 AUTH = Auth(session="5" * 32, proof="7" * 64)
 CLIENT, SERVER = ("client", 1), ("server", 2)

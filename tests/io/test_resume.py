@@ -10,7 +10,7 @@ import trio.testing
 
 from sleap_rtc.io.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.io.link import LinkClosedError
-from sleap_rtc.proto.frames import Frame
+from sleap_rtc.proto.transfer.frames import Frame
 from tests.io.memory_link import MemoryLink
 from tests.io.transfer_sides import (
     CHUNK_SIZE,

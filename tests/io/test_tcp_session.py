@@ -22,9 +22,9 @@ from sleap_rtc.io.session import (
 from sleap_rtc.io.tcp_session import BATCH, FAREWELL, TcpSession
 from sleap_rtc.io.tls import TlsEngine, client_context_untrusted, server_context
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.frames import ChunkHeader, Frame
 from sleap_rtc.proto.messages import Auth, Error, JobCancel, JobLog, Message
-from sleap_rtc.proto.records import RecordType, encode_record_header
+from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
+from sleap_rtc.proto.transfer.records import RecordType, encode_record_header
 
 AUTH = Auth(session="5" * 32, proof="7" * 64)
 CANCEL = JobCancel("job_0123abcd")

@@ -15,7 +15,6 @@ from sleap_rtc.io.link import LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.quic import dial_quic, open_quic_listener
 from sleap_rtc.io.transfers import Transfers
-from sleap_rtc.proto.frames import ChunkHeader, Frame
 from sleap_rtc.proto.messages import (
     Auth,
     ChunkGrant,
@@ -27,6 +26,7 @@ from sleap_rtc.proto.messages import (
     Message,
     OfferedFile,
 )
+from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
 from tests.io.memory_link import MemoryLink
 from tests.io.transfer_sides import (
     CHUNK_SIZE,

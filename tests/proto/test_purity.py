@@ -110,7 +110,9 @@ def test_the_ban_holds_in_proto_alone(copy: Path) -> None:
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(PROTO)))
+@pytest.mark.parametrize(
+    "module", MODULES, ids=lambda path: str(path.relative_to(PROTO))
+)
 def test_no_module_uses_a_worldly_builtin(module: Path) -> None:
     assert worldly_names(module.read_text(encoding="utf-8")) == set()
 

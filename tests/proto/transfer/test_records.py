@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.records import (
+from sleap_rtc.proto.transfer.records import (
     LIMITS,
     RECORD_HEADER_SIZE,
     RecordDecoder,

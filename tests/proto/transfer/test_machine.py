@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from sleap_rtc.proto.messages import ChunkGrant
-from sleap_rtc.proto.transfer_receiver import MAX_DAMAGES, Receiver, ReceiverState
-from tests.proto.transfer_world import CHUNK_SIZE, TRANSFER_ID, World, file_of
+from sleap_rtc.proto.transfer.receiver import MAX_DAMAGES, Receiver, ReceiverState
+from tests.proto.transfer.world import CHUNK_SIZE, TRANSFER_ID, World, file_of
 
 SIZES = [0, 1, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1, 5 * CHUNK_SIZE, 90_001]
 

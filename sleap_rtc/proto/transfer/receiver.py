@@ -5,9 +5,7 @@ from collections.abc import Iterable
 from enum import Enum, auto
 from typing import assert_never
 
-from sleap_rtc.proto.chunk_map import ChunkMap
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.frames import ChunkHeader
 from sleap_rtc.proto.messages import (
     ChunkGrant,
     FileError,
@@ -15,7 +13,9 @@ from sleap_rtc.proto.messages import (
     FileVerified,
     OfferedFile,
 )
-from sleap_rtc.proto.transfer import (
+from sleap_rtc.proto.transfer.chunk_map import ChunkMap
+from sleap_rtc.proto.transfer.frames import ChunkHeader
+from sleap_rtc.proto.transfer.machine import (
     MAX_WINDOW,
     Discard,
     Machine,

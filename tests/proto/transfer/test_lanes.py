@@ -3,8 +3,8 @@
 import pytest
 
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.lanes import TICKET_SECONDS, TicketBook
 from sleap_rtc.proto.messages import MAX_LANES
+from sleap_rtc.proto.transfer.lanes import TICKET_SECONDS, TicketBook
 
 SESSION = "1" * 32
 OTHER = "2" * 32

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.frames import (
+from sleap_rtc.proto.transfer.frames import (
     HEADER_SIZE,
     MAX_PAYLOAD,
     ChunkHeader,

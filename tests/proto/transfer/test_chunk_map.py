@@ -7,8 +7,8 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleap_rtc.proto.chunk_map import HASH_SIZE, MAX_CHUNKS, ChunkMap
 from sleap_rtc.proto.errors import LocalProtocolError
+from sleap_rtc.proto.transfer.chunk_map import HASH_SIZE, MAX_CHUNKS, ChunkMap
 
 DIGEST = bytes(range(HASH_SIZE))
 

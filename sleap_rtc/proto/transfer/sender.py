@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from enum import Enum, auto
 from typing import assert_never
 
-from sleap_rtc.proto.chunk_map import ChunkMap
 from sleap_rtc.proto.errors import LocalProtocolError
 from sleap_rtc.proto.messages import (
     ChunkGrant,
@@ -13,7 +12,8 @@ from sleap_rtc.proto.messages import (
     FileReceived,
     FileVerified,
 )
-from sleap_rtc.proto.transfer import (
+from sleap_rtc.proto.transfer.chunk_map import ChunkMap
+from sleap_rtc.proto.transfer.machine import (
     MAX_WINDOW,
     HashMissing,
     Machine,

@@ -6,9 +6,9 @@ from random import Random
 
 from blake3 import blake3
 
-from sleap_rtc.proto.frames import ChunkHeader
 from sleap_rtc.proto.messages import ChunkGrant, OfferedFile
-from sleap_rtc.proto.transfer import (
+from sleap_rtc.proto.transfer.frames import ChunkHeader
+from sleap_rtc.proto.transfer.machine import (
     MAX_WINDOW,
     Discard,
     HashMissing,
@@ -22,8 +22,8 @@ from sleap_rtc.proto.transfer import (
     TransferFailed,
     TransferMessage,
 )
-from sleap_rtc.proto.transfer_receiver import Receiver
-from sleap_rtc.proto.transfer_sender import READ_AHEAD, Sender
+from sleap_rtc.proto.transfer.receiver import Receiver
+from sleap_rtc.proto.transfer.sender import READ_AHEAD, Sender
 
 CHUNK_SIZE = 4096
 TRANSFER_ID = 7

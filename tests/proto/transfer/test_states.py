@@ -6,9 +6,7 @@ from enum import Enum
 import msgspec
 import pytest
 
-from sleap_rtc.proto.chunk_map import ChunkMap
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.frames import ChunkHeader
 from sleap_rtc.proto.messages import (
     ChunkGrant,
     FileError,
@@ -16,7 +14,9 @@ from sleap_rtc.proto.messages import (
     FileVerified,
     OfferedFile,
 )
-from sleap_rtc.proto.transfer import (
+from sleap_rtc.proto.transfer.chunk_map import ChunkMap
+from sleap_rtc.proto.transfer.frames import ChunkHeader
+from sleap_rtc.proto.transfer.machine import (
     MAX_WINDOW,
     Discard,
     HashMissing,
@@ -29,19 +29,19 @@ from sleap_rtc.proto.transfer import (
     TransferDone,
     TransferFailed,
 )
-from sleap_rtc.proto.transfer_receiver import (
+from sleap_rtc.proto.transfer.receiver import (
     MAX_WINDOW_BYTES,
     RECEIVER_TABLE,
     Receiver,
     ReceiverState,
 )
-from sleap_rtc.proto.transfer_sender import (
+from sleap_rtc.proto.transfer.sender import (
     HASH_BATCH,
     SENDER_TABLE,
     Sender,
     SenderState,
 )
-from tests.proto.transfer_world import CHUNK_SIZE, TRANSFER_ID, file_of, header_of
+from tests.proto.transfer.world import CHUNK_SIZE, TRANSFER_ID, file_of, header_of
 
 CONTENT = bytes(range(256)) * 32 + b"short"  # two whole chunks and a short one
 COUNT = 3

@@ -1,7 +1,7 @@
 """How a client and a worker get from a shared room to a link of their own.
 
-The sealed texts and their checks are in `sleap_rtc.proto.envelope`; this module gives
-them entropy and the time, and carries them through the room.
+The sealed texts and their checks are in `sleap_rtc.proto.rendezvous.envelope`; this
+module gives them entropy and the time, and carries them through the room.
 """
 
 import secrets
@@ -13,7 +13,9 @@ import structlog
 
 from sleap_rtc.errors import NoWorkerError, RefusedError
 from sleap_rtc.io.signaling import PeerUnreachableError, Room
-from sleap_rtc.proto.envelope import (
+from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.messages import Auth
+from sleap_rtc.proto.rendezvous.envelope import (
     AEAD_NONCE_BYTES,
     NONCE_BYTES,
     SEAL_LIFETIME,
@@ -29,11 +31,9 @@ from sleap_rtc.proto.envelope import (
     seal_offer,
     worker_nonce_untrusted,
 )
-from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.invite import RoomKeys
-from sleap_rtc.proto.messages import Auth
+from sleap_rtc.proto.rendezvous.invite import RoomKeys
+from sleap_rtc.proto.rendezvous.workers import Candidate
 from sleap_rtc.proto.route.routes import LINK_KINDS
-from sleap_rtc.proto.workers import Candidate
 
 
 class Introduction(msgspec.Struct, frozen=True):

@@ -14,20 +14,20 @@ from sleap_rtc.io.dial import dial
 from sleap_rtc.io.link import DialError, Link
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.signaling import RegistrationRefusedError, Room, open_room
-from sleap_rtc.proto.invite import Invite, RoomKeys
-from sleap_rtc.proto.rendezvous import Metadata
-from sleap_rtc.proto.route.routes import (
-    GiveUp,
-    RoutePreference,
-    asked_kinds,
-    choose_kinds,
-)
-from sleap_rtc.proto.workers import (
+from sleap_rtc.proto.rendezvous.invite import Invite, RoomKeys
+from sleap_rtc.proto.rendezvous.messages import Metadata
+from sleap_rtc.proto.rendezvous.workers import (
     Candidate,
     Choice,
     NoChoice,
     choose_worker,
     read_card,
+)
+from sleap_rtc.proto.route.routes import (
+    GiveUp,
+    RoutePreference,
+    asked_kinds,
+    choose_kinds,
 )
 
 FIND_TIMEOUT = 15.0

@@ -20,7 +20,11 @@ from sleap_rtc.config import (
 )
 from sleap_rtc.errors import UsageError
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.invite import Invite, decode_invite_untrusted, encode_invite
+from sleap_rtc.proto.rendezvous.invite import (
+    Invite,
+    decode_invite_untrusted,
+    encode_invite,
+)
 
 LOOPBACK = "127.0.0.1"
 

@@ -16,7 +16,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from sleap_rtc.config import load_settings
-from sleap_rtc.proto import messages, rendezvous
+from sleap_rtc.proto import messages
+from sleap_rtc.proto.rendezvous import messages as rendezvous
 
 ROOT = Path(__file__).parent.parent
 MAX_LINES = 600

@@ -18,7 +18,7 @@ from sleap_rtc.cli.console import (
     run,
 )
 from sleap_rtc.errors import UsageError
-from sleap_rtc.proto.invite import Invite, encode_invite
+from sleap_rtc.proto.rendezvous.invite import Invite, encode_invite
 from sleap_rtc.rooms import parse_listen_address
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import msgspec
 import trio
 
-from sleap_rtc.proto.envelope import LinkKindName
 from sleap_rtc.proto.messages import Message
+from sleap_rtc.proto.rendezvous.envelope import LinkKindName
 from sleap_rtc.proto.transfer.frames import Frame
 
 LinkKind = LinkKindName

@@ -1,7 +1,7 @@
 """A peer in its room, over real sockets.
 
-What happens is decided by `sleap_rtc.proto.room_member`; this module moves texts and
-time.
+What happens is decided by `sleap_rtc.proto.rendezvous.member`; this module moves texts
+and time.
 """
 
 import random
@@ -20,19 +20,11 @@ from sleap_rtc.io.websocket import (
     WebSocketConnectError,
     connect_websocket,
 )
-from sleap_rtc.proto.envelope import session_untrusted
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.invite import RoomKeys
-from sleap_rtc.proto.rendezvous import (
-    MAX_LIST_BYTES,
-    Condition,
-    Filters,
-    Metadata,
-    PeerInfo,
-    Property,
-)
-from sleap_rtc.proto.room_member import Backoff, MemberState, RoomMember
-from sleap_rtc.proto.room_member_outputs import (
+from sleap_rtc.proto.rendezvous.envelope import session_untrusted
+from sleap_rtc.proto.rendezvous.invite import RoomKeys
+from sleap_rtc.proto.rendezvous.member import Backoff, MemberState, RoomMember
+from sleap_rtc.proto.rendezvous.member_outputs import (
     AnswerReceived,
     Close,
     Connect,
@@ -45,6 +37,14 @@ from sleap_rtc.proto.room_member_outputs import (
     RegistrationRefused,
     SendText,
     ServerComplained,
+)
+from sleap_rtc.proto.rendezvous.messages import (
+    MAX_LIST_BYTES,
+    Condition,
+    Filters,
+    Metadata,
+    PeerInfo,
+    Property,
 )
 
 MAX_WAITING_OFFERS = 64

@@ -1,7 +1,7 @@
 """The signaling server, over real sockets.
 
-What happens is decided by `sleap_rtc.proto.room_server`; this module moves texts and
-time.
+What happens is decided by `sleap_rtc.proto.rendezvous.server`; this module moves texts
+and time.
 """
 
 import itertools
@@ -12,9 +12,9 @@ import trio
 from structlog.typing import FilteringBoundLogger
 
 from sleap_rtc.io.websocket import WebSocket
-from sleap_rtc.proto.envelope import NONCE_BYTES
-from sleap_rtc.proto.rendezvous import MAX_SIGNAL_BYTES
-from sleap_rtc.proto.room_server import (
+from sleap_rtc.proto.rendezvous.envelope import NONCE_BYTES
+from sleap_rtc.proto.rendezvous.messages import MAX_SIGNAL_BYTES
+from sleap_rtc.proto.rendezvous.server import (
     Deliver,
     Drop,
     PeerJoined,

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from sleap_rtc.proto.invite import (
+from sleap_rtc.proto.rendezvous.invite import (
     Invite,
     decode_invite_untrusted,
     encode_invite,

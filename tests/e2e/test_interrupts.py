@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from sleap_rtc.proto.invite import Invite, encode_invite
+from sleap_rtc.proto.rendezvous.invite import Invite, encode_invite
 from tests.e2e.harness import (
     DEADLINE,
     END_TO_END,

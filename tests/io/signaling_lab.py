@@ -23,16 +23,16 @@ from wsproto.events import (
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.signaling import Room, open_room
 from sleap_rtc.io.signaling_server import serve_signaling
-from sleap_rtc.proto.envelope import Offer, seal_offer
-from sleap_rtc.proto.invite import RoomKeys
-from sleap_rtc.proto.rendezvous import (
+from sleap_rtc.proto.rendezvous.envelope import Offer, seal_offer
+from sleap_rtc.proto.rendezvous.invite import RoomKeys
+from sleap_rtc.proto.rendezvous.member import Backoff
+from sleap_rtc.proto.rendezvous.messages import (
     Challenge,
     Metadata,
     Register,
     decode_signal_untrusted,
     encode_signal,
 )
-from sleap_rtc.proto.room_member import Backoff
 
 KEYS = RoomKeys.from_secret(b"k" * 32)
 LOG = structlog.get_logger()

@@ -22,8 +22,8 @@ from sleap_rtc.io.signaling import (
     Room,
     open_room,
 )
-from sleap_rtc.proto.invite import RoomKeys
-from sleap_rtc.proto.rendezvous import (
+from sleap_rtc.proto.rendezvous.invite import RoomKeys
+from sleap_rtc.proto.rendezvous.messages import (
     Challenge,
     Comparison,
     DiscoverPeers,

@@ -23,7 +23,8 @@ from sleap_rtc.io.signaling import open_room
 from sleap_rtc.io.websocket import (
     CLOSE_SECONDS,
 )
-from sleap_rtc.proto.rendezvous import (
+from sleap_rtc.proto.rendezvous.member import SILENCE_SECONDS
+from sleap_rtc.proto.rendezvous.messages import (
     MAX_SIGNAL_BYTES,
     Challenge,
     Metadata,
@@ -31,8 +32,7 @@ from sleap_rtc.proto.rendezvous import (
     RegisteredAuth,
     encode_signal,
 )
-from sleap_rtc.proto.room_member import SILENCE_SECONDS
-from sleap_rtc.proto.room_server import PING_SECONDS, REGISTRATION_SECONDS
+from sleap_rtc.proto.rendezvous.server import PING_SECONDS, REGISTRATION_SECONDS
 from tests.io.signaling_lab import (
     DEADLINE,
     HOST,

@@ -22,7 +22,7 @@ from sleap_rtc.io.websocket import (
     WRITE_SECONDS,
     WebSocket,
 )
-from sleap_rtc.proto.rendezvous import MAX_SIGNAL_BYTES
+from sleap_rtc.proto.rendezvous.messages import MAX_SIGNAL_BYTES
 from tests.io.signaling_lab import DEADLINE, HOST, RawPeer, pass_time, until
 
 

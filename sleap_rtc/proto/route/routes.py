@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from sleap_rtc.proto.envelope import LinkKindName
+from sleap_rtc.proto.rendezvous.envelope import LinkKindName
 
 RoutePreference = Literal["auto", "shared", "channel", "tcp", "quic"]
 """What a user may ask for; a kind of link means the channel over that kind."""

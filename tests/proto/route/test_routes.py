@@ -1,6 +1,6 @@
 import pytest
 
-from sleap_rtc.proto.envelope import LinkKindName
+from sleap_rtc.proto.rendezvous.envelope import LinkKindName
 from sleap_rtc.proto.route.routes import (
     LINK_KINDS,
     Attempt,

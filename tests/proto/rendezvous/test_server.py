@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sleap_rtc.proto.errors import LocalProtocolError
-from sleap_rtc.proto.invite import RoomKeys
-from sleap_rtc.proto.rendezvous import (
+from sleap_rtc.proto.rendezvous.invite import RoomKeys
+from sleap_rtc.proto.rendezvous.messages import (
     MAX_METADATA_BYTES,
     MAX_PEERS_PER_ROOM,
     MAX_SIGNAL_BYTES,
@@ -33,7 +33,7 @@ from sleap_rtc.proto.rendezvous import (
     decode_signal_untrusted,
     encode_signal,
 )
-from sleap_rtc.proto.room_server import (
+from sleap_rtc.proto.rendezvous.server import (
     IDLE_SECONDS,
     MAX_CONNECTIONS,
     MAX_ROOMS,
@@ -439,7 +439,7 @@ def test_peers_of_a_room_are_limited() -> None:
 
 def test_rooms_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_ROOMS < MAX_CONNECTIONS
-    monkeypatch.setattr("sleap_rtc.proto.room_server.MAX_ROOMS", 2)
+    monkeypatch.setattr("sleap_rtc.proto.rendezvous.server.MAX_ROOMS", 2)
     world = World()
     for number in range(2):
         world.join(number, "peer", keys=RoomKeys.from_secret(bytes([number]) * 32))

@@ -10,8 +10,8 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.invite import verify_registration
-from sleap_rtc.proto.rendezvous import (
+from sleap_rtc.proto.rendezvous.invite import verify_registration
+from sleap_rtc.proto.rendezvous.messages import (
     MAX_METADATA_BYTES,
     MAX_PEERS_PER_ROOM,
     AnswerSignal,

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from sleap_rtc.proto.rendezvous import PeerInfo
+from sleap_rtc.proto.rendezvous.messages import PeerInfo
 
 
 class Connect(msgspec.Struct, frozen=True):

@@ -8,9 +8,23 @@ from typing import Protocol
 import msgspec
 
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.invite import RoomKeys
 from sleap_rtc.proto.lines import printable
-from sleap_rtc.proto.rendezvous import (
+from sleap_rtc.proto.rendezvous.invite import RoomKeys
+from sleap_rtc.proto.rendezvous.member_outputs import (
+    AnswerReceived,
+    Close,
+    Connect,
+    MemberOutput,
+    OfferReceived,
+    PeersListed,
+    PeerUnreachable,
+    Reconnecting,
+    Registered,
+    RegistrationRefused,
+    SendText,
+    ServerComplained,
+)
+from sleap_rtc.proto.rendezvous.messages import (
     MAX_LIST_BYTES,
     MAX_METADATA_BYTES,
     AnswerSignal,
@@ -31,20 +45,6 @@ from sleap_rtc.proto.rendezvous import (
     decode_signal_untrusted,
     encode_signal,
     metadata_fits,
-)
-from sleap_rtc.proto.room_member_outputs import (
-    AnswerReceived,
-    Close,
-    Connect,
-    MemberOutput,
-    OfferReceived,
-    PeersListed,
-    PeerUnreachable,
-    Reconnecting,
-    Registered,
-    RegistrationRefused,
-    SendText,
-    ServerComplained,
 )
 
 REGISTRATION_SECONDS = 10.0

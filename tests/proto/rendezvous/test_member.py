@@ -7,8 +7,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.invite import RoomKeys, verify_registration
-from sleap_rtc.proto.rendezvous import (
+from sleap_rtc.proto.rendezvous.invite import RoomKeys, verify_registration
+from sleap_rtc.proto.rendezvous.member import (
+    REGISTRATION_SECONDS,
+    SILENCE_SECONDS,
+    STABLE_SECONDS,
+    TRANSITIONS,
+    Backoff,
+    MemberState,
+    RoomMember,
+)
+from sleap_rtc.proto.rendezvous.member_outputs import (
+    AnswerReceived,
+    Close,
+    Connect,
+    MemberOutput,
+    OfferReceived,
+    PeersListed,
+    PeerUnreachable,
+    Reconnecting,
+    Registered,
+    RegistrationRefused,
+    SendText,
+    ServerComplained,
+)
+from sleap_rtc.proto.rendezvous.messages import (
     MAX_LIST_BYTES,
     MAX_METADATA_BYTES,
     AnswerSignal,
@@ -29,30 +52,7 @@ from sleap_rtc.proto.rendezvous import (
     decode_signal_untrusted,
     encode_signal,
 )
-from sleap_rtc.proto.room_member import (
-    REGISTRATION_SECONDS,
-    SILENCE_SECONDS,
-    STABLE_SECONDS,
-    TRANSITIONS,
-    Backoff,
-    MemberState,
-    RoomMember,
-)
-from sleap_rtc.proto.room_member_outputs import (
-    AnswerReceived,
-    Close,
-    Connect,
-    MemberOutput,
-    OfferReceived,
-    PeersListed,
-    PeerUnreachable,
-    Reconnecting,
-    Registered,
-    RegistrationRefused,
-    SendText,
-    ServerComplained,
-)
-from sleap_rtc.proto.room_server import Deliver, RoomServer
+from sleap_rtc.proto.rendezvous.server import Deliver, RoomServer
 
 KEYS = RoomKeys.from_secret(b"k" * 32)
 NOW = 1000.0

@@ -1,8 +1,8 @@
 """The messages of the signaling server, in one table, and their JSON codec.
 
 Each is one JSON object; ``type`` names it. Unknown keys are ignored, so that messages
-can grow. `sleap_rtc.proto.room_server` and `sleap_rtc.proto.room_member` are the two
-machines that speak them.
+can grow. `sleap_rtc.proto.rendezvous.server` and `sleap_rtc.proto.rendezvous.member`
+are the two machines that speak them.
 """
 
 from enum import StrEnum

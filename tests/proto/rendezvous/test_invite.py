@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.invite import (
+from sleap_rtc.proto.rendezvous.invite import (
     MAX_URL_CHARACTERS,
     Invite,
     RoomKeys,

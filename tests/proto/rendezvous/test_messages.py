@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.rendezvous import (
+from sleap_rtc.proto.rendezvous.messages import (
     MAX_METADATA_BYTES,
     MAX_SIGNAL_BYTES,
     TABLE,

@@ -7,8 +7,8 @@ keys are derived from the secret (HKDF-SHA256, RFC 5869), each for one purpose:
 * a ChaCha20-Poly1305 key, under which offers and answers travel;
 * an HMAC key, with which a client proves itself inside a new link.
 
-The signaling server sees only the public key; `sleap_rtc.proto.envelope` says what the
-other two are for.
+The signaling server sees only the public key; `sleap_rtc.proto.rendezvous.envelope`
+says what the other two are for.
 """
 
 import base64

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleap_rtc.proto.envelope import (
+from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+from sleap_rtc.proto.rendezvous.envelope import (
     MAX_OUTSTANDING_OFFERS,
     MAX_SEALED_CHARACTERS,
     MAX_SECONDS_AHEAD,
@@ -25,8 +26,7 @@ from sleap_rtc.proto.envelope import (
     session_untrusted,
     worker_nonce_untrusted,
 )
-from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.invite import RoomKeys
+from sleap_rtc.proto.rendezvous.invite import RoomKeys
 
 KEYS = RoomKeys.from_secret(b"s" * 32)
 STRANGER = RoomKeys.from_secret(b"t" * 32)

@@ -20,8 +20,8 @@ import msgspec
 from msgspec import Meta
 
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.invite import RoomKeys, join_fields
 from sleap_rtc.proto.messages import Nonce
+from sleap_rtc.proto.rendezvous.invite import RoomKeys, join_fields
 
 NONCE_BYTES = 16
 AEAD_NONCE_BYTES = 12

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleap_rtc.proto.workers import (
+from sleap_rtc.proto.rendezvous.workers import (
     Candidate,
     Choice,
     NoChoice,

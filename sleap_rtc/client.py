@@ -53,7 +53,7 @@ from sleap_rtc.io.link import Link, LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.job_client import JobEnded, LinePrinted, RouteChosen, StateChanged
+from sleap_rtc.proto.job.client import JobEnded, LinePrinted, RouteChosen, StateChanged
 from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting
 from sleap_rtc.proto.paths import check_file_name_untrusted
 from sleap_rtc.proto.rendezvous.invite import Invite, RoomKeys

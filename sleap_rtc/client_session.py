@@ -25,9 +25,9 @@ from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.outbox import Outbox
 from sleap_rtc.io.probe import ask_storage, call_in_time, write_probe
 from sleap_rtc.io.transfers import TransferError, Transfers
-from sleap_rtc.proto import job_client as core
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.job import client as core
 from sleap_rtc.proto.route.reconnection import GiveUp, Reconnection, TryAgain
 from sleap_rtc.proto.route.routes import RoutePreference
 from sleap_rtc.reach import WorkerGoneError

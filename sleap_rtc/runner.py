@@ -21,8 +21,8 @@ from sleap_rtc.io.folder import (
 from sleap_rtc.io.process import run_script
 from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.lines import LineEvent
-from sleap_rtc.proto.script import (
+from sleap_rtc.proto.job.lines import LineEvent
+from sleap_rtc.proto.job.script import (
     MAX_SCRIPT_LENGTH,
     SCRIPT_KINDS,
     Script,

@@ -35,12 +35,12 @@ from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.signaling import RegistrationRefusedError, Room, open_room
 from sleap_rtc.io.signals import end_on_signal
 from sleap_rtc.io.store import JobStore, StoreError, StoreWriter, open_store
+from sleap_rtc.proto.job.script import DEFAULT_PROGRAMS
 from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting
 from sleap_rtc.proto.rendezvous.envelope import Address
 from sleap_rtc.proto.rendezvous.invite import Invite, RoomKeys
 from sleap_rtc.proto.rendezvous.messages import Metadata
 from sleap_rtc.proto.rendezvous.workers import WorkerCard
-from sleap_rtc.proto.script import DEFAULT_PROGRAMS
 from sleap_rtc.rooms import (
     LOOPBACK,
     Hosting,

@@ -24,11 +24,11 @@ from sleap_rtc.io.probe import read_probe
 from sleap_rtc.io.store import JobRecord, StoreWriter
 from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.io.transfers import TransferError, Transfers
-from sleap_rtc.proto import job_worker as core
 from sleap_rtc.proto import messages as m
-from sleap_rtc.proto.lines import LineEvent
+from sleap_rtc.proto.job import worker as core
+from sleap_rtc.proto.job.lines import LineEvent
+from sleap_rtc.proto.job.script import ScriptKind
 from sleap_rtc.proto.paths import check_file_name_untrusted
-from sleap_rtc.proto.script import ScriptKind
 from sleap_rtc.runner import Run, run_job
 from sleap_rtc.slots import SlotQueue
 from sleap_rtc.worker_storage import (

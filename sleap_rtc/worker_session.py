@@ -12,7 +12,7 @@ from sleap_rtc.io.outbox import Outbox
 from sleap_rtc.io.transfers import Transfers
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.job_worker import State
+from sleap_rtc.proto.job.worker import State
 from sleap_rtc.worker_jobs import Job, JobsHome
 
 FAREWELL_SECONDS = 1.0

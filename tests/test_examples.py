@@ -12,8 +12,8 @@ import pytest
 import trio
 
 from sleap_rtc.io.process import run_script
-from sleap_rtc.proto.lines import LineEvent
-from sleap_rtc.proto.script import DEFAULT_PROGRAMS, plan_scripts_untrusted
+from sleap_rtc.proto.job.lines import LineEvent
+from sleap_rtc.proto.job.script import DEFAULT_PROGRAMS, plan_scripts_untrusted
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TRAINER = EXAMPLES / "tiny_trainer.py"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from sleap_rtc.proto.lines import LineEvent
-from sleap_rtc.proto.script import ScriptKind
+from sleap_rtc.proto.job.lines import LineEvent
+from sleap_rtc.proto.job.script import ScriptKind
 from sleap_rtc.runner import LOG_NAME, Run, RunReport, run_job
 from tests.e2e import actor
 from tests.e2e.packages import make_package

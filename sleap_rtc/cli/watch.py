@@ -19,8 +19,8 @@ from sleap_rtc import client
 from sleap_rtc.cli.console import err, out, plain, print_json
 from sleap_rtc.io.closing import Closing
 from sleap_rtc.io.files import human_size
-from sleap_rtc.proto.job_client import StageComplete
-from sleap_rtc.proto.lines import printable
+from sleap_rtc.proto.job.client import StageComplete
+from sleap_rtc.proto.job.lines import printable
 
 _STEP = 10
 """Percent between two lines of progress where nothing can be redrawn."""

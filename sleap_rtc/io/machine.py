@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pynvml
 
-from sleap_rtc.proto.lines import printable
+from sleap_rtc.proto.job.lines import printable
 from sleap_rtc.proto.messages import Gpu
 
 _PROGRAMS = ("sleap-nn", "sleap-nn-train", "sleap")

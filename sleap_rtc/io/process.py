@@ -19,8 +19,8 @@ from pathlib import Path
 import msgspec
 import trio
 
-from sleap_rtc.proto.lines import LineAssembler, LineEvent
-from sleap_rtc.proto.script import Command, equivalents
+from sleap_rtc.proto.job.lines import LineAssembler, LineEvent
+from sleap_rtc.proto.job.script import Command, equivalents
 
 GRACE_SECONDS = 10.0
 """What a command has after SIGTERM; sleap-nn takes up to 4 s to end its training."""

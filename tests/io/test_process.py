@@ -22,8 +22,8 @@ from sleap_rtc.io.process import (
     run_command,
     run_script,
 )
-from sleap_rtc.proto.lines import LineEvent
-from sleap_rtc.proto.script import Command
+from sleap_rtc.proto.job.lines import LineEvent
+from sleap_rtc.proto.job.script import Command
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="the programs here are scripts with a first line"

@@ -8,7 +8,7 @@ from typing import Protocol
 import msgspec
 
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.lines import printable
+from sleap_rtc.proto.job.lines import printable
 from sleap_rtc.proto.rendezvous.invite import RoomKeys
 from sleap_rtc.proto.rendezvous.member_outputs import (
     AnswerReceived,

@@ -1,9 +1,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleap_rtc.proto.log_history import MAX_HISTORY, LogHistory
+from sleap_rtc.proto.job.log_history import MAX_HISTORY, LogHistory
 from sleap_rtc.proto.messages import JobLog
-from tests.proto.job_examples import JOB
+from tests.proto.job.examples import JOB
 
 
 def log(sequence: int, line: int, text: str = "epoch") -> JobLog:

@@ -4,7 +4,7 @@ import pytest
 
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.job_client import (
+from sleap_rtc.proto.job.client import (
     CANCEL_TIMEOUT,
     EXPECTED,
     PACKAGE_TRANSFER_ID,
@@ -27,7 +27,7 @@ from sleap_rtc.proto.job_client import (
     StopSending,
 )
 from sleap_rtc.proto.route.routes import RoutePreference
-from tests.proto.job_examples import (
+from tests.proto.job.examples import (
     CONTENT,
     EXAMPLES,
     JOB,

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.script import (
+from sleap_rtc.proto.job.script import (
     DEFAULT_PROGRAMS,
     MAX_COMMANDS,
     MAX_SCRIPT_LENGTH,

@@ -13,11 +13,10 @@ from typing import Literal, assert_never
 import msgspec
 from blake3 import blake3
 
-from sleap_rtc.proto import job_client as client
-from sleap_rtc.proto import job_worker as worker
 from sleap_rtc.proto import messages as m
+from sleap_rtc.proto.job import client, worker
 from sleap_rtc.proto.route.routes import RoutePreference
-from tests.proto.job_examples import JOB, NAME, SIZE
+from tests.proto.job.examples import JOB, NAME, SIZE
 
 MAX_STEPS = 50_000
 LINES = [(0, "epoch 1"), (0, "epoch 2"), (1, "saved"), (2, "done")]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sleap_rtc.proto.lines import (
+from sleap_rtc.proto.job.lines import (
     CUT_MARK,
     MAX_LINE_BYTES,
     REACH,
@@ -19,7 +19,7 @@ from sleap_rtc.proto.lines import (
 )
 
 # The caching bars and the training loop of a real run of sleap-nn 0.3.5.
-RECORDING = Path(__file__).parent.parent / "data" / "train_output.raw"
+RECORDING = Path(__file__).parents[2] / "data" / "train_output.raw"
 
 
 def feed(chunks: Iterable[bytes], step: float = 0.0) -> list[LineEvent]:

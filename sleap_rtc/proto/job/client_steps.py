@@ -5,7 +5,7 @@ from typing import Literal, assert_never
 
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.job_client_outputs import (
+from sleap_rtc.proto.job.client_outputs import (
     CopyPackage,
     DiscardShared,
     FetchResults,
@@ -21,7 +21,7 @@ from sleap_rtc.proto.job_client_outputs import (
     StateChanged,
     StopSending,
 )
-from sleap_rtc.proto.job_client_table import SHARED_STATES, State
+from sleap_rtc.proto.job.client_table import SHARED_STATES, State
 from sleap_rtc.proto.route.routes import (
     GiveUp,
     RoutePreference,

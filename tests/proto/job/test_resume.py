@@ -1,15 +1,14 @@
 import msgspec
 import pytest
 
-from sleap_rtc.proto import job_client as client
-from sleap_rtc.proto import job_worker as worker
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import LocalProtocolError
-from tests.proto import test_job_client as clients
-from tests.proto import test_job_worker as workers
-from tests.proto.job_examples import EXAMPLES, JOB, NAME, RESULT, SIZE, snapshot
-from tests.proto.job_world import Mount, Scenario, World
-from tests.proto.test_job_pair import MOMENTS, check_peace
+from sleap_rtc.proto.job import client, worker
+from tests.proto.job import test_client as clients
+from tests.proto.job import test_worker as workers
+from tests.proto.job.examples import EXAMPLES, JOB, NAME, RESULT, SIZE, snapshot
+from tests.proto.job.test_pair import MOMENTS, check_peace
+from tests.proto.job.world import Mount, Scenario, World
 
 # ------------------------------------------------------- the client without its link
 

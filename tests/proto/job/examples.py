@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 from sleap_rtc.proto import messages as m
-from sleap_rtc.proto.log_history import LogHistory
+from sleap_rtc.proto.job.log_history import LogHistory
 
 JOB = "job_f3a8b2c1"
 OTHER_JOB = "job_00000000"

@@ -2,7 +2,7 @@
 
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.job_client_outputs import (
+from sleap_rtc.proto.job.client_outputs import (
     CopyPackage,
     DiscardShared,
     FetchResults,
@@ -19,14 +19,14 @@ from sleap_rtc.proto.job_client_outputs import (
     StateChanged,
     StopSending,
 )
-from sleap_rtc.proto.job_client_steps import (
+from sleap_rtc.proto.job.client_steps import (
     CANCEL_TIMEOUT,
     PACKAGE_TRANSFER_ID,
     PROBE_TIMEOUT,
     REPLY_TIMEOUT,
     JobSteps,
 )
-from sleap_rtc.proto.job_client_table import EXPECTED, STALE, State
+from sleap_rtc.proto.job.client_table import EXPECTED, STALE, State
 from sleap_rtc.proto.route.routes import RoutePreference, first_route
 
 __all__ = [

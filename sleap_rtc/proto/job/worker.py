@@ -5,13 +5,14 @@ from typing import Literal
 
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.job_results import (
+from sleap_rtc.proto.job.log_history import LogHistory
+from sleap_rtc.proto.job.results import (
     clean_text,
     end_progress,
     listed_results,
     result_pages,
 )
-from sleap_rtc.proto.job_worker_outputs import (
+from sleap_rtc.proto.job.worker_outputs import (
     Admit,
     CheckInput,
     Discard,
@@ -26,8 +27,7 @@ from sleap_rtc.proto.job_worker_outputs import (
     StopReceiving,
     StopRun,
 )
-from sleap_rtc.proto.job_worker_table import EARLY, EXPECTED, State
-from sleap_rtc.proto.log_history import LogHistory
+from sleap_rtc.proto.job.worker_table import EARLY, EXPECTED, State
 
 __all__ = [
     "EXPECTED",

@@ -5,12 +5,11 @@ from typing import get_args
 import msgspec
 import pytest
 
-from sleap_rtc.proto import job_client as client
-from sleap_rtc.proto import job_worker as worker
 from sleap_rtc.proto import messages as m
+from sleap_rtc.proto.job import client, worker
 from sleap_rtc.proto.route.routes import RoutePreference
-from tests.proto.job_examples import JOB, NAME, SIZE
-from tests.proto.job_world import LINES, PROBE_PATH, Mount, Scenario, Trouble, World
+from tests.proto.job.examples import JOB, NAME, SIZE
+from tests.proto.job.world import LINES, PROBE_PATH, Mount, Scenario, Trouble, World
 
 HISTORY = 40.0
 """Seconds after which every undisturbed scenario here has ended."""

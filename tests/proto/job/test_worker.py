@@ -5,7 +5,7 @@ import pytest
 
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.job_worker import (
+from sleap_rtc.proto.job.worker import (
     EXPECTED,
     Admit,
     CheckInput,
@@ -22,7 +22,7 @@ from sleap_rtc.proto.job_worker import (
     StopRun,
     WorkerJob,
 )
-from tests.proto.job_examples import (
+from tests.proto.job.examples import (
     CONTENT,
     EXAMPLES,
     JOB,

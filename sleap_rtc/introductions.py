@@ -12,7 +12,7 @@ import msgspec
 import structlog
 
 from sleap_rtc.errors import NoWorkerError, RefusedError
-from sleap_rtc.io.signaling import PeerUnreachableError, Room
+from sleap_rtc.io.signaling.client import PeerUnreachableError, Room
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import Auth
 from sleap_rtc.proto.rendezvous.envelope import (

@@ -32,7 +32,7 @@ from sleap_rtc.io.certificates import make_certificate
 from sleap_rtc.io.listener import Listener, open_listener
 from sleap_rtc.io.machine import MachineInfo, describe_machine
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.signaling import RegistrationRefusedError, Room, open_room
+from sleap_rtc.io.signaling.client import RegistrationRefusedError, Room, open_room
 from sleap_rtc.io.signals import end_on_signal
 from sleap_rtc.io.store import JobStore, StoreError, StoreWriter, open_store
 from sleap_rtc.proto.job.script import DEFAULT_PROGRAMS

@@ -21,8 +21,8 @@ from wsproto.events import (
 )
 
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.signaling import Room, open_room
-from sleap_rtc.io.signaling_server import serve_signaling
+from sleap_rtc.io.signaling.client import Room, open_room
+from sleap_rtc.io.signaling.server import serve_signaling
 from sleap_rtc.proto.rendezvous.envelope import Offer, seal_offer
 from sleap_rtc.proto.rendezvous.invite import RoomKeys
 from sleap_rtc.proto.rendezvous.member import Backoff

@@ -11,7 +11,7 @@ from typing import assert_never
 import trio
 from structlog.typing import FilteringBoundLogger
 
-from sleap_rtc.io.websocket import WebSocket
+from sleap_rtc.io.signaling.websocket import WebSocket
 from sleap_rtc.proto.rendezvous.envelope import NONCE_BYTES
 from sleap_rtc.proto.rendezvous.messages import MAX_SIGNAL_BYTES
 from sleap_rtc.proto.rendezvous.server import (

@@ -17,10 +17,10 @@ from wsproto.events import (
     TextMessage,
 )
 
-from sleap_rtc.io import websocket
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.signaling import open_room
-from sleap_rtc.io.websocket import (
+from sleap_rtc.io.signaling import websocket
+from sleap_rtc.io.signaling.client import open_room
+from sleap_rtc.io.signaling.websocket import (
     CLOSE_SECONDS,
 )
 from sleap_rtc.proto.rendezvous.member import SILENCE_SECONDS
@@ -33,7 +33,7 @@ from sleap_rtc.proto.rendezvous.messages import (
     encode_signal,
 )
 from sleap_rtc.proto.rendezvous.server import PING_SECONDS, REGISTRATION_SECONDS
-from tests.io.signaling_lab import (
+from tests.io.signaling.lab import (
     DEADLINE,
     HOST,
     KEYS,

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.signaling import (
+from sleap_rtc.io.signaling.client import (
     PeerUnreachableError,
     RegistrationRefusedError,
     Room,
@@ -31,7 +31,7 @@ from sleap_rtc.proto.rendezvous.messages import (
     OfferSignal,
     encode_signal,
 )
-from tests.io.signaling_lab import (
+from tests.io.signaling.lab import (
     DEADLINE,
     HOST,
     KEYS,

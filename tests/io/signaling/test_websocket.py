@@ -14,7 +14,7 @@ from wsproto.events import (
     TextMessage,
 )
 
-from sleap_rtc.io.websocket import (
+from sleap_rtc.io.signaling.websocket import (
     CLOSE_SECONDS,
     HANDSHAKE_SECONDS,
     MAX_QUEUED_BYTES,
@@ -23,7 +23,7 @@ from sleap_rtc.io.websocket import (
     WebSocket,
 )
 from sleap_rtc.proto.rendezvous.messages import MAX_SIGNAL_BYTES
-from tests.io.signaling_lab import DEADLINE, HOST, RawPeer, pass_time, until
+from tests.io.signaling.lab import DEADLINE, HOST, RawPeer, pass_time, until
 
 
 class Recorder:

@@ -14,7 +14,7 @@ from msgspec import UNSET
 from structlog.typing import FilteringBoundLogger
 
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.websocket import (
+from sleap_rtc.io.signaling.websocket import (
     CloseCode,
     WebSocket,
     WebSocketConnectError,

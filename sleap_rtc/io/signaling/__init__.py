@@ -1,0 +1,1 @@
+"""WebSockets of the signaling role, and of the peers that use it."""

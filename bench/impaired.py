@@ -29,7 +29,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sleap_rtc.io.link import LinkKind
+from sleap_rtc.io.link.link import LinkKind
 
 START_TIMEOUT = 30.0
 """Seconds that both ends may take to begin and to end."""

@@ -49,7 +49,7 @@ from sleap_rtc.errors import (
 from sleap_rtc.io.archive import pack_directory
 from sleap_rtc.io.archive_plan import ArchiveError
 from sleap_rtc.io.folder import SharedStorageError
-from sleap_rtc.io.link import Link, LinkClosedError
+from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.proto.errors import RemoteProtocolError

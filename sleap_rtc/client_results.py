@@ -14,7 +14,7 @@ from sleap_rtc.io.folder import (
     PATH_ERRORS,
     open_beneath,
 )
-from sleap_rtc.io.link import Link, LinkClosedError
+from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.probe import call_in_time
 from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.io.transfers import TransferError, Transfers

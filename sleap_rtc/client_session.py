@@ -20,9 +20,9 @@ from sleap_rtc.io.folder import (
     make_directories_beneath,
     remove_tree_beneath,
 )
-from sleap_rtc.io.link import Link, LinkClosedError
+from sleap_rtc.io.link.link import Link, LinkClosedError
+from sleap_rtc.io.link.outbox import Outbox
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.outbox import Outbox
 from sleap_rtc.io.probe import ask_storage, call_in_time, write_probe
 from sleap_rtc.io.transfers import TransferError, Transfers
 from sleap_rtc.proto import messages as m

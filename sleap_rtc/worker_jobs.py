@@ -18,8 +18,8 @@ from sleap_rtc.io.folder import (
     make_directories_beneath,
     remove_tree_beneath,
 )
-from sleap_rtc.io.link import LinkClosedError
-from sleap_rtc.io.outbox import Outbox
+from sleap_rtc.io.link.link import LinkClosedError
+from sleap_rtc.io.link.outbox import Outbox
 from sleap_rtc.io.probe import read_probe
 from sleap_rtc.io.store import JobRecord, StoreWriter
 from sleap_rtc.io.threads import stop_if_cancelled

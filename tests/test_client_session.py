@@ -8,9 +8,9 @@ import trio
 import trio.testing
 
 from sleap_rtc.client_session import ClientSession, Plan, SessionEvent
-from sleap_rtc.io.link import Link
+from sleap_rtc.io.link.link import Link
 from sleap_rtc.proto import messages as m
-from tests.io.memory_link import MemoryLink
+from tests.io.link.memory import MemoryLink
 
 PATIENCE = 60.0
 

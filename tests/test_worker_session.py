@@ -19,7 +19,7 @@ from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
 from sleap_rtc.slots import SlotQueue
 from sleap_rtc.worker_jobs import KEEP_PARTS, SWEEP_INTERVAL, JobsHome
 from sleap_rtc.worker_session import serve_link
-from tests.io.memory_link import MemoryLink
+from tests.io.link.memory import MemoryLink
 
 T = TypeVar("T", bound=m.Message)
 

@@ -15,7 +15,7 @@ from aioquic.quic.events import QuicEvent, StreamDataReceived
 from cryptography import x509
 from usage import Stopwatch
 
-from sleap_rtc.io.certificates import (
+from sleap_rtc.io.link.certificates import (
     SERVER_NAME,
     certificate_pem_untrusted,
     make_certificate,

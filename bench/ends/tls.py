@@ -14,7 +14,7 @@ from pathlib import Path
 import trio
 from usage import Stopwatch
 
-from sleap_rtc.io.certificates import SERVER_NAME, make_certificate
+from sleap_rtc.io.link.certificates import SERVER_NAME, make_certificate
 from sleap_rtc.io.tls import client_context_untrusted, server_context
 
 PIECE = 256 * 1024

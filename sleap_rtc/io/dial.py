@@ -14,7 +14,7 @@ from sleap_rtc.io.lane_process import (
     processes_pay,
 )
 from sleap_rtc.io.lanes import DialedLink
-from sleap_rtc.io.link import DialError, Link, LinkKind
+from sleap_rtc.io.link.link import DialError, Link, LinkKind
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.quic import connect_quic
 from sleap_rtc.io.tcp import connect_tcp

@@ -24,12 +24,12 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from sleap_rtc.io.addresses import describe_address
-from sleap_rtc.io.certificates import Certificate
-from sleap_rtc.io.link import DialError, Link, LinkKind
+from sleap_rtc.io.link.certificates import Certificate
+from sleap_rtc.io.link.link import DialError, Link, LinkKind
+from sleap_rtc.io.link.session import IDLE_TIMEOUT
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.pipe_link import open_pipe_link, relay
 from sleap_rtc.io.quic import connect_quic, open_quic_listener
-from sleap_rtc.io.session import IDLE_TIMEOUT
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import MAX_LANES, Auth
 from sleap_rtc.proto.transfer.lanes import TICKET_SECONDS

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from sleap_rtc.io.link import Link, LinkClosedError, LinkStatistics
+from sleap_rtc.io.link.link import Link, LinkClosedError, LinkStatistics
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import Message, decode_message_untrusted, encode_message

@@ -17,8 +17,9 @@ from aioquic.quic.packet import (
 )
 
 from sleap_rtc.io.addresses import describe_address, is_loopback, reachable_hosts
-from sleap_rtc.io.certificates import Certificate
-from sleap_rtc.io.link import DialError, Link, LinkClosedError
+from sleap_rtc.io.link.certificates import Certificate
+from sleap_rtc.io.link.link import DialError, Link, LinkClosedError
+from sleap_rtc.io.link.session import IDLE_TIMEOUT, MAX_UNPROVEN_LINKS
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.quic_engine import (
     CONNECTION_ID_LENGTH,
@@ -42,7 +43,6 @@ from sleap_rtc.io.quic_socket import (
     open_udp_listener,
     open_udp_socket,
 )
-from sleap_rtc.io.session import IDLE_TIMEOUT, MAX_UNPROVEN_LINKS
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import Auth
 

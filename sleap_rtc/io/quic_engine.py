@@ -13,16 +13,16 @@ from aioquic.quic.events import ConnectionTerminated
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from sleap_rtc.io.certificates import (
+from sleap_rtc.io.link.certificates import (
     SERVER_NAME,
     Certificate,
     certificate_pem_untrusted,
 )
+from sleap_rtc.io.link.session import ALPN
 from sleap_rtc.io.quic_bulk import Payload
 from sleap_rtc.io.quic_congestion import CONGESTION
 from sleap_rtc.io.quic_fast import Address, BulkConnection, Datagram
 from sleap_rtc.io.quic_packets import CONNECTION_ID_LENGTH, SUITES
-from sleap_rtc.io.session import ALPN
 
 __all__ = [
     "CONNECTION_ID_LENGTH",

@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import trio
 
+from sleap_rtc.io.link.session_link import SessionLink
 from sleap_rtc.io.quic_engine import Datagram
 from sleap_rtc.io.quic_session import Output, QuicSession
 from sleap_rtc.io.quic_socket import UdpSocket
-from sleap_rtc.io.session_link import SessionLink
 
 SHORTEST_SLEEP = 1e-4
 """Seconds. A sleep takes a millisecond at least, in which a fast sender would fall

@@ -22,8 +22,7 @@ from aioquic.quic.events import (
 )
 from aioquic.quic.packet import QuicErrorCode
 
-from sleap_rtc.io.quic_engine import Datagram, QuicEngine
-from sleap_rtc.io.session import (
+from sleap_rtc.io.link.session import (
     IDLE_TIMEOUT,
     MAX_UNACKNOWLEDGED_FRAMES,
     MAX_UNREAD,
@@ -34,6 +33,7 @@ from sleap_rtc.io.session import (
     State,
     Step,
 )
+from sleap_rtc.io.quic_engine import Datagram, QuicEngine
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import (
     MAX_MESSAGE_BYTES,

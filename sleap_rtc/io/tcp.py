@@ -9,10 +9,14 @@ from contextlib import ExitStack, asynccontextmanager
 import trio
 
 from sleap_rtc.io.addresses import describe_address
-from sleap_rtc.io.certificates import Certificate
-from sleap_rtc.io.link import DialError, Link, LinkClosedError
+from sleap_rtc.io.link.certificates import Certificate
+from sleap_rtc.io.link.link import DialError, Link, LinkClosedError
+from sleap_rtc.io.link.session import (
+    HANDSHAKE_TIMEOUT,
+    IDLE_TIMEOUT,
+    MAX_UNPROVEN_LINKS,
+)
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.session import HANDSHAKE_TIMEOUT, IDLE_TIMEOUT, MAX_UNPROVEN_LINKS
 from sleap_rtc.io.tcp_link import TcpLink
 from sleap_rtc.io.tcp_session import TcpSession
 from sleap_rtc.io.tcp_socket import (

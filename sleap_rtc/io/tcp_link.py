@@ -2,8 +2,8 @@
 
 import trio
 
-from sleap_rtc.io.link import LinkClosedError
-from sleap_rtc.io.session_link import SessionLink
+from sleap_rtc.io.link.link import LinkClosedError
+from sleap_rtc.io.link.session_link import SessionLink
 from sleap_rtc.io.tcp_session import TcpSession
 from sleap_rtc.io.tcp_socket import TcpSocket
 

@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 
-from sleap_rtc.io.session import (
+from sleap_rtc.io.link.session import (
     IDLE_TIMEOUT,
     MAX_UNREAD,
     MAX_UNSENT_FRAMES,

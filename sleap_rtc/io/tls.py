@@ -13,12 +13,12 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
 )
 
-from sleap_rtc.io.certificates import (
+from sleap_rtc.io.link.certificates import (
     SERVER_NAME,
     Certificate,
     certificate_pem_untrusted,
 )
-from sleap_rtc.io.session import ALPN
+from sleap_rtc.io.link.session import ALPN
 from sleap_rtc.proto.errors import RemoteProtocolError
 
 PLAIN_BUFFER = 256 * 1024

@@ -8,7 +8,7 @@ from pathlib import Path
 import trio
 
 from sleap_rtc.io.folder import SharedStorageError
-from sleap_rtc.io.link import Lanes, Link, LinkClosedError
+from sleap_rtc.io.link.link import Lanes, Link, LinkClosedError
 from sleap_rtc.io.running_transfer import (
     Buffer,
     ChunkSink,

@@ -8,12 +8,12 @@ import pytest
 import trio
 import trio.testing
 
-from sleap_rtc.io.certificates import make_certificate
 from sleap_rtc.io.dial import dial
-from sleap_rtc.io.link import DialError, LinkClosedError
+from sleap_rtc.io.link.certificates import make_certificate
+from sleap_rtc.io.link.link import DialError, LinkClosedError
 from sleap_rtc.io.listener import Listener, open_listener
 from sleap_rtc.proto.route.routes import STAGGER
-from tests.io.links import AUTH, CANCEL, CERTIFICATE, DER, QUIC, TCP, Kind, judge
+from tests.io.link.kinds import AUTH, CANCEL, CERTIFICATE, DER, QUIC, TCP, Kind, judge
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +132,7 @@ async def test_a_stranger_at_one_address_does_not_stop_the_dial(
 async def test_a_failed_dial_says_what_happened_at_each_address(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sleap_rtc.io.session.HANDSHAKE_TIMEOUT", 1.0)
+    monkeypatch.setattr("sleap_rtc.io.link.session.HANDSHAKE_TIMEOUT", 1.0)
     async with open_listener("127.0.0.1", 0, make_certificate(), judge) as stranger:
         other = ("127.0.0.1", stranger.port)
         with dead_port() as dead:

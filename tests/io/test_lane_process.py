@@ -18,11 +18,11 @@ from sleap_rtc.io.lane_process import (
     listen_in_process,
     processes_pay,
 )
-from sleap_rtc.io.link import DialError, Link, LinkClosedError
+from sleap_rtc.io.link.link import DialError, Link, LinkClosedError
 from sleap_rtc.io.listener import Listener, open_listener
 from sleap_rtc.io.pipe_link import open_pipe_link
 from sleap_rtc.proto.messages import Auth
-from tests.io.links import CANCEL, CERTIFICATE, DER, QUIC, judge, make_frame
+from tests.io.link.kinds import CANCEL, CERTIFICATE, DER, QUIC, judge, make_frame
 from tests.io.test_lanes import laned_sides, lanes_of, until
 from tests.io.transfer_sides import CHUNK_SIZE, Job, send_and_receive
 
@@ -189,7 +189,7 @@ async def test_a_child_that_reaches_nobody_says_why(listener: Listener) -> None:
 PARENT = """
 import sys, trio
 from sleap_rtc.io.lane_process import listen_in_process
-from sleap_rtc.io.certificates import make_certificate
+from sleap_rtc.io.link.certificates import make_certificate
 
 async def main():
     async with listen_in_process("127.0.0.1", make_certificate(), "1" * 32, "a" * 64):

@@ -10,7 +10,7 @@ import trio
 
 from sleap_rtc.io.dial import dial
 from sleap_rtc.io.lanes import MAX_REQUESTS
-from sleap_rtc.io.link import Link, LinkClosedError
+from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.listener import Listener, open_listener
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.proto.messages import (
@@ -21,7 +21,7 @@ from sleap_rtc.proto.messages import (
     LaneRequest,
     LaneTicket,
 )
-from tests.io.links import (
+from tests.io.link.kinds import (
     AUTH,
     CANCEL,
     CERTIFICATE,

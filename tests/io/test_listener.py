@@ -7,7 +7,7 @@ import pytest
 import trio
 
 from sleap_rtc.io.listener import open_listener
-from tests.io.links import AUTH, CERTIFICATE, DER, QUIC, TCP, judge
+from tests.io.link.kinds import AUTH, CERTIFICATE, DER, QUIC, TCP, judge
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from sleap_rtc.io.quic import QuicListener, dial_quic, open_quic_listener
 from sleap_rtc.io.quic_link import QuicLink
 from sleap_rtc.io.quic_mtu import LARGEST_DATAGRAM
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
-from tests.io.links import AUTH, CANCEL, CERTIFICATE, QUIC, judge, pair
+from tests.io.link.kinds import AUTH, CANCEL, CERTIFICATE, QUIC, judge, pair
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sleap_rtc.io import quic_fast
-from sleap_rtc.io.certificates import Certificate, make_certificate
+from sleap_rtc.io.link.certificates import Certificate, make_certificate
+from sleap_rtc.io.link.session import (
+    HANDSHAKE_TIMEOUT,
+    IDLE_TIMEOUT,
+    MAX_REASON_BYTES,
+    MAX_UNREAD,
+    MAX_UNSENT_FRAMES,
+    TRANSITIONS,
+    State,
+    Step,
+)
 from sleap_rtc.io.quic_engine import (
     DATAGRAM_SIZE,
     Datagram,
@@ -27,16 +37,6 @@ from sleap_rtc.io.quic_session import (
     MessageDecoder,
     Output,
     QuicSession,
-)
-from sleap_rtc.io.session import (
-    HANDSHAKE_TIMEOUT,
-    IDLE_TIMEOUT,
-    MAX_REASON_BYTES,
-    MAX_UNREAD,
-    MAX_UNSENT_FRAMES,
-    TRANSITIONS,
-    State,
-    Step,
 )
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 from sleap_rtc.proto.messages import (

@@ -9,9 +9,9 @@ import trio
 import trio.testing
 
 from sleap_rtc.io.chunk_files import ChunkReader, ChunkWriter
-from sleap_rtc.io.link import LinkClosedError
+from sleap_rtc.io.link.link import LinkClosedError
 from sleap_rtc.proto.transfer.frames import Frame
-from tests.io.memory_link import MemoryLink
+from tests.io.link.memory import MemoryLink
 from tests.io.transfer_sides import (
     CHUNK_SIZE,
     DEADLINE,

@@ -10,9 +10,9 @@ import pytest
 import trio
 import trio.testing
 
-from sleap_rtc.io.certificates import SERVER_NAME
-from sleap_rtc.io.link import DialError, LinkClosedError
-from sleap_rtc.io.session import ALPN
+from sleap_rtc.io.link.certificates import SERVER_NAME
+from sleap_rtc.io.link.link import DialError, LinkClosedError
+from sleap_rtc.io.link.session import ALPN
 from sleap_rtc.io.tcp import TcpListener, connect_tcp, dial_tcp, open_tcp_listener
 from sleap_rtc.io.tcp_link import TcpLink
 from sleap_rtc.io.tcp_socket import (
@@ -23,7 +23,7 @@ from sleap_rtc.io.tcp_socket import (
 )
 from sleap_rtc.io.tls import client_context_untrusted
 from sleap_rtc.proto.messages import Error
-from tests.io.links import (
+from tests.io.link.kinds import (
     AUTH,
     CANCEL,
     CERTIFICATE,
@@ -91,7 +91,7 @@ async def test_a_stranger_is_sent_away_and_disturbs_nobody(
 async def test_who_only_connects_is_sent_away_in_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sleap_rtc.io.session.HANDSHAKE_TIMEOUT", 0.3)
+    monkeypatch.setattr("sleap_rtc.io.link.session.HANDSHAKE_TIMEOUT", 0.3)
     async with open_tcp_listener("127.0.0.1", 0, CERTIFICATE, judge) as listener:
         stranger = await trio.open_tcp_stream("127.0.0.1", listener.port)
         async with stranger:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sleap_rtc.io.certificates import Certificate, make_certificate
-from sleap_rtc.io.session import (
+from sleap_rtc.io.link.certificates import Certificate, make_certificate
+from sleap_rtc.io.link.session import (
     HANDSHAKE_TIMEOUT,
     IDLE_TIMEOUT,
     MAX_REASON_BYTES,

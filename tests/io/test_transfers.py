@@ -7,11 +7,11 @@ import pytest
 import trio
 from blake3 import blake3
 
-from sleap_rtc.io.certificates import make_certificate
 from sleap_rtc.io.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.io.files import Buffer
 from sleap_rtc.io.folder import SharedStorageError
-from sleap_rtc.io.link import LinkClosedError
+from sleap_rtc.io.link.certificates import make_certificate
+from sleap_rtc.io.link.link import LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.quic import dial_quic, open_quic_listener
 from sleap_rtc.io.transfers import Transfers
@@ -27,7 +27,7 @@ from sleap_rtc.proto.messages import (
     OfferedFile,
 )
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
-from tests.io.memory_link import MemoryLink
+from tests.io.link.memory import MemoryLink
 from tests.io.transfer_sides import (
     CHUNK_SIZE,
     DEADLINE,

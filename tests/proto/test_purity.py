@@ -30,7 +30,7 @@ WORLDLY_IMPORTS = [
     "from datetime import datetime",
     "from time import monotonic",
     "from sleap_rtc.io import link",
-    "from sleap_rtc.io.link import Link",
+    "from sleap_rtc.io.link.link import Link",
 ]
 
 # Ruff bans modules; these are there without an import.

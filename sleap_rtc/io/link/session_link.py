@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import trio
 
-from sleap_rtc.io.link import Link, LinkClosedError, LinkKind, LinkStatistics
-from sleap_rtc.io.session import Session
+from sleap_rtc.io.link.link import Link, LinkClosedError, LinkKind, LinkStatistics
+from sleap_rtc.io.link.session import Session
 from sleap_rtc.proto.messages import Message
 from sleap_rtc.proto.transfer.frames import Frame
 

@@ -2,7 +2,7 @@
 
 import trio
 
-from sleap_rtc.io.link import Link, LinkClosedError
+from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.proto.messages import JobLog, Message
 
 MAX_WAITING_LINES = 5000

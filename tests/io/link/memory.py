@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import trio
 
-from sleap_rtc.io.link import Link, LinkClosedError, LinkStatistics
+from sleap_rtc.io.link.link import Link, LinkClosedError, LinkStatistics
 from sleap_rtc.proto.messages import Message, decode_message_untrusted, encode_message
 from sleap_rtc.proto.transfer.frames import Frame, FrameDecoder, encode_header
 

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleap_rtc.io.certificates import (
+from sleap_rtc.io.link.certificates import (
     SERVER_NAME,
     certificate_pem_untrusted,
     make_certificate,

@@ -11,12 +11,12 @@ import pytest
 import trio
 import trio.testing
 
-from sleap_rtc.io.certificates import make_certificate
-from sleap_rtc.io.link import DialError, Link, LinkClosedError
-from sleap_rtc.io.session import MAX_UNPROVEN_LINKS
-from sleap_rtc.io.session_link import SessionLink
+from sleap_rtc.io.link.certificates import make_certificate
+from sleap_rtc.io.link.link import DialError, Link, LinkClosedError
+from sleap_rtc.io.link.session import MAX_UNPROVEN_LINKS
+from sleap_rtc.io.link.session_link import SessionLink
 from sleap_rtc.proto.messages import Auth, Error, Message
-from tests.io.links import (
+from tests.io.link.kinds import (
     AUTH,
     CANCEL,
     CERTIFICATE,
@@ -328,7 +328,7 @@ async def test_what_the_body_raises_leaves_as_it_is(
 
 SILENT = """
 import sys, trio
-from tests.io.links import AUTH, QUIC, TCP
+from tests.io.link.kinds import AUTH, QUIC, TCP
 
 async def main():
     kind = TCP if sys.argv[1] == "tcp" else QUIC
@@ -373,7 +373,7 @@ async def test_a_peer_that_vanishes_is_noticed(kind: Kind) -> None:
 async def test_a_close_does_not_wait_long_for_a_vanished_peer(
     kind: Kind, listener: AnyListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sleap_rtc.io.session_link.FLUSH_TIMEOUT", 0.3)
+    monkeypatch.setattr("sleap_rtc.io.link.session_link.FLUSH_TIMEOUT", 0.3)
     async with vanished_client(kind, listener) as worker:
         await send_until_held_back(worker)
         begin = trio.current_time()
@@ -429,7 +429,7 @@ async def test_a_wrong_proof_is_refused_with_a_reason(
 async def test_a_client_must_prove_itself_in_time(
     kind: Kind, listener: AnyListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sleap_rtc.io.session.HANDSHAKE_TIMEOUT", 0.5)
+    monkeypatch.setattr("sleap_rtc.io.link.session.HANDSHAKE_TIMEOUT", 0.5)
     async with kind.connect("127.0.0.1", listener.port, certificate_der=DER) as link:
         with pytest.raises(LinkClosedError, match="no proof"):
             await link.receive_message()

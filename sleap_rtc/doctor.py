@@ -23,7 +23,7 @@ from sleap_rtc.errors import UserError
 from sleap_rtc.io.files import human_size
 from sleap_rtc.io.machine import describe_machine
 from sleap_rtc.io.probe import probe_storage
-from sleap_rtc.io.quic_socket import BUFFER_SIZE
+from sleap_rtc.io.quic.socket import BUFFER_SIZE
 
 STORAGE_TIMEOUT = 10.0
 """Seconds after which storage counts as hanging."""

@@ -5,7 +5,7 @@ python bench/ends/capped.py DATAGRAM_SIZE COMMAND...
 
 import sys
 
-from sleap_rtc.io import quic_mtu
+from sleap_rtc.io.quic import mtu as quic_mtu
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from sleap_rtc.io.link.link import DialError, Link, LinkKind
 from sleap_rtc.io.link.session import IDLE_TIMEOUT
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.pipe_link import open_pipe_link, relay
-from sleap_rtc.io.quic import connect_quic, open_quic_listener
+from sleap_rtc.io.quic.driver import connect_quic, open_quic_listener
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import MAX_LANES, Auth
 from sleap_rtc.proto.transfer.lanes import TICKET_SECONDS
@@ -114,7 +114,7 @@ def usable_cores() -> int:
 async def connect_quic_in_process(
     host: str, port: int, *, certificate_der: bytes
 ) -> AsyncIterator[Link]:
-    """Do as `sleap_rtc.io.quic.connect_quic`, in a child.
+    """Do as `sleap_rtc.io.quic.driver.connect_quic`, in a child.
 
     Raises:
         DialError: If the child can't be started, or did not get through.

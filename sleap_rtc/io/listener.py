@@ -13,8 +13,8 @@ from sleap_rtc.io.link.certificates import Certificate
 from sleap_rtc.io.link.link import Link
 from sleap_rtc.io.link.session import IDLE_TIMEOUT
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.quic import QuicListener, serve_quic
-from sleap_rtc.io.quic_socket import UdpSocket, open_udp_listener
+from sleap_rtc.io.quic.driver import QuicListener, serve_quic
+from sleap_rtc.io.quic.socket import UdpSocket, open_udp_listener
 from sleap_rtc.io.tcp import serve_tcp
 from sleap_rtc.io.tcp_socket import bind_tcp_listener
 from sleap_rtc.proto.messages import Auth

@@ -13,7 +13,7 @@ from sleap_rtc.io.folder import SharedStorageError
 from sleap_rtc.io.link.certificates import make_certificate
 from sleap_rtc.io.link.link import LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.quic import dial_quic, open_quic_listener
+from sleap_rtc.io.quic.driver import dial_quic, open_quic_listener
 from sleap_rtc.io.transfers import Transfers
 from sleap_rtc.proto.messages import (
     Auth,

@@ -10,8 +10,8 @@ import pytest
 import trio
 
 from sleap_rtc.io.addresses import describe_address
-from sleap_rtc.io.quic_engine import Address
-from sleap_rtc.io.quic_socket import (
+from sleap_rtc.io.quic.engine import Address
+from sleap_rtc.io.quic.socket import (
     _UDP_GRO,
     BATCH,
     BATCH_BYTES,

@@ -7,7 +7,7 @@ from aioquic.quic.packet import QuicPacketType
 from aioquic.quic.packet_builder import QuicSentPacket
 from aioquic.tls import Epoch
 
-from sleap_rtc.io.quic_congestion import (
+from sleap_rtc.io.quic.congestion import (
     BURST_PACKETS,
     BURST_SECONDS,
     SMALLEST_WINDOW,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sleap_rtc.io.quic_mtu import (
+from sleap_rtc.io.quic.mtu import (
     LARGE_LOST,
     LARGEST_DATAGRAM,
     MAX_FALLS,

@@ -33,7 +33,7 @@ from sleap_rtc.io.link.session import (
     State,
     Step,
 )
-from sleap_rtc.io.quic_engine import Datagram, QuicEngine
+from sleap_rtc.io.quic.engine import Datagram, QuicEngine
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import (
     MAX_MESSAGE_BYTES,

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import trio
 
 from sleap_rtc.io.link.session_link import SessionLink
-from sleap_rtc.io.quic_engine import Datagram
-from sleap_rtc.io.quic_session import Output, QuicSession
-from sleap_rtc.io.quic_socket import UdpSocket
+from sleap_rtc.io.quic.engine import Datagram
+from sleap_rtc.io.quic.session import Output, QuicSession
+from sleap_rtc.io.quic.socket import UdpSocket
 
 SHORTEST_SLEEP = 1e-4
 """Seconds. A sleep takes a millisecond at least, in which a fast sender would fall

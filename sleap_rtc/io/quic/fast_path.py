@@ -22,10 +22,10 @@ from aioquic.quic.recovery import MAX_ACK_RANGES
 from aioquic.quic.stream import FinalSizeError, QuicStream
 from aioquic.tls import Epoch
 
-from sleap_rtc.io.quic_bulk import BulkSender, Payload, Piece
-from sleap_rtc.io.quic_congestion import Congestion, Pacer
-from sleap_rtc.io.quic_mtu import MtuSearch
-from sleap_rtc.io.quic_packets import (
+from sleap_rtc.io.quic.bulk import BulkSender, Payload, Piece
+from sleap_rtc.io.quic.congestion import Congestion, Pacer
+from sleap_rtc.io.quic.mtu import MtuSearch
+from sleap_rtc.io.quic.packets import (
     CONNECTION_ID_LENGTH,
     MASK_SIZE,
     NUMBER_SIZE,

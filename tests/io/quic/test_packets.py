@@ -7,7 +7,7 @@ from aioquic.tls import CipherSuite
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleap_rtc.io.quic_packets import (
+from sleap_rtc.io.quic.packets import (
     CONNECTION_ID_LENGTH,
     MASK_SIZE,
     SUITES,

@@ -21,7 +21,7 @@ from sleap_rtc.io.link.certificates import Certificate
 from sleap_rtc.io.link.link import DialError, Link, LinkClosedError
 from sleap_rtc.io.link.session import IDLE_TIMEOUT, MAX_UNPROVEN_LINKS
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.quic_engine import (
+from sleap_rtc.io.quic.engine import (
     CONNECTION_ID_LENGTH,
     DATAGRAM_SIZE,
     Address,
@@ -29,16 +29,16 @@ from sleap_rtc.io.quic_engine import (
     client_engine_untrusted,
     server_engine,
 )
-from sleap_rtc.io.quic_link import QuicLink
-from sleap_rtc.io.quic_mtu import LARGEST_DATAGRAM, SMALLEST_DATAGRAM
-from sleap_rtc.io.quic_session import (
+from sleap_rtc.io.quic.link import QuicLink
+from sleap_rtc.io.quic.mtu import LARGEST_DATAGRAM, SMALLEST_DATAGRAM
+from sleap_rtc.io.quic.session import (
     Established,
     Output,
     QuicSession,
     RouteAdded,
     RouteRemoved,
 )
-from sleap_rtc.io.quic_socket import (
+from sleap_rtc.io.quic.socket import (
     UdpSocket,
     open_udp_listener,
     open_udp_socket,

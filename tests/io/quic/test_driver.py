@@ -10,9 +10,9 @@ import trio.testing
 from aioquic.buffer import Buffer  # type: ignore[attr-defined] # no __all__
 from aioquic.quic.packet import pull_quic_header
 
-from sleap_rtc.io.quic import QuicListener, dial_quic, open_quic_listener
-from sleap_rtc.io.quic_link import QuicLink
-from sleap_rtc.io.quic_mtu import LARGEST_DATAGRAM
+from sleap_rtc.io.quic.driver import QuicListener, dial_quic, open_quic_listener
+from sleap_rtc.io.quic.link import QuicLink
+from sleap_rtc.io.quic.mtu import LARGEST_DATAGRAM
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
 from tests.io.link.kinds import AUTH, CANCEL, CERTIFICATE, QUIC, judge, pair
 

@@ -12,7 +12,6 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sleap_rtc.io import quic_fast
 from sleap_rtc.io.link.certificates import Certificate, make_certificate
 from sleap_rtc.io.link.session import (
     HANDSHAKE_TIMEOUT,
@@ -24,15 +23,16 @@ from sleap_rtc.io.link.session import (
     State,
     Step,
 )
-from sleap_rtc.io.quic_engine import (
+from sleap_rtc.io.quic import fast_path as quic_fast
+from sleap_rtc.io.quic.engine import (
     DATAGRAM_SIZE,
     Datagram,
     QuicEngine,
     client_engine_untrusted,
     server_engine,
 )
-from sleap_rtc.io.quic_fast import BYTES_PER_TURN, PACKETS_PER_TURN
-from sleap_rtc.io.quic_session import (
+from sleap_rtc.io.quic.fast_path import BYTES_PER_TURN, PACKETS_PER_TURN
+from sleap_rtc.io.quic.session import (
     Established,
     MessageDecoder,
     Output,
@@ -422,7 +422,7 @@ def test_unread_frames_hold_the_sender_back_until_they_are_read(
 def test_room_for_frames_ends_with_what_is_unsent_or_unacknowledged(
     network: Network, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
 ) -> None:
-    monkeypatch.setattr(f"sleap_rtc.io.quic_session.{limit}", value)
+    monkeypatch.setattr(f"sleap_rtc.io.quic.session.{limit}", value)
     network.loss = 1.0
     count = 0
     while network.client.has_room_for_frame:

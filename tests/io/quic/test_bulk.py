@@ -6,7 +6,7 @@ from aioquic.quic.packet_builder import QuicDeliveryState
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleap_rtc.io.quic_bulk import BulkSender, Piece
+from sleap_rtc.io.quic.bulk import BulkSender, Piece
 
 ACKED, LOST = QuicDeliveryState.ACKED, QuicDeliveryState.LOST
 ENDLESS = 1 << 60

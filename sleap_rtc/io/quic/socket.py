@@ -11,7 +11,7 @@ from itertools import islice
 import trio
 
 from sleap_rtc.io.closing import Closing
-from sleap_rtc.io.quic_engine import Datagram
+from sleap_rtc.io.quic.engine import Datagram
 
 BUFFER_SIZE = 8 * 1024 * 1024
 """Asked for in each direction; the operating system grants what it allows."""

@@ -19,10 +19,10 @@ from sleap_rtc.io.link.certificates import (
     certificate_pem_untrusted,
 )
 from sleap_rtc.io.link.session import ALPN
-from sleap_rtc.io.quic_bulk import Payload
-from sleap_rtc.io.quic_congestion import CONGESTION
-from sleap_rtc.io.quic_fast import Address, BulkConnection, Datagram
-from sleap_rtc.io.quic_packets import CONNECTION_ID_LENGTH, SUITES
+from sleap_rtc.io.quic.bulk import Payload
+from sleap_rtc.io.quic.congestion import CONGESTION
+from sleap_rtc.io.quic.fast_path import Address, BulkConnection, Datagram
+from sleap_rtc.io.quic.packets import CONNECTION_ID_LENGTH, SUITES
 
 __all__ = [
     "CONNECTION_ID_LENGTH",

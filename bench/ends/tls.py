@@ -15,7 +15,7 @@ import trio
 from usage import Stopwatch
 
 from sleap_rtc.io.link.certificates import SERVER_NAME, make_certificate
-from sleap_rtc.io.tls import client_context_untrusted, server_context
+from sleap_rtc.io.tcp.tls import client_context_untrusted, server_context
 
 PIECE = 256 * 1024
 """Bytes in one call; of 64 KiB to 1 MiB the fastest."""

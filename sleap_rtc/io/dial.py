@@ -17,7 +17,7 @@ from sleap_rtc.io.lanes import DialedLink
 from sleap_rtc.io.link.link import DialError, Link, LinkKind
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.quic.driver import connect_quic
-from sleap_rtc.io.tcp import connect_tcp
+from sleap_rtc.io.tcp.driver import connect_tcp
 from sleap_rtc.proto.messages import Auth
 from sleap_rtc.proto.route.routes import (
     LINK_KINDS,

@@ -15,8 +15,8 @@ from sleap_rtc.io.link.session import IDLE_TIMEOUT
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.quic.driver import QuicListener, serve_quic
 from sleap_rtc.io.quic.socket import UdpSocket, open_udp_listener
-from sleap_rtc.io.tcp import serve_tcp
-from sleap_rtc.io.tcp_socket import bind_tcp_listener
+from sleap_rtc.io.tcp.driver import serve_tcp
+from sleap_rtc.io.tcp.socket import bind_tcp_listener
 from sleap_rtc.proto.messages import Auth
 
 ATTEMPTS = 50

@@ -10,7 +10,7 @@ from sleap_rtc.io.link.certificates import make_certificate
 from sleap_rtc.io.link.link import Link, LinkKind
 from sleap_rtc.io.link.session_link import SessionLink
 from sleap_rtc.io.quic.driver import connect_quic, dial_quic, open_quic_listener
-from sleap_rtc.io.tcp import connect_tcp, dial_tcp, open_tcp_listener
+from sleap_rtc.io.tcp.driver import connect_tcp, dial_tcp, open_tcp_listener
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import Auth, JobCancel, JobLog, Message
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame

@@ -13,15 +13,20 @@ import trio.testing
 from sleap_rtc.io.link.certificates import SERVER_NAME
 from sleap_rtc.io.link.link import DialError, LinkClosedError
 from sleap_rtc.io.link.session import ALPN
-from sleap_rtc.io.tcp import TcpListener, connect_tcp, dial_tcp, open_tcp_listener
-from sleap_rtc.io.tcp_link import TcpLink
-from sleap_rtc.io.tcp_socket import (
+from sleap_rtc.io.tcp.driver import (
+    TcpListener,
+    connect_tcp,
+    dial_tcp,
+    open_tcp_listener,
+)
+from sleap_rtc.io.tcp.link import TcpLink
+from sleap_rtc.io.tcp.socket import (
     TcpSocket,
     accept_tcp,
     bind_tcp_listener,
     open_tcp_socket,
 )
-from sleap_rtc.io.tls import client_context_untrusted
+from sleap_rtc.io.tcp.tls import client_context_untrusted
 from sleap_rtc.proto.messages import Error
 from tests.io.link.kinds import (
     AUTH,
@@ -355,7 +360,7 @@ async def test_a_link_that_ends_as_its_turn_does_still_says_why(
     listener: TcpListener, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     turn = 32 * 1024
-    monkeypatch.setattr("sleap_rtc.io.tcp_link.BYTES_PER_TURN", turn)
+    monkeypatch.setattr("sleap_rtc.io.tcp.link.BYTES_PER_TURN", turn)
     async with pair(TCP, listener) as (client, worker):
         await client.send_frame(make_frame(1, turn))
         assert isinstance(client, TcpLink)

@@ -19,7 +19,7 @@ from sleap_rtc.io.link.session import (
     State,
     Step,
 )
-from sleap_rtc.io.tls import TlsEngine
+from sleap_rtc.io.tcp.tls import TlsEngine
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import Auth, decode_message_untrusted
 from sleap_rtc.proto.transfer.frames import HEADER_SIZE, FrameDecoder

@@ -19,8 +19,8 @@ from sleap_rtc.io.link.session import (
     MAX_UNSENT_MESSAGES,
     State,
 )
-from sleap_rtc.io.tcp_session import BATCH, FAREWELL, TcpSession
-from sleap_rtc.io.tls import TlsEngine, client_context_untrusted, server_context
+from sleap_rtc.io.tcp.session import BATCH, FAREWELL, TcpSession
+from sleap_rtc.io.tcp.tls import TlsEngine, client_context_untrusted, server_context
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 from sleap_rtc.proto.messages import Auth, Error, JobCancel, JobLog, Message
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame

@@ -4,8 +4,8 @@ import trio
 
 from sleap_rtc.io.link.link import LinkClosedError
 from sleap_rtc.io.link.session_link import SessionLink
-from sleap_rtc.io.tcp_session import TcpSession
-from sleap_rtc.io.tcp_socket import TcpSocket
+from sleap_rtc.io.tcp.session import TcpSession
+from sleap_rtc.io.tcp.socket import TcpSocket
 
 BYTES_PER_TURN = 512 * 1024
 """Sent at most before anything else gets its turn: two milliseconds or so. Who reads as

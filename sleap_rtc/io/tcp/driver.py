@@ -17,15 +17,15 @@ from sleap_rtc.io.link.session import (
     MAX_UNPROVEN_LINKS,
 )
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.tcp_link import TcpLink
-from sleap_rtc.io.tcp_session import TcpSession
-from sleap_rtc.io.tcp_socket import (
+from sleap_rtc.io.tcp.link import TcpLink
+from sleap_rtc.io.tcp.session import TcpSession
+from sleap_rtc.io.tcp.socket import (
     TcpSocket,
     accept_tcp,
     bind_tcp_listener,
     open_tcp_socket,
 )
-from sleap_rtc.io.tls import TlsEngine, client_context_untrusted, server_context
+from sleap_rtc.io.tcp.tls import TlsEngine, client_context_untrusted, server_context
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import Auth
 

@@ -1,0 +1,1 @@
+"""Links over TCP with TLS 1.3."""

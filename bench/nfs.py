@@ -35,10 +35,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sleap_rtc.io.copy import copy_file
-from sleap_rtc.io.copy_ladder import LADDER, Rung
-from sleap_rtc.io.folder import PathValidationError, SharedStorageError
-from sleap_rtc.io.probe import probe_storage, read_probe, write_probe
+from sleap_rtc.io.storage.copy import copy_file
+from sleap_rtc.io.storage.copy_ladder import LADDER, Rung
+from sleap_rtc.io.storage.folder import PathValidationError, SharedStorageError
+from sleap_rtc.io.storage.probe import probe_storage, read_probe, write_probe
 
 PROBE_TIMEOUT = 30.0
 """Seconds in which storage has to answer, and a new file has to be seen."""

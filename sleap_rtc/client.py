@@ -46,11 +46,11 @@ from sleap_rtc.errors import (
     TransferFailedError,
     UsageError,
 )
-from sleap_rtc.io.archive import pack_directory
-from sleap_rtc.io.archive_plan import ArchiveError
-from sleap_rtc.io.folder import SharedStorageError
 from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
+from sleap_rtc.io.storage.archive import pack_directory
+from sleap_rtc.io.storage.archive_plan import ArchiveError
+from sleap_rtc.io.storage.folder import SharedStorageError
 from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.job.client import JobEnded, LinePrinted, RouteChosen, StateChanged

@@ -9,13 +9,13 @@ import trio
 
 from sleap_rtc.filesystem import safe_mkdir
 from sleap_rtc.io.chunk_files import ChunkWriter
-from sleap_rtc.io.copy import copy_with_deadline
-from sleap_rtc.io.folder import (
+from sleap_rtc.io.link.link import Link, LinkClosedError
+from sleap_rtc.io.storage.copy import copy_with_deadline
+from sleap_rtc.io.storage.folder import (
     PATH_ERRORS,
     open_beneath,
 )
-from sleap_rtc.io.link.link import Link, LinkClosedError
-from sleap_rtc.io.probe import call_in_time
+from sleap_rtc.io.storage.probe import call_in_time
 from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.io.transfers import TransferError, Transfers
 from sleap_rtc.proto import messages as m

@@ -14,16 +14,16 @@ from blake3 import blake3
 from sleap_rtc.client_results import STORAGE_TIMEOUT, Results
 from sleap_rtc.errors import NoWorkerError
 from sleap_rtc.io.chunk_files import ChunkReader
-from sleap_rtc.io.copy import copy_with_deadline
-from sleap_rtc.io.folder import (
+from sleap_rtc.io.link.link import Link, LinkClosedError
+from sleap_rtc.io.link.outbox import Outbox
+from sleap_rtc.io.nursery import open_background_nursery
+from sleap_rtc.io.storage.copy import copy_with_deadline
+from sleap_rtc.io.storage.folder import (
     PATH_ERRORS,
     make_directories_beneath,
     remove_tree_beneath,
 )
-from sleap_rtc.io.link.link import Link, LinkClosedError
-from sleap_rtc.io.link.outbox import Outbox
-from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.probe import ask_storage, call_in_time, write_probe
+from sleap_rtc.io.storage.probe import ask_storage, call_in_time, write_probe
 from sleap_rtc.io.transfers import TransferError, Transfers
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import RemoteProtocolError

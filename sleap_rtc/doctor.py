@@ -20,10 +20,10 @@ from sleap_rtc.config import (
     load_settings,
 )
 from sleap_rtc.errors import UserError
-from sleap_rtc.io.files import human_size
 from sleap_rtc.io.machine import describe_machine
-from sleap_rtc.io.probe import probe_storage
 from sleap_rtc.io.quic.socket import BUFFER_SIZE
+from sleap_rtc.io.storage.files import human_size
+from sleap_rtc.io.storage.probe import probe_storage
 
 STORAGE_TIMEOUT = 10.0
 """Seconds after which storage counts as hanging."""

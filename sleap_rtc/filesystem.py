@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 from typing import TypedDict
 
-from sleap_rtc.io.copy import copy_file
-from sleap_rtc.io.folder import (
+from sleap_rtc.io.storage.copy import copy_file
+from sleap_rtc.io.storage.folder import (
     PathValidationError,
     SharedStorageError,
     explain_errors,
@@ -138,7 +138,7 @@ def validate_path_in_root(
     """Check that a path lies beneath a root.
 
     The answer holds for the moment of the call. Code that opens what somebody else
-    named uses `sleap_rtc.io.folder.open_beneath`, which nobody can outrun.
+    named uses `sleap_rtc.io.storage.folder.open_beneath`, which nobody can outrun.
 
     Args:
         path: Absolute, or relative to the root. It need not exist.

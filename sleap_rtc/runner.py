@@ -8,9 +8,10 @@ from typing import TextIO
 import msgspec
 import trio
 
-from sleap_rtc.io.archive import extract_package
-from sleap_rtc.io.archive_plan import ArchiveError
-from sleap_rtc.io.folder import (
+from sleap_rtc.io.process import run_script
+from sleap_rtc.io.storage.archive import extract_package
+from sleap_rtc.io.storage.archive_plan import ArchiveError
+from sleap_rtc.io.storage.folder import (
     PathValidationError,
     SharedStorageError,
     create_beneath,
@@ -18,7 +19,6 @@ from sleap_rtc.io.folder import (
     list_tree,
     open_beneath,
 )
-from sleap_rtc.io.process import run_script
 from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.job.lines import LineEvent

@@ -20,8 +20,8 @@ from blake3 import blake3
 from filelock import BaseFileLock, FileLock, Timeout
 
 from sleap_rtc.io.closing import Closing
-from sleap_rtc.io.files import PartFile, write_at
-from sleap_rtc.io.folder import Folder, PathValidationError
+from sleap_rtc.io.storage.files import PartFile, write_at
+from sleap_rtc.io.storage.folder import Folder, PathValidationError
 from sleap_rtc.proto.messages import JobId
 
 FOLDER = "submissions"

@@ -11,16 +11,16 @@ import trio
 from blake3 import blake3
 
 from sleap_rtc.io.chunk_files import ChunkWriter
-from sleap_rtc.io.folder import (
+from sleap_rtc.io.link.link import LinkClosedError
+from sleap_rtc.io.link.outbox import Outbox
+from sleap_rtc.io.storage.folder import (
     PATH_ERRORS,
     PathValidationError,
     SharedStorageError,
     make_directories_beneath,
     remove_tree_beneath,
 )
-from sleap_rtc.io.link.link import LinkClosedError
-from sleap_rtc.io.link.outbox import Outbox
-from sleap_rtc.io.probe import read_probe
+from sleap_rtc.io.storage.probe import read_probe
 from sleap_rtc.io.store import JobRecord, StoreWriter
 from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.io.transfers import TransferError, Transfers

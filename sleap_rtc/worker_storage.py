@@ -9,15 +9,15 @@ from typing import TypeVar
 import trio
 
 from sleap_rtc.io.chunk_files import ChunkReader
-from sleap_rtc.io.copy import SPACE_PERCENT
-from sleap_rtc.io.files import human_size
-from sleap_rtc.io.folder import (
+from sleap_rtc.io.storage.copy import SPACE_PERCENT
+from sleap_rtc.io.storage.files import human_size
+from sleap_rtc.io.storage.folder import (
     PathValidationError,
     SharedStorageError,
     list_tree,
     open_beneath,
 )
-from sleap_rtc.io.probe import ask_storage
+from sleap_rtc.io.storage.probe import ask_storage
 from sleap_rtc.runner import LOG_NAME
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from sleap_rtc.filesystem import (
     to_relative_path,
     validate_path_in_root,
 )
-from tests.io.storage import ignores_permissions
+from tests.io.storage.places import ignores_permissions
 
 as_user = pytest.mark.skipif(
     ignores_permissions(), reason="NOT TESTED: root may write everywhere"

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from sleap_rtc.config import ConfigError
 from sleap_rtc.identity import take_identity
-from tests.io.storage import ignores_permissions
+from tests.io.storage.places import ignores_permissions
 
 HOLDER = """
 import sys

@@ -12,7 +12,7 @@ from sleap_rtc.proto.job.script import ScriptKind
 from sleap_rtc.runner import LOG_NAME, Run, RunReport, run_job
 from tests.e2e import actor
 from tests.e2e.packages import make_package
-from tests.io.storage import small_mount
+from tests.io.storage.places import small_mount
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="workers run on Linux and macOS"

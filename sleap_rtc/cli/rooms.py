@@ -8,7 +8,7 @@ from rich.table import Table
 
 from sleap_rtc import client
 from sleap_rtc.cli.console import err, out, plain, print_json, run
-from sleap_rtc.io.files import human_size
+from sleap_rtc.io.storage.files import human_size
 from sleap_rtc.proto.rendezvous.invite import encode_invite
 from sleap_rtc.proto.rendezvous.workers import Candidate
 from sleap_rtc.rooms import join_room, renew_secret, require_invite

@@ -18,7 +18,7 @@ from rich.progress import (
 from sleap_rtc import client
 from sleap_rtc.cli.console import err, out, plain, print_json
 from sleap_rtc.io.closing import Closing
-from sleap_rtc.io.files import human_size
+from sleap_rtc.io.storage.files import human_size
 from sleap_rtc.proto.job.client import StageComplete
 from sleap_rtc.proto.job.lines import printable
 

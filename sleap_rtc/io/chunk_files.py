@@ -16,7 +16,8 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from sleap_rtc.io.files import (
+from sleap_rtc.io.journal import Journal
+from sleap_rtc.io.storage.files import (
     Buffer,
     OpenFile,
     file_identity,
@@ -26,7 +27,7 @@ from sleap_rtc.io.files import (
     sync_data,
     write_at,
 )
-from sleap_rtc.io.folder import (
+from sleap_rtc.io.storage.folder import (
     PathValidationError,
     SharedStorageError,
     StoppedError,
@@ -34,7 +35,6 @@ from sleap_rtc.io.folder import (
     open_folder_beneath,
     open_owned,
 )
-from sleap_rtc.io.journal import Journal
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 from sleap_rtc.proto.paths import check_portable_path_untrusted
 from sleap_rtc.proto.transfer.chunk_map import ChunkMap

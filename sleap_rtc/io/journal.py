@@ -39,14 +39,14 @@ from contextlib import AbstractContextManager
 
 from blake3 import blake3
 
-from sleap_rtc.io.files import (
+from sleap_rtc.io.storage.files import (
     OpenFile,
     read_at,
     reserve_space,
     sync_data,
     write_at,
 )
-from sleap_rtc.io.folder import Folder
+from sleap_rtc.io.storage.folder import Folder
 from sleap_rtc.proto.transfer.chunk_map import HASH_SIZE
 
 if sys.platform == "win32":

@@ -7,8 +7,8 @@ from typing import Protocol, assert_never
 
 import trio
 
-from sleap_rtc.io.folder import SharedStorageError
 from sleap_rtc.io.link.link import Link, LinkClosedError
+from sleap_rtc.io.storage.folder import SharedStorageError
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import ChunkGrant, FileOffer, OfferedFile
 from sleap_rtc.proto.transfer.chunk_map import ChunkMap

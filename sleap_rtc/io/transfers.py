@@ -7,7 +7,6 @@ from pathlib import Path
 
 import trio
 
-from sleap_rtc.io.folder import SharedStorageError
 from sleap_rtc.io.link.link import Lanes, Link, LinkClosedError
 from sleap_rtc.io.running_transfer import (
     Buffer,
@@ -19,6 +18,7 @@ from sleap_rtc.io.running_transfer import (
     SendingFile,
     TransferError,
 )
+from sleap_rtc.io.storage.folder import SharedStorageError
 from sleap_rtc.proto.messages import (
     ChunkGrant,
     FileError,

@@ -1,7 +1,7 @@
 """Decide by its text alone whether a peer's path or file name is harmless.
 
 Nothing here looks at a file system. Whoever opens a path that passed must still refuse
-symbolic links on the way (`sleap_rtc.io.folder` does).
+symbolic links on the way (`sleap_rtc.io.storage.folder` does).
 """
 
 import re

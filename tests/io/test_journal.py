@@ -20,16 +20,16 @@ from hypothesis import strategies as st
 
 from sleap_rtc.io import chunk_files
 from sleap_rtc.io.chunk_files import ChunkWriter
-from sleap_rtc.io.folder import (
+from sleap_rtc.io.journal import Journal
+from sleap_rtc.io.storage.folder import (
     Folder,
     InsufficientSpaceError,
     PathValidationError,
     SharedStorageError,
     StoppedError,
 )
-from sleap_rtc.io.journal import Journal
 from tests.io import doomed_writer
-from tests.io.storage import MEMORY, small_mount
+from tests.io.storage.places import MEMORY, small_mount
 
 CHUNK = 4096
 COUNT = 8

@@ -26,7 +26,7 @@ from sleap_rtc.io.store import (
     StoreWriter,
     open_store,
 )
-from tests.io.storage import small_mount
+from tests.io.storage.places import small_mount
 
 ME = "worker-here-0123ab"
 POSIX_ONLY = pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sleap_rtc.io.folder import (
+from sleap_rtc.io.storage.folder import (
     MAX_DEPTH,
     Folder,
     PathValidationError,
@@ -18,7 +18,7 @@ from sleap_rtc.io.folder import (
     open_owned,
     remove_tree_beneath,
 )
-from tests.io.storage import busy_file, ignores_permissions, memory_folder
+from tests.io.storage.places import busy_file, ignores_permissions, memory_folder
 
 
 @pytest.fixture(params=["disk", "memory"])

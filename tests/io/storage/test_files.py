@@ -8,15 +8,15 @@ import pytest
 from blake3 import blake3
 
 from sleap_rtc.io.chunk_files import ChunkReader, ChunkWriter
-from sleap_rtc.io.files import PartFile, human_size
-from sleap_rtc.io.folder import (
+from sleap_rtc.io.storage.files import PartFile, human_size
+from sleap_rtc.io.storage.folder import (
     Folder,
     InsufficientSpaceError,
     PathValidationError,
     SharedStorageError,
     open_beneath,
 )
-from tests.io.storage import memory_folder, small_mount
+from tests.io.storage.places import memory_folder, small_mount
 
 CHUNK = 4096
 

@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from sleap_rtc.io.files import human_size
+from sleap_rtc.io.storage.files import human_size
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.paths import check_relative_path_untrusted, fold_path
 
@@ -30,7 +30,8 @@ _END_64_SIGNATURE = b"PK\6\6"
 _LOCAL_HEADER_BYTES = 30
 
 _MAX_LEVELS = 64
-"""Directories above each other; `sleap_rtc.io.folder` can remove twice as many."""
+"""Directories above each other; `sleap_rtc.io.storage.folder` can remove twice as
+many."""
 
 _ENCRYPTED = 0x1 | 0x40 | 0x2000
 _PATCH = 0x20

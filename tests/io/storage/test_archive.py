@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sleap_rtc.io.archive import extract_package, pack_directory
-from sleap_rtc.io.archive_plan import ArchiveError, ArchiveLimits, top_folder
-from sleap_rtc.io.folder import (
+from sleap_rtc.io.storage.archive import extract_package, pack_directory
+from sleap_rtc.io.storage.archive_plan import ArchiveError, ArchiveLimits, top_folder
+from sleap_rtc.io.storage.folder import (
     Folder,
     InsufficientSpaceError,
     PathValidationError,
@@ -22,7 +22,7 @@ from sleap_rtc.io.folder import (
     StoppedError,
     open_beneath,
 )
-from tests.io.storage import memory_folder, small_mount
+from tests.io.storage.places import memory_folder, small_mount
 
 MEBIBYTE = 1024 * 1024
 

@@ -10,9 +10,9 @@ from typing import TypeVar
 import msgspec
 import trio
 
-from sleap_rtc.io import probe_child
-from sleap_rtc.io.files import write_at
-from sleap_rtc.io.folder import (
+from sleap_rtc.io.storage import probe_child
+from sleap_rtc.io.storage.files import write_at
+from sleap_rtc.io.storage.folder import (
     SharedStorageError,
     create_beneath,
     explain_errors,

@@ -2,7 +2,7 @@
 
 A copy is published when all of its bytes are on the disk (fsync), it has the size of
 the source, and nobody changed the source meanwhile. Its content is not hashed:
-`sleap_rtc.io.copy_ladder` says why, and who checks it instead.
+`sleap_rtc.io.storage.copy_ladder` says why, and who checks it instead.
 """
 
 import math
@@ -16,9 +16,9 @@ from pathlib import Path
 import msgspec
 import trio
 
-from sleap_rtc.io.copy_ladder import LADDER
-from sleap_rtc.io.files import PartFile, file_identity, start_part_file
-from sleap_rtc.io.folder import (
+from sleap_rtc.io.storage.copy_ladder import LADDER
+from sleap_rtc.io.storage.files import PartFile, file_identity, start_part_file
+from sleap_rtc.io.storage.folder import (
     CopyTimeoutError,
     SharedStorageError,
     StoppedError,

@@ -16,7 +16,7 @@ tmpfs to NFS):
 
 The first two say only what was read, not what arrived. The third one asks the same
 machine that wrote. The worker that unpacks a package reads all of it, often on another
-machine, and compares the CRC-32 of each file in it: see `sleap_rtc.io.archive`.
+machine, and compares the CRC-32 of each file in it: see `sleap_rtc.io.storage.archive`.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 
-from sleap_rtc.io.files import read_at, write_at
+from sleap_rtc.io.storage.files import read_at, write_at
 
 Steps = Generator[int, None, None]
 """The bytes copied so far, after each step."""

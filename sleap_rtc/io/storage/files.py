@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sleap_rtc.io.folder import (
+from sleap_rtc.io.storage.folder import (
     Folder,
     InsufficientSpaceError,
     SharedStorageError,

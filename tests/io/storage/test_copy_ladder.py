@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from sleap_rtc.io.copy import (
+from sleap_rtc.io.storage.copy import (
     SLOWEST_RATE,
     CopyReport,
     copy_file,
     copy_with_deadline,
 )
-from sleap_rtc.io.copy_ladder import (
+from sleap_rtc.io.storage.copy_ladder import (
     LADDER,
     Rung,
     copy_by_reflink,
@@ -29,12 +29,12 @@ from sleap_rtc.io.copy_ladder import (
     copy_in_parallel,
     copy_plainly,
 )
-from sleap_rtc.io.folder import (
+from sleap_rtc.io.storage.folder import (
     CopyTimeoutError,
     InsufficientSpaceError,
     SharedStorageError,
 )
-from tests.io.storage import (
+from tests.io.storage.places import (
     disk_mount,
     find_program,
     memory_folder,
@@ -271,7 +271,7 @@ def test_another_file_system_is_written_by_the_kernel(
 def test_without_the_kernel_a_file_goes_through_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, method: str
 ) -> None:
-    monkeypatch.setattr("sleap_rtc.io.copy.LADDER", LADDER[-2:])
+    monkeypatch.setattr("sleap_rtc.io.storage.copy.LADDER", LADDER[-2:])
     data = make_file(tmp_path / "a", size)
     (tmp_path / "root").mkdir()
     report = copy(tmp_path / "a", tmp_path / "root")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from sleap_rtc.io.archive_plan import (
+from sleap_rtc.io.storage.archive_plan import (
     ArchiveError,
     ArchiveLimits,
     PlannedEntry,
@@ -23,8 +23,8 @@ from sleap_rtc.io.archive_plan import (
     check_size_of_directory,
     plan_entries,
 )
-from sleap_rtc.io.files import PartFile, require_space, write_at
-from sleap_rtc.io.folder import (
+from sleap_rtc.io.storage.files import PartFile, require_space, write_at
+from sleap_rtc.io.storage.folder import (
     Folder,
     PathValidationError,
     StoppedError,

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import trio
 
-from sleap_rtc.io.copy import copy_file, copy_with_deadline, default_timeout
-from sleap_rtc.io.folder import (
+from sleap_rtc.io.storage.copy import copy_file, copy_with_deadline, default_timeout
+from sleap_rtc.io.storage.folder import (
     CopyTimeoutError,
     InsufficientSpaceError,
     PathValidationError,
     SharedStorageError,
     StoppedError,
 )
-from tests.io.storage import memory_folder, small_mount
+from tests.io.storage.places import memory_folder, small_mount
 
 MEBIBYTE = 1024 * 1024
 

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from sleap_rtc.io.folder import PathValidationError, SharedStorageError
-from sleap_rtc.io.probe import probe_storage, read_probe, write_probe
+from sleap_rtc.io.storage.folder import PathValidationError, SharedStorageError
+from sleap_rtc.io.storage.probe import probe_storage, read_probe, write_probe
 
 
 async def test_healthy_storage_says_how_much_is_free(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Files and folders: safe paths, copies, archives."""

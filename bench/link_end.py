@@ -25,7 +25,7 @@ from sleap_rtc.io.link.certificates import make_certificate
 from sleap_rtc.io.link.link import Link, LinkClosedError, LinkKind, LinkStatistics
 from sleap_rtc.io.listener import open_listener
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.transfers import Buffer, TransferError, Transfers
+from sleap_rtc.io.transfer.transfers import Buffer, TransferError, Transfers
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import Auth, FileOffer, OfferedFile
 from sleap_rtc.proto.transfer.chunk_map import ChunkMap

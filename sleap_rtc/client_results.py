@@ -8,7 +8,6 @@ from typing import Protocol
 import trio
 
 from sleap_rtc.filesystem import safe_mkdir
-from sleap_rtc.io.chunk_files import ChunkWriter
 from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.storage.copy import copy_with_deadline
 from sleap_rtc.io.storage.folder import (
@@ -17,7 +16,8 @@ from sleap_rtc.io.storage.folder import (
 )
 from sleap_rtc.io.storage.probe import call_in_time
 from sleap_rtc.io.threads import stop_if_cancelled
-from sleap_rtc.io.transfers import TransferError, Transfers
+from sleap_rtc.io.transfer.chunk_files import ChunkWriter
+from sleap_rtc.io.transfer.transfers import TransferError, Transfers
 from sleap_rtc.proto import messages as m
 
 RESULTS_AT_ONCE = 4

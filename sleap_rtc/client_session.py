@@ -13,7 +13,6 @@ from blake3 import blake3
 
 from sleap_rtc.client_results import STORAGE_TIMEOUT, Results
 from sleap_rtc.errors import NoWorkerError
-from sleap_rtc.io.chunk_files import ChunkReader
 from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.link.outbox import Outbox
 from sleap_rtc.io.nursery import open_background_nursery
@@ -24,7 +23,8 @@ from sleap_rtc.io.storage.folder import (
     remove_tree_beneath,
 )
 from sleap_rtc.io.storage.probe import ask_storage, call_in_time, write_probe
-from sleap_rtc.io.transfers import TransferError, Transfers
+from sleap_rtc.io.transfer.chunk_files import ChunkReader
+from sleap_rtc.io.transfer.transfers import TransferError, Transfers
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.job import client as core

@@ -10,7 +10,6 @@ import structlog
 import trio
 from blake3 import blake3
 
-from sleap_rtc.io.chunk_files import ChunkWriter
 from sleap_rtc.io.link.link import LinkClosedError
 from sleap_rtc.io.link.outbox import Outbox
 from sleap_rtc.io.storage.folder import (
@@ -23,7 +22,8 @@ from sleap_rtc.io.storage.folder import (
 from sleap_rtc.io.storage.probe import read_probe
 from sleap_rtc.io.store import JobRecord, StoreWriter
 from sleap_rtc.io.threads import stop_if_cancelled
-from sleap_rtc.io.transfers import TransferError, Transfers
+from sleap_rtc.io.transfer.chunk_files import ChunkWriter
+from sleap_rtc.io.transfer.transfers import TransferError, Transfers
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.job import worker as core
 from sleap_rtc.proto.job.lines import LineEvent

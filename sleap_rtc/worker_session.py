@@ -9,7 +9,7 @@ import trio
 from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.link.outbox import Outbox
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.transfers import Transfers
+from sleap_rtc.io.transfer.transfers import Transfers
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.job.worker import State

@@ -8,7 +8,6 @@ from typing import TypeVar
 
 import trio
 
-from sleap_rtc.io.chunk_files import ChunkReader
 from sleap_rtc.io.storage.copy import SPACE_PERCENT
 from sleap_rtc.io.storage.files import human_size
 from sleap_rtc.io.storage.folder import (
@@ -18,6 +17,7 @@ from sleap_rtc.io.storage.folder import (
     open_beneath,
 )
 from sleap_rtc.io.storage.probe import ask_storage
+from sleap_rtc.io.transfer.chunk_files import ChunkReader
 from sleap_rtc.runner import LOG_NAME
 
 T = TypeVar("T")

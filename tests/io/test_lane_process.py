@@ -24,7 +24,7 @@ from sleap_rtc.io.pipe_link import open_pipe_link
 from sleap_rtc.proto.messages import Auth
 from tests.io.link.kinds import CANCEL, CERTIFICATE, DER, QUIC, judge, make_frame
 from tests.io.test_lanes import laned_sides, lanes_of, until
-from tests.io.transfer_sides import CHUNK_SIZE, Job, send_and_receive
+from tests.io.transfer.sides import CHUNK_SIZE, Job, send_and_receive
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="NOT CHECKED ON WINDOWS: lanes stay in one process"
@@ -36,7 +36,7 @@ PROOF = "a" * 64
 
 @pytest.fixture(autouse=True)
 def processes_for_small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sleap_rtc.io.transfers.LANES_FROM", 4 * CHUNK_SIZE)
+    monkeypatch.setattr("sleap_rtc.io.transfer.transfers.LANES_FROM", 4 * CHUNK_SIZE)
     monkeypatch.setattr("sleap_rtc.io.lane_process.CORES_FOR_PROCESSES", 1)
 
 

@@ -32,7 +32,7 @@ from tests.io.link.kinds import (
     judge,
     make_frame,
 )
-from tests.io.transfer_sides import CHUNK_SIZE, Job, Side, send_and_receive
+from tests.io.transfer.sides import CHUNK_SIZE, Job, Side, send_and_receive
 
 KINDS = pytest.mark.parametrize("kind", [TCP, QUIC], ids=["tcp", "quic"])
 
@@ -45,7 +45,7 @@ async def deadline() -> AsyncIterator[None]:
 
 @pytest.fixture(autouse=True)
 def lanes_for_small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sleap_rtc.io.transfers.LANES_FROM", 4 * CHUNK_SIZE)
+    monkeypatch.setattr("sleap_rtc.io.transfer.transfers.LANES_FROM", 4 * CHUNK_SIZE)
 
 
 @pytest.fixture

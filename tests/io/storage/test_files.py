@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from sleap_rtc.io.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.io.storage.files import PartFile, human_size
 from sleap_rtc.io.storage.folder import (
     Folder,
@@ -16,6 +15,7 @@ from sleap_rtc.io.storage.folder import (
     SharedStorageError,
     open_beneath,
 )
+from sleap_rtc.io.transfer.chunk_files import ChunkReader, ChunkWriter
 from tests.io.storage.places import memory_folder, small_mount
 
 CHUNK = 4096

@@ -12,7 +12,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from sleap_rtc.io.chunk_files import ChunkReader, ChunkWriter
+from sleap_rtc.io.transfer.chunk_files import ChunkReader, ChunkWriter
 
 THREADS = 2
 

@@ -8,10 +8,10 @@ from random import Random
 
 import trio
 
-from sleap_rtc.io.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.transfers import TransferError, Transfers
+from sleap_rtc.io.transfer.chunk_files import ChunkReader, ChunkWriter
+from sleap_rtc.io.transfer.transfers import TransferError, Transfers
 from sleap_rtc.proto.messages import FileOffer, Message, OfferedFile
 from tests.io.link.memory import MemoryLink
 

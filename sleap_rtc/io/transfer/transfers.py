@@ -8,7 +8,8 @@ from pathlib import Path
 import trio
 
 from sleap_rtc.io.link.link import Lanes, Link, LinkClosedError
-from sleap_rtc.io.running_transfer import (
+from sleap_rtc.io.storage.folder import SharedStorageError
+from sleap_rtc.io.transfer.running import (
     Buffer,
     ChunkSink,
     ChunkSource,
@@ -18,7 +19,6 @@ from sleap_rtc.io.running_transfer import (
     SendingFile,
     TransferError,
 )
-from sleap_rtc.io.storage.folder import SharedStorageError
 from sleap_rtc.proto.messages import (
     ChunkGrant,
     FileError,

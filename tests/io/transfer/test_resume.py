@@ -8,11 +8,11 @@ import pytest
 import trio
 import trio.testing
 
-from sleap_rtc.io.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.io.link.link import LinkClosedError
+from sleap_rtc.io.transfer.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.proto.transfer.frames import Frame
 from tests.io.link.memory import MemoryLink
-from tests.io.transfer_sides import (
+from tests.io.transfer.sides import (
     CHUNK_SIZE,
     DEADLINE,
     Job,

@@ -7,14 +7,14 @@ import pytest
 import trio
 from blake3 import blake3
 
-from sleap_rtc.io.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.io.link.certificates import make_certificate
 from sleap_rtc.io.link.link import LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.quic.driver import dial_quic, open_quic_listener
 from sleap_rtc.io.storage.files import Buffer
 from sleap_rtc.io.storage.folder import SharedStorageError
-from sleap_rtc.io.transfers import Transfers
+from sleap_rtc.io.transfer.chunk_files import ChunkReader, ChunkWriter
+from sleap_rtc.io.transfer.transfers import Transfers
 from sleap_rtc.proto.messages import (
     Auth,
     ChunkGrant,
@@ -28,7 +28,7 @@ from sleap_rtc.proto.messages import (
 )
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
 from tests.io.link.memory import MemoryLink
-from tests.io.transfer_sides import (
+from tests.io.transfer.sides import (
     CHUNK_SIZE,
     DEADLINE,
     Job,

@@ -18,9 +18,6 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sleap_rtc.io import chunk_files
-from sleap_rtc.io.chunk_files import ChunkWriter
-from sleap_rtc.io.journal import Journal
 from sleap_rtc.io.storage.folder import (
     Folder,
     InsufficientSpaceError,
@@ -28,8 +25,11 @@ from sleap_rtc.io.storage.folder import (
     SharedStorageError,
     StoppedError,
 )
-from tests.io import doomed_writer
+from sleap_rtc.io.transfer import chunk_files
+from sleap_rtc.io.transfer.chunk_files import ChunkWriter
+from sleap_rtc.io.transfer.journal import Journal
 from tests.io.storage.places import MEMORY, small_mount
+from tests.io.transfer import doomed_writer
 
 CHUNK = 4096
 COUNT = 8

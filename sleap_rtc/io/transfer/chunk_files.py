@@ -16,7 +16,6 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from sleap_rtc.io.journal import Journal
 from sleap_rtc.io.storage.files import (
     Buffer,
     OpenFile,
@@ -35,6 +34,7 @@ from sleap_rtc.io.storage.folder import (
     open_folder_beneath,
     open_owned,
 )
+from sleap_rtc.io.transfer.journal import Journal
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 from sleap_rtc.proto.paths import check_portable_path_untrusted
 from sleap_rtc.proto.transfer.chunk_map import ChunkMap

@@ -20,10 +20,10 @@ from aioquic.quic.congestion import base as congestion
 from aioquic.quic.congestion.base import QuicCongestionControl
 from blake3 import blake3
 
-from sleap_rtc.io.dial import dial
+from sleap_rtc.io.connect.dial import dial
+from sleap_rtc.io.connect.listener import open_listener
 from sleap_rtc.io.link.certificates import make_certificate
 from sleap_rtc.io.link.link import Link, LinkClosedError, LinkKind, LinkStatistics
-from sleap_rtc.io.listener import open_listener
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.transfer.transfers import Buffer, TransferError, Transfers
 from sleap_rtc.proto.errors import RemoteProtocolError

@@ -10,7 +10,7 @@ import trio
 
 from sleap_rtc.errors import NoWorkerError, RefusedError
 from sleap_rtc.introductions import Introduction, ask_worker
-from sleap_rtc.io.dial import dial
+from sleap_rtc.io.connect.dial import dial
 from sleap_rtc.io.link.link import DialError, Link
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.signaling.client import RegistrationRefusedError, Room, open_room

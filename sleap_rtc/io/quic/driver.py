@@ -16,7 +16,11 @@ from aioquic.quic.packet import (
     pull_quic_header,
 )
 
-from sleap_rtc.io.addresses import describe_address, is_loopback, reachable_hosts
+from sleap_rtc.io.connect.addresses import (
+    describe_address,
+    is_loopback,
+    reachable_hosts,
+)
 from sleap_rtc.io.link.certificates import Certificate
 from sleap_rtc.io.link.link import DialError, Link, LinkClosedError
 from sleap_rtc.io.link.session import IDLE_TIMEOUT, MAX_UNPROVEN_LINKS

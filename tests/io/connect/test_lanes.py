@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from sleap_rtc.io.dial import dial
-from sleap_rtc.io.lanes import MAX_REQUESTS
+from sleap_rtc.io.connect.dial import dial
+from sleap_rtc.io.connect.lanes import MAX_REQUESTS
+from sleap_rtc.io.connect.listener import Listener, open_listener
 from sleap_rtc.io.link.link import Link, LinkClosedError
-from sleap_rtc.io.listener import Listener, open_listener
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.proto.messages import (
     MAX_LANES,

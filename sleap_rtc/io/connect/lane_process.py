@@ -1,10 +1,11 @@
 """QUIC lanes in processes of their own, so that they share no interpreter lock.
 
-The child, ``python -m sleap_rtc.io.lane_process``, has one end of a pair of sockets as
-its standard input. Over it comes the task, secrets included, then the child says where
-it stands, and then the sockets are a link (see `sleap_rtc.io.pipe_link`) whose other
-side is the QUIC connection. It ends when either of them ends, so it never outlives its
-parent; and its own end is no more than the end of a lane.
+The child, ``python -m sleap_rtc.io.connect.lane_process``, has one end of a pair of
+sockets as its standard input. Over it comes the task, secrets included, then the child
+says where it stands, and then the sockets are a link (see
+`sleap_rtc.io.connect.pipe_link`) whose other side is the QUIC connection. It ends when
+either of them ends, so it never outlives its parent; and its own end is no more than
+the end of a lane.
 
 Only where a socket can be passed to a child as it is: not on Windows.
 """
@@ -23,12 +24,12 @@ import trio
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from sleap_rtc.io.addresses import describe_address
+from sleap_rtc.io.connect.addresses import describe_address
+from sleap_rtc.io.connect.pipe_link import open_pipe_link, relay
 from sleap_rtc.io.link.certificates import Certificate
 from sleap_rtc.io.link.link import DialError, Link, LinkKind
 from sleap_rtc.io.link.session import IDLE_TIMEOUT
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.pipe_link import open_pipe_link, relay
 from sleap_rtc.io.quic.driver import connect_quic, open_quic_listener
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import MAX_LANES, Auth
@@ -198,7 +199,7 @@ async def _open_child(task: LaneTask) -> AsyncIterator[trio.SocketStream]:
     try:
         with theirs:
             child = await trio.lowlevel.open_process(
-                [sys.executable, "-m", "sleap_rtc.io.lane_process"],
+                [sys.executable, "-m", "sleap_rtc.io.connect.lane_process"],
                 stdin=theirs,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -7,13 +7,13 @@ from typing import assert_never
 
 import trio
 
-from sleap_rtc.io.addresses import describe_address
-from sleap_rtc.io.lane_process import (
+from sleap_rtc.io.connect.addresses import describe_address
+from sleap_rtc.io.connect.lane_process import (
     connect_quic_in_process,
     default_lanes,
     processes_pay,
 )
-from sleap_rtc.io.lanes import DialedLink
+from sleap_rtc.io.connect.lanes import DialedLink
 from sleap_rtc.io.link.link import DialError, Link, LinkKind
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.quic.driver import connect_quic

@@ -8,10 +8,10 @@ import pytest
 import trio
 import trio.testing
 
-from sleap_rtc.io.dial import dial
+from sleap_rtc.io.connect.dial import dial
+from sleap_rtc.io.connect.listener import Listener, open_listener
 from sleap_rtc.io.link.certificates import make_certificate
 from sleap_rtc.io.link.link import DialError, LinkClosedError
-from sleap_rtc.io.listener import Listener, open_listener
 from sleap_rtc.proto.route.routes import STAGGER
 from tests.io.link.kinds import AUTH, CANCEL, CERTIFICATE, DER, QUIC, TCP, Kind, judge
 

@@ -12,18 +12,18 @@ import psutil
 import pytest
 import trio
 
-from sleap_rtc.io.lane_process import (
+from sleap_rtc.io.connect.lane_process import (
     connect_quic_in_process,
     default_lanes,
     listen_in_process,
     processes_pay,
 )
+from sleap_rtc.io.connect.listener import Listener, open_listener
+from sleap_rtc.io.connect.pipe_link import open_pipe_link
 from sleap_rtc.io.link.link import DialError, Link, LinkClosedError
-from sleap_rtc.io.listener import Listener, open_listener
-from sleap_rtc.io.pipe_link import open_pipe_link
 from sleap_rtc.proto.messages import Auth
+from tests.io.connect.test_lanes import laned_sides, lanes_of, until
 from tests.io.link.kinds import CANCEL, CERTIFICATE, DER, QUIC, judge, make_frame
-from tests.io.test_lanes import laned_sides, lanes_of, until
 from tests.io.transfer.sides import CHUNK_SIZE, Job, send_and_receive
 
 pytestmark = pytest.mark.skipif(
@@ -37,7 +37,7 @@ PROOF = "a" * 64
 @pytest.fixture(autouse=True)
 def processes_for_small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sleap_rtc.io.transfer.transfers.LANES_FROM", 4 * CHUNK_SIZE)
-    monkeypatch.setattr("sleap_rtc.io.lane_process.CORES_FOR_PROCESSES", 1)
+    monkeypatch.setattr("sleap_rtc.io.connect.lane_process.CORES_FOR_PROCESSES", 1)
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_links_have_lanes_where_there_are_cores(
     cores: int, tcp: int, quic: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr("sleap_rtc.io.lane_process.usable_cores", lambda: cores)
+    monkeypatch.setattr("sleap_rtc.io.connect.lane_process.usable_cores", lambda: cores)
     assert (default_lanes("tcp"), default_lanes("quic")) == (tcp, quic)
     assert processes_pay() == (cores >= 4)
 
@@ -63,7 +63,7 @@ def children() -> list[psutil.Process]:
     found = []
     for child in psutil.Process().children():
         try:
-            if "sleap_rtc.io.lane_process" in child.cmdline():
+            if "sleap_rtc.io.connect.lane_process" in child.cmdline():
                 found.append(child)
         except psutil.NoSuchProcess:
             pass  # it has just ended
@@ -116,7 +116,7 @@ async def test_a_lane_that_is_stuck_does_not_stall_a_transfer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Only the client's end of the lane is a process of its own.
-    monkeypatch.setattr("sleap_rtc.io.lanes.processes_pay", lambda: False)
+    monkeypatch.setattr("sleap_rtc.io.connect.lanes.processes_pay", lambda: False)
     job = Job(tmp_path, 300 * CHUNK_SIZE)
     with trio.fail_after(60):
         async with (
@@ -188,7 +188,7 @@ async def test_a_child_that_reaches_nobody_says_why(listener: Listener) -> None:
 
 PARENT = """
 import sys, trio
-from sleap_rtc.io.lane_process import listen_in_process
+from sleap_rtc.io.connect.lane_process import listen_in_process
 from sleap_rtc.io.link.certificates import make_certificate
 
 async def main():

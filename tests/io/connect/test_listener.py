@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 import trio
 
-from sleap_rtc.io.listener import open_listener
+from sleap_rtc.io.connect.listener import open_listener
 from tests.io.link.kinds import AUTH, CERTIFICATE, DER, QUIC, TCP, judge
 
 

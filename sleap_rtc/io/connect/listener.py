@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from sleap_rtc.io.lanes import LaneDesk
+from sleap_rtc.io.connect.lanes import LaneDesk
 from sleap_rtc.io.link.certificates import Certificate
 from sleap_rtc.io.link.link import Link
 from sleap_rtc.io.link.session import IDLE_TIMEOUT

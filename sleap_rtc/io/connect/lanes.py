@@ -13,7 +13,7 @@ from itertools import count
 
 import trio
 
-from sleap_rtc.io.lane_process import listen_in_process, processes_pay
+from sleap_rtc.io.connect.lane_process import listen_in_process, processes_pay
 from sleap_rtc.io.link.certificates import Certificate
 from sleap_rtc.io.link.link import (
     DialError,

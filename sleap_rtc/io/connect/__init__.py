@@ -1,0 +1,1 @@
+"""Dial, listen, and bundle the connections of one link, whatever their kind."""

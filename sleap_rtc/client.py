@@ -67,7 +67,7 @@ from sleap_rtc.reach import (
     discover,
     enter_room,
 )
-from sleap_rtc.rooms import require_invite
+from sleap_rtc.rendezvous.rooms import require_invite
 from sleap_rtc.submissions import Note, NoteBook, open_note
 
 __all__ = [

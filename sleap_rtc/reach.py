@@ -9,7 +9,6 @@ import structlog
 import trio
 
 from sleap_rtc.errors import NoWorkerError, RefusedError
-from sleap_rtc.introductions import Introduction, ask_worker
 from sleap_rtc.io.connect.dial import dial
 from sleap_rtc.io.link.link import DialError, Link
 from sleap_rtc.io.nursery import open_background_nursery
@@ -29,6 +28,7 @@ from sleap_rtc.proto.route.routes import (
     asked_kinds,
     choose_kinds,
 )
+from sleap_rtc.rendezvous.introductions import Introduction, ask_worker
 
 FIND_TIMEOUT = 15.0
 """Seconds to find a worker: a signaling server that restarts is back by then."""

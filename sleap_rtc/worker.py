@@ -27,7 +27,6 @@ from sleap_rtc.config import (
 )
 from sleap_rtc.errors import RefusedError, UsageError
 from sleap_rtc.identity import take_identity
-from sleap_rtc.introductions import Doorkeeper
 from sleap_rtc.io.connect.listener import Listener, open_listener
 from sleap_rtc.io.link.certificates import make_certificate
 from sleap_rtc.io.machine import MachineInfo, describe_machine
@@ -41,7 +40,8 @@ from sleap_rtc.proto.rendezvous.envelope import Address
 from sleap_rtc.proto.rendezvous.invite import Invite, RoomKeys
 from sleap_rtc.proto.rendezvous.messages import Metadata
 from sleap_rtc.proto.rendezvous.workers import WorkerCard
-from sleap_rtc.rooms import (
+from sleap_rtc.rendezvous.introductions import Doorkeeper
+from sleap_rtc.rendezvous.rooms import (
     LOOPBACK,
     Hosting,
     bind_problem,
@@ -51,7 +51,7 @@ from sleap_rtc.rooms import (
     parse_listen_address,
     room_elsewhere,
 )
-from sleap_rtc.signaling import run_signaling
+from sleap_rtc.rendezvous.server import run_signaling
 from sleap_rtc.slots import SlotQueue
 from sleap_rtc.worker_jobs import JobsHome
 from sleap_rtc.worker_session import serve_link

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sleap_rtc import signaling, worker
+from sleap_rtc import worker
 from sleap_rtc.cli.console import (
     LogFormat,
     LogLevel,
@@ -19,7 +19,8 @@ from sleap_rtc.cli.console import (
 )
 from sleap_rtc.errors import UsageError
 from sleap_rtc.proto.rendezvous.invite import Invite, encode_invite
-from sleap_rtc.rooms import parse_listen_address
+from sleap_rtc.rendezvous import server as signaling
+from sleap_rtc.rendezvous.rooms import parse_listen_address
 
 
 class Role(StrEnum):

@@ -11,7 +11,7 @@ from sleap_rtc.cli.console import err, out, plain, print_json, run
 from sleap_rtc.io.storage.files import human_size
 from sleap_rtc.proto.rendezvous.invite import encode_invite
 from sleap_rtc.proto.rendezvous.workers import Candidate
-from sleap_rtc.rooms import join_room, renew_secret, require_invite
+from sleap_rtc.rendezvous.rooms import join_room, renew_secret, require_invite
 
 _LOOPBACK_HINT = (
     "This invite only works on this machine. For others, start the worker with "

@@ -6,7 +6,7 @@ import trio
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.signaling.server import serve_signaling
 from sleap_rtc.io.signals import end_on_signal
-from sleap_rtc.rooms import Hosting, bind_problem
+from sleap_rtc.rendezvous.rooms import Hosting, bind_problem
 
 
 async def run_signaling(

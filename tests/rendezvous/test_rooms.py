@@ -11,7 +11,7 @@ import pytest
 from sleap_rtc.config import Environment, Settings, load_invite_text
 from sleap_rtc.errors import UsageError
 from sleap_rtc.proto.rendezvous.invite import Invite, encode_invite
-from sleap_rtc.rooms import (
+from sleap_rtc.rendezvous.rooms import (
     LOOPBACK,
     Hosting,
     bind_problem,

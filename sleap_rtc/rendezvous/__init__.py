@@ -1,0 +1,1 @@
+"""Rooms that this machine is in, and the introductions made there."""

@@ -20,7 +20,7 @@ from sleap_rtc.config import (
     load_settings,
 )
 from sleap_rtc.errors import UserError
-from sleap_rtc.io.machine import describe_machine
+from sleap_rtc.io.hardware import describe_machine
 from sleap_rtc.io.quic.socket import BUFFER_SIZE
 from sleap_rtc.io.storage.files import human_size
 from sleap_rtc.io.storage.probe import probe_storage

@@ -28,8 +28,8 @@ from sleap_rtc.config import (
 from sleap_rtc.errors import RefusedError, UsageError
 from sleap_rtc.identity import take_identity
 from sleap_rtc.io.connect.listener import Listener, open_listener
+from sleap_rtc.io.hardware import MachineInfo, describe_machine
 from sleap_rtc.io.link.certificates import make_certificate
-from sleap_rtc.io.machine import MachineInfo, describe_machine
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.signaling.client import RegistrationRefusedError, Room, open_room
 from sleap_rtc.io.signals import end_on_signal

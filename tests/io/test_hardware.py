@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sleap_rtc.io.machine import describe_machine, find_sleap_nn
+from sleap_rtc.io.hardware import describe_machine, find_sleap_nn
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="programs are found by other rules there"
@@ -107,7 +107,7 @@ def test_gpus_come_from_the_driver_and_keep_their_numbers(tmp_path: Path) -> Non
     library = str(tmp_path / "libnvidia-ml.so.1")
     subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
     program = (
-        "from sleap_rtc.io.machine import find_gpus\n"
+        "from sleap_rtc.io.hardware import find_gpus\n"
         "for _ in range(2):\n"
         "    print([(gpu.model, gpu.memory_mb) for gpu in find_gpus()])\n"
     )

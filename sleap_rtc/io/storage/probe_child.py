@@ -1,4 +1,4 @@
-"""The child process of `sleap_rtc.io.storage.probe`: touch storage and print what it said.
+"""The child process of `probe`, beside it: touch storage and print what it said.
 
 Run by path, with the directory as the only argument. Standard library only.
 """

@@ -19,7 +19,6 @@ from sleap_rtc import client
 from sleap_rtc.cli.console import err, out, plain, print_json
 from sleap_rtc.io.closing import Closing
 from sleap_rtc.io.storage.files import human_size
-from sleap_rtc.proto.job.client import StageComplete
 from sleap_rtc.proto.job.lines import printable
 
 _STEP = 10
@@ -100,7 +99,7 @@ class TerminalWatch(Watch):
                     self._say("Job", "running")
             case client.LinePrinted(line=line, text=text):
                 self._lines.show(line, printable(text))
-            case StageComplete(stage=stage):
+            case client.StageComplete(stage=stage):
                 self._say("Job", f"{stage} complete")
             case client.ResultsChosen():
                 pass  # it is said once they are there
@@ -219,7 +218,7 @@ class JsonWatch(Watch):
                 print_json("state", **msgspec.to_builtins(progress))
             case client.LinePrinted(line=line, text=text):
                 print_json("line", line=line, text=text)
-            case StageComplete(stage=stage):
+            case client.StageComplete(stage=stage):
                 print_json("stage_complete", stage=stage)
             case client.ResultsStored(directory=directory, files=files, size=size):
                 print_json("results", directory=directory, files=files, size=size)

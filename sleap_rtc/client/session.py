@@ -11,7 +11,8 @@ import msgspec
 import trio
 from blake3 import blake3
 
-from sleap_rtc.client_results import STORAGE_TIMEOUT, Results
+from sleap_rtc.client.reach import WorkerGoneError
+from sleap_rtc.client.results import STORAGE_TIMEOUT, Results
 from sleap_rtc.errors import NoWorkerError
 from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.link.outbox import Outbox
@@ -30,7 +31,6 @@ from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.job import client as core
 from sleap_rtc.proto.route.reconnection import GiveUp, Reconnection, TryAgain
 from sleap_rtc.proto.route.routes import RoutePreference
-from sleap_rtc.reach import WorkerGoneError
 
 CHUNK_SIZE = 1024 * 1024
 """Bytes in a chunk of the package."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import trio
 import trio.testing
 
-from sleap_rtc.client_session import ClientSession, Plan, SessionEvent
+from sleap_rtc.client.session import ClientSession, Plan, SessionEvent
 from sleap_rtc.io.link.link import Link
 from sleap_rtc.proto import messages as m
 from tests.io.link.memory import MemoryLink

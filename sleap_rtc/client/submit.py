@@ -1,19 +1,8 @@
-"""Submit a job and follow it: the public Python API.
-
-``python -m sleap_rtc.client PACKAGE ...`` is ``sleap-rtc send PACKAGE ...``.
-
-Example:
-    >>> import trio
-    >>> from pathlib import Path
-    >>> from sleap_rtc import client
-    >>> request = client.JobRequest(package=Path("job.zip"))
-    >>> result = trio.run(client.submit, request, print)
-"""
+"""Submit a job and follow it to its end."""
 
 import os
 import secrets
 import socket
-import sys
 import tempfile
 import zipfile
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -24,17 +13,22 @@ import msgspec
 import trio
 
 import sleap_rtc
-from sleap_rtc.client_session import (
+from sleap_rtc.client.reach import (
+    FIND_TIMEOUT,
+    LinkOpened,
+    Reach,
+    WorkerChosen,
+    discover,
+    enter_room,
+)
+from sleap_rtc.client.session import (
     ClientSession,
-    JobResumed,
-    LinkLost,
-    PackageCopied,
     Plan,
     ResultsChosen,
     ResultsStored,
     SessionEvent,
-    TransferProgress,
 )
+from sleap_rtc.client.submissions import Note, NoteBook, open_note
 from sleap_rtc.config import SharedStorageConfig, make_state_directory
 from sleap_rtc.errors import (
     ConnectionLostError,
@@ -53,43 +47,13 @@ from sleap_rtc.io.storage.archive_plan import ArchiveError
 from sleap_rtc.io.storage.folder import SharedStorageError
 from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.job.client import JobEnded, LinePrinted, RouteChosen, StateChanged
+from sleap_rtc.proto.job.client import JobEnded, RouteChosen, StateChanged
 from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting
 from sleap_rtc.proto.paths import check_file_name_untrusted
 from sleap_rtc.proto.rendezvous.invite import Invite, RoomKeys
 from sleap_rtc.proto.rendezvous.workers import Candidate
 from sleap_rtc.proto.route.routes import RoutePreference
-from sleap_rtc.reach import (
-    FIND_TIMEOUT,
-    LinkOpened,
-    Reach,
-    WorkerChosen,
-    discover,
-    enter_room,
-)
 from sleap_rtc.rendezvous.rooms import require_invite
-from sleap_rtc.submissions import Note, NoteBook, open_note
-
-__all__ = [
-    "Event",
-    "JobRequest",
-    "JobResult",
-    "JobResumed",
-    "LinePrinted",
-    "LinkLost",
-    "LinkOpened",
-    "NoteTrouble",
-    "PackageChanged",
-    "PackageCopied",
-    "ResultsChosen",
-    "ResultsStored",
-    "RouteChosen",
-    "StateChanged",
-    "TransferProgress",
-    "WorkerChosen",
-    "list_workers",
-    "submit",
-]
 
 PATIENCE = 1800.0
 """Seconds for which a lost link is tried to be opened again, if nothing else is said: a
@@ -586,9 +550,3 @@ def _find_package(package: Path, directory: Path) -> Path:
     except OSError as error:
         raise UsageError(f"{package} can't be read: {error.strerror}.") from None
     return package
-
-
-if __name__ == "__main__":
-    from sleap_rtc.cli import main
-
-    main(["send", *sys.argv[1:]])

@@ -12,14 +12,14 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sleap_rtc.submissions import FOLDER, KEPT_SECONDS, Note, NoteBook, open_note
+from sleap_rtc.client.submissions import FOLDER, KEPT_SECONDS, Note, NoteBook, open_note
 
 SIZE, MODIFIED = 1234, 1_700_000_000_123_456_789
 
 HOLDER = """
 import sys
 from pathlib import Path
-from sleap_rtc.submissions import Note, open_note
+from sleap_rtc.client.submissions import Note, open_note
 state, package, size, modified, job_id = sys.argv[1:]
 with open_note(Path(state), Path(package), int(size), int(modified)) as book:
     book.write(Note(job_id, "worker-1", package, int(size), int(modified)))

@@ -1,0 +1,60 @@
+"""Submit a job and follow it: the public Python API.
+
+``python -m sleap_rtc.client PACKAGE ...`` is ``sleap-rtc send PACKAGE ...``.
+
+Example:
+    >>> import trio
+    >>> from pathlib import Path
+    >>> from sleap_rtc import client
+    >>> request = client.JobRequest(package=Path("job.zip"))
+    >>> result = trio.run(client.submit, request, print)
+"""
+
+from sleap_rtc.client.reach import LinkOpened, WorkerChosen
+from sleap_rtc.client.session import (
+    JobResumed,
+    LinkLost,
+    PackageCopied,
+    ResultsChosen,
+    ResultsStored,
+    TransferProgress,
+)
+from sleap_rtc.client.submit import (
+    PATIENCE,
+    Event,
+    JobRequest,
+    JobResult,
+    NoteTrouble,
+    PackageChanged,
+    list_workers,
+    submit,
+)
+from sleap_rtc.proto.job.client import (
+    LinePrinted,
+    RouteChosen,
+    StageComplete,
+    StateChanged,
+)
+
+__all__ = [
+    "PATIENCE",
+    "Event",
+    "JobRequest",
+    "JobResult",
+    "JobResumed",
+    "LinePrinted",
+    "LinkLost",
+    "LinkOpened",
+    "NoteTrouble",
+    "PackageChanged",
+    "PackageCopied",
+    "ResultsChosen",
+    "ResultsStored",
+    "RouteChosen",
+    "StageComplete",
+    "StateChanged",
+    "TransferProgress",
+    "WorkerChosen",
+    "list_workers",
+    "submit",
+]

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from sleap_rtc.io.process import run_script
 from sleap_rtc.proto.job.lines import LineEvent
 from sleap_rtc.proto.job.script import DEFAULT_PROGRAMS, plan_scripts_untrusted
+from sleap_rtc.worker.process import run_script
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TRAINER = EXAMPLES / "tiny_trainer.py"

@@ -9,7 +9,7 @@ import trio
 
 from sleap_rtc.proto.job.lines import LineEvent
 from sleap_rtc.proto.job.script import ScriptKind
-from sleap_rtc.runner import LOG_NAME, Run, RunReport, run_job
+from sleap_rtc.worker.runner import LOG_NAME, Run, RunReport, run_job
 from tests.e2e import actor
 from tests.e2e.packages import make_package
 from tests.io.storage.places import small_mount

@@ -8,7 +8,6 @@ from typing import TextIO
 import msgspec
 import trio
 
-from sleap_rtc.io.process import run_script
 from sleap_rtc.io.storage.archive import extract_package
 from sleap_rtc.io.storage.archive_plan import ArchiveError
 from sleap_rtc.io.storage.folder import (
@@ -29,6 +28,7 @@ from sleap_rtc.proto.job.script import (
     ScriptKind,
     plan_scripts_untrusted,
 )
+from sleap_rtc.worker.process import run_script
 
 LOG_NAME = "job.log"
 """The whole output of a job, the last version of each line; it is a result, too."""

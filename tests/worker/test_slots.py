@@ -4,7 +4,7 @@ import pytest
 import trio
 import trio.testing
 
-from sleap_rtc.slots import SlotQueue
+from sleap_rtc.worker.slots import SlotQueue
 
 
 class Job:

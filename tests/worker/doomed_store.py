@@ -7,7 +7,7 @@ import itertools
 import sys
 from pathlib import Path
 
-from sleap_rtc.io.store import JobRecord, open_store
+from sleap_rtc.worker.store import JobRecord, open_store
 
 
 def main() -> None:

@@ -18,8 +18,8 @@ import trio
 import trio.testing
 from structlog.testing import capture_logs
 
-from sleap_rtc.io import store as module
-from sleap_rtc.io.store import (
+from sleap_rtc.worker import store as module
+from sleap_rtc.worker.store import (
     JobRecord,
     JobStore,
     StoreError,

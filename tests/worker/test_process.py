@@ -11,7 +11,9 @@ import pytest
 import trio
 import trio.testing
 
-from sleap_rtc.io.process import (
+from sleap_rtc.proto.job.lines import LineEvent
+from sleap_rtc.proto.job.script import Command
+from sleap_rtc.worker.process import (
     DRAIN_BYTES,
     DRAIN_SECONDS,
     ProgramMissingError,
@@ -22,8 +24,6 @@ from sleap_rtc.io.process import (
     run_command,
     run_script,
 )
-from sleap_rtc.proto.job.lines import LineEvent
-from sleap_rtc.proto.job.script import Command
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="the programs here are scripts with a first line"
@@ -247,7 +247,7 @@ async def test_a_slow_reader_slows_the_program_and_loses_nothing(
 async def test_the_last_output_survives_a_reader_slower_than_the_drain(
     make_program: MakeProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sleap_rtc.io.process.DRAIN_SECONDS", 0.05)
+    monkeypatch.setattr("sleap_rtc.worker.process.DRAIN_SECONDS", 0.05)
     lifeline = Lifeline(tmp_path / "bin" / "alive")
     program = make_program(
         "p",
@@ -283,8 +283,8 @@ async def test_a_daemon_that_a_program_left_can_not_print_for_ever(
     monkeypatch: pytest.MonkeyPatch,
     prints: str,
 ) -> None:
-    monkeypatch.setattr("sleap_rtc.io.process.DRAIN_SECONDS", 0.2)
-    monkeypatch.setattr("sleap_rtc.io.process.KILL_SECONDS", 0.2)
+    monkeypatch.setattr("sleap_rtc.worker.process.DRAIN_SECONDS", 0.2)
+    monkeypatch.setattr("sleap_rtc.worker.process.KILL_SECONDS", 0.2)
     lifeline = Lifeline(tmp_path / "bin" / "alive")
     program = make_program(
         "p",

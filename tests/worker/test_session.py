@@ -12,13 +12,13 @@ import trio.testing
 from blake3 import blake3
 
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.store import JobRecord, JobStore, StoreWriter, open_store
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.job.worker import State
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
-from sleap_rtc.slots import SlotQueue
-from sleap_rtc.worker_jobs import KEEP_PARTS, SWEEP_INTERVAL, JobsHome
-from sleap_rtc.worker_session import serve_link
+from sleap_rtc.worker.jobs import KEEP_PARTS, SWEEP_INTERVAL, JobsHome
+from sleap_rtc.worker.session import serve_link
+from sleap_rtc.worker.slots import SlotQueue
+from sleap_rtc.worker.store import JobRecord, JobStore, StoreWriter, open_store
 from tests.io.link.memory import MemoryLink
 
 T = TypeVar("T", bound=m.Message)

@@ -20,7 +20,6 @@ from sleap_rtc.io.storage.folder import (
     remove_tree_beneath,
 )
 from sleap_rtc.io.storage.probe import read_probe
-from sleap_rtc.io.store import JobRecord, StoreWriter
 from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.io.transfer.chunk_files import ChunkWriter
 from sleap_rtc.io.transfer.transfers import TransferError, Transfers
@@ -29,9 +28,9 @@ from sleap_rtc.proto.job import worker as core
 from sleap_rtc.proto.job.lines import LineEvent
 from sleap_rtc.proto.job.script import ScriptKind
 from sleap_rtc.proto.paths import check_file_name_untrusted
-from sleap_rtc.runner import Run, run_job
-from sleap_rtc.slots import SlotQueue
-from sleap_rtc.worker_storage import (
+from sleap_rtc.worker.runner import Run, run_job
+from sleap_rtc.worker.slots import SlotQueue
+from sleap_rtc.worker.storage import (
     CHUNK_SIZE,
     ask_shared,
     is_package_there,
@@ -41,6 +40,7 @@ from sleap_rtc.worker_storage import (
     remove_quietly,
     results_left,
 )
+from sleap_rtc.worker.store import JobRecord, StoreWriter
 
 MAX_RESULTS_AT_ONCE = 16
 """Result files that are sent side by side; each holds a file descriptor."""

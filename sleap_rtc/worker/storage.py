@@ -18,7 +18,7 @@ from sleap_rtc.io.storage.folder import (
 )
 from sleap_rtc.io.storage.probe import ask_storage
 from sleap_rtc.io.transfer.chunk_files import ChunkReader
-from sleap_rtc.runner import LOG_NAME
+from sleap_rtc.worker.runner import LOG_NAME
 
 T = TypeVar("T")
 

@@ -13,7 +13,7 @@ from sleap_rtc.io.transfer.transfers import Transfers
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.job.worker import State
-from sleap_rtc.worker_jobs import Job, JobsHome
+from sleap_rtc.worker.jobs import Job, JobsHome
 
 FAREWELL_SECONDS = 1.0
 """How long a link that ends may take to tell its client why."""

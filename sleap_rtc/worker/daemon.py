@@ -1,13 +1,9 @@
-"""The worker role: be found in the room, accept links, own jobs.
-
-``python -m sleap_rtc.worker ...`` is ``sleap-rtc daemon --role worker ...``.
-"""
+"""The worker role: be found in the room, accept links, own jobs."""
 
 import errno
 import re
 import shutil
 import socket
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, closing
 from pathlib import Path
@@ -26,14 +22,12 @@ from sleap_rtc.config import (
     state_directory,
 )
 from sleap_rtc.errors import RefusedError, UsageError
-from sleap_rtc.identity import take_identity
 from sleap_rtc.io.connect.listener import Listener, open_listener
 from sleap_rtc.io.hardware import MachineInfo, describe_machine
 from sleap_rtc.io.link.certificates import make_certificate
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.signaling.client import RegistrationRefusedError, Room, open_room
 from sleap_rtc.io.signals import end_on_signal
-from sleap_rtc.io.store import JobStore, StoreError, StoreWriter, open_store
 from sleap_rtc.proto.job.script import DEFAULT_PROGRAMS
 from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting
 from sleap_rtc.proto.rendezvous.envelope import Address
@@ -52,9 +46,11 @@ from sleap_rtc.rendezvous.rooms import (
     room_elsewhere,
 )
 from sleap_rtc.rendezvous.server import run_signaling
-from sleap_rtc.slots import SlotQueue
-from sleap_rtc.worker_jobs import JobsHome
-from sleap_rtc.worker_session import serve_link
+from sleap_rtc.worker.identity import take_identity
+from sleap_rtc.worker.jobs import JobsHome
+from sleap_rtc.worker.session import serve_link
+from sleap_rtc.worker.slots import SlotQueue
+from sleap_rtc.worker.store import JobStore, StoreError, StoreWriter, open_store
 
 STATUS_INTERVAL = 30.0
 """Seconds after which the room is told anew how much disk is free."""
@@ -385,9 +381,3 @@ def _free_bytes(directory: Path) -> int:
 def _slug(name: str) -> str:
     """Make a part of a peer id out of a name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:32] or "machine"
-
-
-if __name__ == "__main__":
-    from sleap_rtc.cli import main
-
-    main(["daemon", "--role", "worker", *sys.argv[1:]])

@@ -11,13 +11,13 @@ import pytest
 from structlog.testing import capture_logs
 
 from sleap_rtc.config import ConfigError
-from sleap_rtc.identity import take_identity
+from sleap_rtc.worker.identity import take_identity
 from tests.io.storage.places import ignores_permissions
 
 HOLDER = """
 import sys
 from pathlib import Path
-from sleap_rtc.identity import take_identity
+from sleap_rtc.worker.identity import take_identity
 identity = take_identity(Path(sys.argv[1]), sys.argv[2])
 print(identity.peer_id, flush=True)
 sys.stdin.read()

@@ -10,15 +10,23 @@ import trio
 async def open_background_nursery() -> AsyncIterator[trio.Nursery]:
     """Open a nursery whose tasks serve the body, and are cancelled after it.
 
-    What the body raises leaves as it is. A plain nursery would wrap it into an
-    `ExceptionGroup`, because it cannot know that its tasks are only servants.
+    An exception of the body leaves as it is: a plain nursery would wrap it into an
+    `ExceptionGroup`, because it cannot know that its tasks are only servants. If a task
+    fails too, the body's exception and the tasks' leave together in one group.
     """
     raised: Exception | None = None
-    async with trio.open_nursery() as nursery:
-        try:
-            yield nursery
-        except Exception as error:
-            raised = error
-        nursery.cancel_scope.cancel(reason="the body is done")
+    try:
+        async with trio.open_nursery() as nursery:
+            try:
+                yield nursery
+            except Exception as error:
+                raised = error
+            nursery.cancel_scope.cancel(reason="the body is done")
+    except BaseExceptionGroup as group:
+        if raised is None:
+            raise
+        raise BaseExceptionGroup(
+            "the body and its background tasks failed", [raised, *group.exceptions]
+        ) from None
     if raised is not None:
         raise raised

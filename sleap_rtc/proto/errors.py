@@ -1,4 +1,4 @@
-"""The two kinds of protocol fault: ours and the peer's."""
+"""The three kinds of fault: the caller's, the peer's, and bad input."""
 
 
 class LocalProtocolError(Exception):
@@ -11,10 +11,25 @@ class LocalProtocolError(Exception):
 class RemoteProtocolError(Exception):
     """The peer broke the protocol.
 
-    It ends at most the connection that it came in on, never the process.
+    The connection that it came in on ends, never the process.
 
     Args:
         reason: What was wrong, in words that may be sent back to the peer.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class InvalidInput(ValueError):
+    """A path, a name, an invite, a script or a size is not acceptable.
+
+    It may come from a user, a package or a peer. No connection ends for it: the caller
+    turns it into an answer, such as PATH_ERROR, or into a message for people.
+
+    Args:
+        reason: What was wrong, in words that may be shown and sent back to the peer.
     """
 
     def __init__(self, reason: str) -> None:

@@ -1,0 +1,103 @@
+"""What every machine of proto/ has in common: its verbs, and its table of transitions.
+
+A machine gets input from the world (`receive_message`, `handle_timeout`, the state of
+its connection) and commands of its owner. After each of them the driver drains
+`next_output` until it returns None, and then reads `deadline`.
+
+The transitions of a machine stand in one `Table`: states down, triggers across. A
+trigger is a message class or the member of an enumeration; where a message can lead to
+several states, a guard in code picks the trigger. A pair that is not in the table is a
+mistake: the caller's (`move`), or the peer's (`move_untrusted`).
+"""
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Protocol, TypeVar
+
+from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+
+StateT = TypeVar("StateT", bound=Enum)
+
+Trigger = Enum | type
+"""What causes a transition: the member of an enumeration, or the class of a message."""
+
+Table = Mapping[StateT, Mapping[Trigger, StateT]]
+"""For each state, the state that each trigger leads to."""
+
+MessageT = TypeVar("MessageT", contravariant=True)
+OutputT = TypeVar("OutputT", covariant=True)
+
+
+class Machine(Protocol[MessageT, OutputT]):
+    """A machine that depends on messages and on time, and on nothing else.
+
+    ``now`` is a monotonic clock in seconds, the same one for all calls.
+    """
+
+    def receive_message(self, message: MessageT, now: float) -> None:
+        """Handle a message of the peer.
+
+        Raises:
+            RemoteProtocolError: If the peer may not send it now. The connection that it
+                came over has to end; the machine is as it was.
+        """
+
+    def handle_timeout(self, now: float) -> None:
+        """Do what is due at `now`; nothing happens before `deadline`."""
+
+    def next_output(self) -> OutputT | None:
+        """Remove and return the oldest effect or event; None if there is none."""
+
+    def deadline(self) -> float | None:
+        """Return when `handle_timeout` has something to do; None if never."""
+
+
+class ConnectedMachine(Machine[MessageT, OutputT], Protocol[MessageT, OutputT]):
+    """A machine that outlives its connection."""
+
+    def connection_lost(self, reason: str, now: float) -> None:
+        """Handle the end of the connection.
+
+        Args:
+            reason: Why it ended, for people.
+            now: The time.
+
+        Raises:
+            LocalProtocolError: If there was no connection.
+        """
+
+    def connection_restored(self, now: float) -> None:
+        """Handle a new connection to the same peer.
+
+        Raises:
+            LocalProtocolError: If the connection was not lost.
+        """
+
+
+def move(table: Table[StateT], state: StateT, trigger: Trigger) -> StateT:
+    """Return the next state for a trigger that the caller is responsible for.
+
+    Raises:
+        LocalProtocolError: If the trigger is not in the row of the state.
+    """
+    target = table[state].get(trigger)
+    if target is None:
+        raise LocalProtocolError(_misplaced(state, trigger))
+    return target
+
+
+def move_untrusted(table: Table[StateT], state: StateT, trigger: Trigger) -> StateT:
+    """Return the next state for a trigger that the peer is responsible for.
+
+    Raises:
+        RemoteProtocolError: If the trigger is not in the row of the state.
+    """
+    target = table[state].get(trigger)
+    if target is None:
+        raise RemoteProtocolError(_misplaced(state, trigger))
+    return target
+
+
+def _misplaced(state: Enum, trigger: Trigger) -> str:
+    name = trigger.name if isinstance(trigger, Enum) else trigger.__name__
+    return f"{name} is not expected in state {state.name}"

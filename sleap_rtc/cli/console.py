@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from sleap_rtc.errors import ExitCode, UserError
-from sleap_rtc.proto.job.lines import printable
+from sleap_rtc.proto.terminal import printable
 
 P = ParamSpec("P")
 

@@ -19,7 +19,7 @@ from sleap_rtc import client
 from sleap_rtc.cli.console import err, out, plain, print_json
 from sleap_rtc.io.closing import Closing
 from sleap_rtc.io.storage.files import human_size
-from sleap_rtc.proto.job.lines import printable
+from sleap_rtc.proto.terminal import printable
 
 _STEP = 10
 """Percent between two lines of progress where nothing can be redrawn."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 import pynvml
 
-from sleap_rtc.proto.job.lines import printable
 from sleap_rtc.proto.messages import Gpu
+from sleap_rtc.proto.terminal import printable
 
 _PROGRAMS = ("sleap-nn", "sleap-nn-train", "sleap")
 """What may tell where sleap-nn is installed, the surest first."""

@@ -21,7 +21,6 @@ from sleap_rtc.proto.rendezvous.envelope import (
     SEAL_LIFETIME,
     Address,
     Answer,
-    LinkKindName,
     Offer,
     OfferLedger,
     link_proof,
@@ -33,7 +32,7 @@ from sleap_rtc.proto.rendezvous.envelope import (
 )
 from sleap_rtc.proto.rendezvous.invite import RoomKeys
 from sleap_rtc.proto.rendezvous.workers import Candidate
-from sleap_rtc.proto.route.routes import LINK_KINDS
+from sleap_rtc.proto.route.kinds import LINK_KINDS, LinkKindName
 
 
 class Introduction(msgspec.Struct, frozen=True):

@@ -7,20 +7,20 @@ from typing import assert_never
 
 import trio
 
-from sleap_rtc.io.connect.addresses import describe_address
 from sleap_rtc.io.connect.lane_process import (
     connect_quic_in_process,
     default_lanes,
     processes_pay,
 )
 from sleap_rtc.io.connect.lanes import DialedLink
+from sleap_rtc.io.link.addresses import describe_address
 from sleap_rtc.io.link.link import DialError, Link, LinkKind
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.quic.driver import connect_quic
 from sleap_rtc.io.tcp.driver import connect_tcp
 from sleap_rtc.proto.messages import Auth
+from sleap_rtc.proto.route.kinds import LINK_KINDS
 from sleap_rtc.proto.route.routes import (
-    LINK_KINDS,
     Attempt,
     KeepLink,
     LinkRace,

@@ -24,8 +24,8 @@ import trio
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from sleap_rtc.io.connect.addresses import describe_address
 from sleap_rtc.io.connect.pipe_link import open_pipe_link, relay
+from sleap_rtc.io.link.addresses import describe_address
 from sleap_rtc.io.link.certificates import Certificate
 from sleap_rtc.io.link.link import DialError, Link, LinkKind
 from sleap_rtc.io.link.session import IDLE_TIMEOUT

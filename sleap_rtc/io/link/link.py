@@ -8,7 +8,7 @@ import msgspec
 import trio
 
 from sleap_rtc.proto.messages import Message
-from sleap_rtc.proto.rendezvous.envelope import LinkKindName
+from sleap_rtc.proto.route.kinds import LinkKindName
 from sleap_rtc.proto.transfer.frames import Frame
 
 LinkKind = LinkKindName

@@ -16,7 +16,7 @@ from aioquic.quic.packet import (
     pull_quic_header,
 )
 
-from sleap_rtc.io.connect.addresses import (
+from sleap_rtc.io.link.addresses import (
     describe_address,
     is_loopback,
     reachable_hosts,

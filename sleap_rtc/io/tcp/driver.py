@@ -8,7 +8,7 @@ from contextlib import ExitStack, asynccontextmanager
 
 import trio
 
-from sleap_rtc.io.connect.addresses import describe_address
+from sleap_rtc.io.link.addresses import describe_address
 from sleap_rtc.io.link.certificates import Certificate
 from sleap_rtc.io.link.link import DialError, Link, LinkClosedError
 from sleap_rtc.io.link.session import (

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 import msgspec
 
+from sleap_rtc.proto.terminal import TOKEN, UNFINISHED, without_marks
+
 MAX_LINE_BYTES = 16 * 1024
 """UTF-8 bytes of one line; four times as much would still fit a control message."""
 
@@ -23,55 +25,8 @@ REDRAW_SECONDS = 0.1
 REACH = 16
 """Lines that can still be redrawn; progress bars nest two or three deep."""
 
-_STRING_LIMIT = 4096
-"""Characters of a window title or the like, after which it was never meant as one."""
-
-_TEXT = r"[^\x00-\x08\x0a-\x1f\x7f-\x9f]+"
-_CSI_START = r"(?:\x1b\[|\x9b)[0-?]{0,64}[ -/]{0,8}"
-_STRING_START = (
-    r"(?:\x1b[\]PX^_]|[\x90\x98\x9d\x9e\x9f])"
-    rf"[^\x07\x1b\x9c\r\n]{{0,{_STRING_LIMIT}}}"
-)
-
-# ECMA-48: control sequences (CSI), control strings (OSC, DCS, SOS, PM, APC), other
-# escape sequences, and single control characters. A tab counts as text.
-_TOKEN = re.compile(
-    rf"(?P<text>{_TEXT})"
-    rf"|(?P<csi>{_CSI_START}[@-~])"
-    rf"|(?P<string>{_STRING_START}(?:\x07|\x9c|\x1b\\)?)"
-    r"|(?P<escape>\x1b[ -/]{0,8}[0-~]?)"
-    r"|(?P<control>.)",
-    re.DOTALL,
-)
-
-_UNFINISHED = re.compile(rf"(?:\x1b[ -/]{{0,8}}|{_CSI_START}|{_STRING_START}\x1b?)\Z")
-"""The beginning of a sequence whose end may still come."""
-
 _UPWARDS = re.compile(r"(?:\x1b\[|\x9b)([0-9]{0,4})A")
 _ERASE_LINE = re.compile(r"(?:\x1b\[|\x9b)([0-2]?)K")
-
-_BREAKS = re.compile(r"[\n\v\f\r\x85\u2028\u2029]+")
-_REORDERING = re.compile(r"[\u202a-\u202e\u2066-\u2069]")
-_SURROGATES = re.compile(r"[\ud800-\udfff]")
-
-
-def printable(text: str) -> str:
-    """Make a text that came from somewhere else safe to print on a terminal.
-
-    Args:
-        text: Anything.
-
-    Returns:
-        One line. Control sequences and control characters are gone, except for tabs,
-        and so are the marks that reorder text; line breaks became spaces.
-    """
-    text = _BREAKS.sub(" ", text)
-    return _clean("".join(m[0] for m in _TOKEN.finditer(text) if m["text"]))
-
-
-def _clean(text: str) -> str:
-    """Take out of a text without control characters what would still mislead."""
-    return _SURROGATES.sub("\ufffd", _REORDERING.sub("", text))
 
 
 class LineEvent(msgspec.Struct, frozen=True):
@@ -209,11 +164,11 @@ class LineAssembler:
     def _feed(self, text: str, now: float) -> Iterator[LineEvent]:
         text = self._held + text
         self._held = ""
-        for token in _TOKEN.finditer(text):
+        for token in TOKEN.finditer(text):
             # Only the last sequence can be unfinished, and only if it holds no text.
             if token["text"]:
                 self._write(token[0], now)
-            elif _UNFINISHED.match(text, token.start()):
+            elif UNFINISHED.match(text, token.start()):
                 self._held = text[token.start() :]
                 return
             elif token[0] == "\n":
@@ -228,7 +183,7 @@ class LineAssembler:
         if self._fresh:
             row.erase(now)
             self._fresh = False
-        row.write(_clean(text), now)
+        row.write(without_marks(text), now)
 
     def _control(self, sequence: str, now: float) -> None:
         """Follow a control sequence, if it is one that moves lines."""

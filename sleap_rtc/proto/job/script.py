@@ -14,7 +14,7 @@ from typing import Literal, NoReturn
 import msgspec
 
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.job.lines import printable
+from sleap_rtc.proto.terminal import printable
 
 DEFAULT_PROGRAMS = frozenset({"sleap", "sleap-nn", "sleap-nn-train", "sleap-nn-track"})
 """What a worker runs unless its owner allows more."""

@@ -22,6 +22,7 @@ from msgspec import Meta
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 from sleap_rtc.proto.messages import Nonce
 from sleap_rtc.proto.rendezvous.invite import RoomKeys, join_fields
+from sleap_rtc.proto.route.kinds import LinkKindName
 
 NONCE_BYTES = 16
 AEAD_NONCE_BYTES = 12
@@ -39,8 +40,6 @@ secret get this far, so it stops a client that went wild, not an attacker."""
 
 MAX_SEALED_CHARACTERS = 32 * 1024
 """Half of a signaling message; the largest answer takes less than that."""
-
-LinkKindName = Literal["quic", "tcp"]
 
 _REFUSED = "refused"
 

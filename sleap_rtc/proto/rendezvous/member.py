@@ -8,7 +8,6 @@ from typing import Protocol
 import msgspec
 
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.job.lines import printable
 from sleap_rtc.proto.rendezvous.invite import RoomKeys
 from sleap_rtc.proto.rendezvous.member_outputs import (
     AnswerReceived,
@@ -46,6 +45,7 @@ from sleap_rtc.proto.rendezvous.messages import (
     encode_signal,
     metadata_fits,
 )
+from sleap_rtc.proto.terminal import printable
 
 REGISTRATION_SECONDS = 10.0
 """From the connection to the end of the registration; the server allows the same."""

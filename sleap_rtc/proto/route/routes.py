@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from sleap_rtc.proto.rendezvous.envelope import LinkKindName
+from sleap_rtc.proto.route.kinds import LINK_KINDS, LinkKindName
 
 RoutePreference = Literal["auto", "shared", "channel", "tcp", "quic"]
 """What a user may ask for; a kind of link means the channel over that kind."""
@@ -86,10 +86,6 @@ def after_shared_failure(
 
 
 # --------------------------------------------------------------------------- links
-
-LINK_KINDS: tuple[LinkKindName, ...] = ("tcp", "quic")
-"""All kinds, the preferred one first: in Python a TLS stream moves several times what a
-QUIC connection does. QUIC is there for peers that TCP cannot reach."""
 
 STAGGER = 0.25
 """Seconds between the starts of two attempts (RFC 8305, 5)."""

@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from sleap_rtc.io.connect.addresses import is_loopback, reachable_hosts
+from sleap_rtc.io.link.addresses import is_loopback, reachable_hosts
 
 
 @pytest.mark.parametrize(("ipv4", "ipv6"), [(True, False), (False, True), (True, True)])

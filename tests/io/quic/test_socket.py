@@ -9,7 +9,7 @@ from typing import cast
 import pytest
 import trio
 
-from sleap_rtc.io.connect.addresses import describe_address
+from sleap_rtc.io.link.addresses import describe_address
 from sleap_rtc.io.quic.engine import Address
 from sleap_rtc.io.quic.socket import (
     _UDP_GRO,

@@ -15,8 +15,8 @@ from sleap_rtc.proto.job.lines import (
     REDRAW_SECONDS,
     LineAssembler,
     LineEvent,
-    printable,
 )
+from sleap_rtc.proto.terminal import printable
 
 # The caching bars and the training loop of a real run of sleap-nn 0.3.5.
 RECORDING = Path(__file__).parents[2] / "data" / "train_output.raw"

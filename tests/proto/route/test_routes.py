@@ -1,8 +1,7 @@
 import pytest
 
-from sleap_rtc.proto.rendezvous.envelope import LinkKindName
+from sleap_rtc.proto.route.kinds import LINK_KINDS, LinkKindName
 from sleap_rtc.proto.route.routes import (
-    LINK_KINDS,
     Attempt,
     GiveUp,
     KeepLink,

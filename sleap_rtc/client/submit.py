@@ -238,7 +238,7 @@ class _Submission:
                 ending = await self._connect_and_run(reach)
         self._enter_phase("done")
         # What was lost, or did not fit here, goes on when `send` is typed again.
-        if ending.outcome not in ("lost", "transfer_failed") and not _untold(ending):
+        if not ending.can_be_resumed:
             await self._notes.remove()
         self._raise_unless_complete(ending, reach.worker_id)
         return JobResult(self._job_id, self._output, self._seconds)
@@ -290,7 +290,7 @@ class _Submission:
         self, session: ClientSession, link: Link, reach: Reach
     ) -> JobEnded:
         """Run the job; once it is cancelled, do not wait for ever."""
-        ending = JobEnded("cancelled", "cancelled; the worker did not confirm it")
+        ending = JobEnded("cancelled", "the worker did not confirm it", confirmed=False)
         async with open_background_nursery() as nursery:
             with trio.CancelScope() as patience:
                 nursery.start_soon(self._limit_cancelling, patience)
@@ -414,10 +414,11 @@ class _Submission:
                         f"The job was cancelled after {self._request.timeout:g} s, as "
                         f"--timeout said.{where}"
                     )
-                but = f", but {_untold(ending)}" if _untold(ending) else ""
+                if ending.confirmed:
+                    raise InterruptedJobError(f"The job was cancelled.{where}")
                 raise InterruptedJobError(
-                    f"The job was cancelled{but}.{where}",
-                    "Send the package again to see whether it goes on." if but else "",
+                    f"The job was cancelled, but {ending.reason}.{where}",
+                    "Send the package again to see whether it goes on.",
                 )
             case "lost":
                 raise ConnectionLostError(
@@ -425,13 +426,6 @@ class _Submission:
                     "Check that the worker runs (`sleap-rtc workers`) and send the "
                     "package again: it goes on where it was, if the worker has it.",
                 )
-
-
-def _untold(ending: JobEnded) -> str:
-    """Say why a cancelled job may go on; empty if it does not."""
-    if ending.outcome != "cancelled":
-        return ""
-    return ending.reason.partition("; ")[2]
 
 
 class _Notes:

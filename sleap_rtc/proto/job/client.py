@@ -243,7 +243,7 @@ class ClientJob(JobSteps):
         self._require(State.FETCHING)
         self._transferring = False
         self._send(m.ResultsReceived(self.job_id))
-        self._end(self._ending.outcome, self._ending.reason, self._ending.path)
+        self._end_as(self._ending)
 
     def transfer_failed(self, reason: str) -> None:
         """The package could not be sent, or the results could not be fetched.
@@ -343,7 +343,7 @@ class ClientJob(JobSteps):
             return
         self._require_lost_link()
         if self._is_cancelling():
-            self._end("cancelled", f"{self._cancel_reason}; the worker was not told")
+            self._end("cancelled", "the worker was not told", confirmed=False)
         else:
             self._lose(reason)
 
@@ -364,7 +364,7 @@ class ClientJob(JobSteps):
                     "lost", f"the worker did not answer for {REPLY_TIMEOUT:.0f} s"
                 )
             case _ if self._is_cancelling():
-                self._end("cancelled", f"{self._cancel_reason}; the worker is silent")
+                self._end("cancelled", "the worker is silent", confirmed=False)
             case State.RESUMING:
                 self._end(
                     "lost", f"the worker did not resume for {REPLY_TIMEOUT:.0f} s"

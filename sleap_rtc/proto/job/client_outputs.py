@@ -109,14 +109,22 @@ class JobEnded(msgspec.Struct, frozen=True):
 
     Args:
         outcome: How it ended.
-        reason: Why, if it is not ``complete``.
-        path: Where the worker says that the models are, beneath the shared root or
-            the job directory; empty if the job did not complete.
+        reason: Why it ended, for people; empty if it completed. If a cancellation is
+            not confirmed, why it is not.
+        path: Where the worker put the models, beneath the shared root or the job
+            directory; empty if the job did not complete.
+        confirmed: False if the worker may go on with a job that was cancelled.
     """
 
     outcome: Outcome
     reason: str = ""
     path: str = ""
+    confirmed: bool = True
+
+    @property
+    def can_be_resumed(self) -> bool:
+        """True if a later process may find the job at the worker, and resume it."""
+        return not self.confirmed or self.outcome in ("lost", "transfer_failed")
 
 
 Output = (

@@ -226,7 +226,7 @@ class JobSteps:
         if not self._results or self.route is None:
             # There is nothing to wait for, so the worker needs no copy either.
             self._send(m.ResultsReceived(self.job_id))
-            self._end(ending.outcome, ending.reason, ending.path)
+            self._end_as(ending)
             return
         self._put(FetchResults(self.job_id, self.route, tuple(self._results)))
         self._transferring = True
@@ -299,9 +299,14 @@ class JobSteps:
         """Tell whether a worker without the job may never have heard of its start."""
         return self.route == "shared" and not self._is_known
 
-    def _end(self, outcome: Outcome, reason: str = "", path: str = "") -> None:
+    def _end(
+        self, outcome: Outcome, reason: str = "", *, confirmed: bool = True
+    ) -> None:
+        self._end_as(JobEnded(outcome, reason, confirmed=confirmed))
+
+    def _end_as(self, ending: JobEnded) -> None:
         self._enter(State.ENDED)
-        self._put(JobEnded(outcome, reason, path))
+        self._put(ending)
 
     def _put(self, output: Output) -> None:
         self._outputs.append(output)

@@ -513,7 +513,21 @@ def test_a_silent_worker_does_not_hold_up_a_cancellation() -> None:
     job = job_at("channel", State.CANCELLING)
     job.receive_message(EXAMPLES[m.JobLog], 10.0)
     job.handle_timeout(CANCEL_TIMEOUT)
-    assert drain(job)[-1] == JobEnded("cancelled", "Ctrl-C; the worker is silent")
+    ending = JobEnded("cancelled", "the worker is silent", confirmed=False)
+    assert drain(job)[-1] == ending
+    assert ending.can_be_resumed
+
+
+@pytest.mark.parametrize("answer", [m.JobRejected, m.JobFailed])
+def test_the_text_of_a_worker_does_not_undo_a_cancellation(
+    answer: type[m.JobRejected] | type[m.JobFailed],
+) -> None:
+    job = job_at("channel", State.CANCELLING)
+    job.receive_message(answer(JOB, "disk full; the worker was not told"), 0.0)
+    ending = drain(job)[-1]
+    assert isinstance(ending, JobEnded)
+    assert (ending.outcome, ending.confirmed) == ("cancelled", True)
+    assert not ending.can_be_resumed
 
 
 def test_a_second_cancellation_ends_the_fetching_too() -> None:

@@ -108,8 +108,8 @@ def test_giving_up_ends_the_job_in_every_state(route: str, state: client.State) 
         return
     assert job.state is C.ENDED
     if state is C.CANCELLING:
-        reason = "Ctrl-C; the worker was not told"
-        assert outputs == [client.JobEnded("cancelled", reason)]
+        reason = "the worker was not told"
+        assert outputs == [client.JobEnded("cancelled", reason, confirmed=False)]
     else:
         assert outputs[-1] == client.JobEnded("lost", "it stays away")
 
@@ -134,8 +134,8 @@ def test_a_job_is_cancelled_while_its_client_is_away(
     assert clients.sent(clients.drain(job))[-1] == m.JobCancel(JOB)
     job.connection_lost("again", 4.0)
     job.handle_timeout(100.0)
-    reason = "Ctrl-C; the worker is silent"
-    assert clients.drain(job)[-1] == client.JobEnded("cancelled", reason)
+    ending = client.JobEnded("cancelled", "the worker is silent", confirmed=False)
+    assert clients.drain(job)[-1] == ending
 
 
 @pytest.mark.parametrize("name", ["package_sent", "transfer_failed"])

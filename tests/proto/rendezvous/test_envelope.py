@@ -188,6 +188,44 @@ def test_changing_any_field_is_noticed(field: str, value: object) -> None:
         opened_offer(altered)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("nonce", "0" * 32, {"worker_nonce": bytes(16)}),
+        ("expires", NOW + 200, {}),
+    ],
+)
+def test_an_altered_offer_is_refused_even_where_the_alteration_would_fit(
+    field: str, value: object, expected: dict[str, bytes]
+) -> None:
+    """Whatever carries it can write what the receiver expects, but not seal it."""
+    altered = json.dumps(json.loads(sealed_offer()) | {field: value})
+    with refused():
+        opened_offer(altered, **expected)  # type: ignore[arg-type]
+
+
+def test_an_altered_answer_is_refused_even_where_the_alteration_would_fit() -> None:
+    altered = json.dumps(json.loads(sealed_answer()) | {"session": "0" * 32})
+    with refused():
+        opened_answer(altered, offer_nonce=bytes(16))
+
+
+def test_an_altered_kind_is_refused_even_where_it_would_fit() -> None:
+    same = seal_answer(
+        KEYS,
+        ANSWER,
+        sender="client",
+        target="worker",
+        nonce=WORKER_NONCE,
+        offer_nonce=NONCE,
+        aead_nonce=AEAD,
+        expires=NOW + SEAL_LIFETIME,
+    )
+    altered = json.dumps(json.loads(same) | {"kind": "offer"})
+    with refused():
+        opened_offer(altered)
+
+
 @given(st.text() | st.binary().map(lambda raw: raw.decode("latin-1")))
 def test_garbage_is_refused(text: str) -> None:
     with refused():

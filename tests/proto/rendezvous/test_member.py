@@ -166,6 +166,7 @@ def test_it_and_the_server_understand_each_other() -> None:
 def test_lists_carry_the_number_of_their_request() -> None:
     machine = in_state(S.REGISTERED)
     first, second = machine.discover(Filters()), machine.discover(Filters("worker"))
+    assert first != second
     assert sent(drain(machine)) == [
         DiscoverPeers("me"),
         DiscoverPeers("me", Filters("worker")),
@@ -325,13 +326,14 @@ def test_a_lost_connection_is_made_again(state: MemberState) -> None:
 
 def test_a_request_does_not_outlive_its_connection() -> None:
     machine = in_state(S.REGISTERED)
-    machine.discover(Filters())
+    lost = machine.discover(Filters())
     machine.connection_lost(NOW, "gone")
     machine.handle_timeout(NOW + 1)
     machine.connected(NOW)
     receive(machine, Challenge(NONCE))
     receive(machine, WELCOME)
     request = machine.discover(Filters())
+    assert request != lost
     drain(machine)
     assert receive(machine, PeerList("me", (), 0)) == [PeersListed(request, ())]
 

@@ -163,6 +163,18 @@ def test_a_signature_by_another_key_is_refused() -> None:
     assert not [output for output in outputs if isinstance(output, PeerJoined)]
 
 
+def test_a_stranger_can_not_open_a_room_with_a_key_of_their_own() -> None:
+    """Key and signature fit each other, but the room is named after another key."""
+    world = World()
+    world.open(1)
+    stranger = RoomKeys.from_secret(b"o" * 32)
+    stranger.room_id = KEYS.room_id
+    outputs = world.send(1, registration(1, "me", keys=stranger))
+    assert codes(outputs, 1) == ["REGISTRATION_REFUSED"]
+    assert dropped(outputs) == [1]
+    assert not [output for output in outputs if isinstance(output, PeerJoined)]
+
+
 def test_registering_again_replaces_the_metadata() -> None:
     world = World()
     world.join(1, "me", "worker", Metadata((), {"a": 1}))

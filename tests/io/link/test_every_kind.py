@@ -133,7 +133,7 @@ async def test_a_message_does_not_wait_for_a_reader_of_frames(
 
 @pytest.fixture
 def short_queues(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = f"sleap_rtc.io.{kind.name}_session"
+    session = f"sleap_rtc.io.{kind.name}.session"
     monkeypatch.setattr(f"{session}.MAX_UNREAD", 2 * MEGABYTE)
     monkeypatch.setattr(f"{session}.MAX_UNSENT_FRAMES", MEGABYTE)
 

@@ -37,8 +37,9 @@ from rich.table import Table
 
 from sleap_rtc.io.storage.copy import copy_file
 from sleap_rtc.io.storage.copy_ladder import LADDER, Rung
-from sleap_rtc.io.storage.folder import PathValidationError, SharedStorageError
+from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.io.storage.probe import probe_storage, read_probe, write_probe
+from sleap_rtc.proto.errors import InvalidInput
 
 PROBE_TIMEOUT = 30.0
 """Seconds in which storage has to answer, and a new file has to be seen."""
@@ -103,7 +104,7 @@ def main() -> int:
             arguments.size,
             arguments.rounds,
         )
-    except (BenchError, OSError, SharedStorageError) as error:
+    except (BenchError, OSError, StorageError) as error:
         console.print(f"The measurement failed: {error}", style="red", markup=False)
         return 1
     except KeyboardInterrupt:
@@ -132,7 +133,7 @@ def measure(
     Raises:
         BenchError: If there is no room, or the second directory is another one.
         OSError: If storage fails.
-        SharedStorageError: If storage fails.
+        StorageError: If storage fails.
     """
     for place in (source, directory):
         if shutil.disk_usage(place).free < size * 5 // 2:
@@ -254,7 +255,7 @@ def _see(there: Path, again: Path, name: str) -> float:
 def _is_there(root: Path, name: str) -> bool:
     try:
         read_probe(root, name)
-    except PathValidationError:
+    except InvalidInput:
         return False
     return True
 
@@ -266,7 +267,7 @@ def _copy_once(row: Row, copy: Copy, source: Path, target: Path) -> None:
         row.seconds.append(time.monotonic() - began)
         if target.stat().st_size != source.stat().st_size:
             raise BenchError(f"{row.name} did not copy everything")
-    except (BenchError, OSError, SharedStorageError) as error:
+    except (BenchError, OSError, StorageError) as error:
         row.failure = str(error)
     finally:
         target.unlink(missing_ok=True)

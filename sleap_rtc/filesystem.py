@@ -11,12 +11,9 @@ from pathlib import Path
 from typing import TypedDict
 
 from sleap_rtc.io.storage.copy import copy_file
-from sleap_rtc.io.storage.folder import (
-    PathValidationError,
-    SharedStorageError,
-    explain_errors,
-    split_path,
-)
+from sleap_rtc.io.storage.folder import StorageError as SharedStorageError
+from sleap_rtc.io.storage.folder import explain_errors, split_path
+from sleap_rtc.proto.errors import InvalidInput as PathValidationError
 
 __all__ = [
     "DiskUsage",

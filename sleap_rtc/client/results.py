@@ -10,15 +10,13 @@ import trio
 from sleap_rtc.filesystem import safe_mkdir
 from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.storage.copy import copy_with_deadline
-from sleap_rtc.io.storage.folder import (
-    PATH_ERRORS,
-    open_beneath,
-)
+from sleap_rtc.io.storage.folder import StorageError, open_beneath
 from sleap_rtc.io.storage.probe import call_in_time
 from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.io.transfer.chunk_files import ChunkWriter
 from sleap_rtc.io.transfer.transfers import TransferError, Transfers
 from sleap_rtc.proto import messages as m
+from sleap_rtc.proto.errors import InvalidInput
 
 RESULTS_AT_ONCE = 4
 """Result files that are fetched side by side: most are small, and wait for replies."""
@@ -69,7 +67,7 @@ class Results:
             files: The results.
 
         Raises:
-            SharedStorageError: If the directory can't be made.
+            StorageError: If the directory can't be made.
         """
         if self.directory is None:
             self.directory = await trio.to_thread.run_sync(
@@ -154,7 +152,7 @@ class Results:
 
                 try:
                     await fetch(file, progress)
-                except (TransferError, *PATH_ERRORS) as error:
+                except (TransferError, InvalidInput, StorageError) as error:
                     failures.append(f"{file.path}: {error}")
                 except LinkClosedError as error:
                     lost.append(error)
@@ -186,7 +184,7 @@ class Results:
             raise TransferError(f"it has {offer.size} bytes instead of {file.size}")
         try:
             sink = await trio.to_thread.run_sync(self._open_part, file.path, offer)
-        except PATH_ERRORS as error:
+        except (InvalidInput, StorageError) as error:
             # The worker would wait for ever to send it.
             await over.link.send_message(m.FileError(transfer_id, str(error)))
             raise
@@ -217,7 +215,7 @@ def _free_directory(
     """Choose where results go: nothing that is there already is overwritten.
 
     Raises:
-        SharedStorageError: If the directory can't be made.
+        StorageError: If the directory can't be made.
     """
     if is_default:
         try:
@@ -247,8 +245,8 @@ def _path_beneath(root: Path, relative: str) -> Path:
     """Check that a result lies beneath the root, and is a file.
 
     Raises:
-        PathValidationError: If it does not.
-        SharedStorageError: If the storage failed.
+        InvalidInput: If it does not.
+        StorageError: If the storage failed.
     """
     os.close(open_beneath(root, relative))
     return root / relative

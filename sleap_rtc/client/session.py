@@ -19,7 +19,7 @@ from sleap_rtc.io.link.outbox import Outbox
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.storage.copy import copy_with_deadline
 from sleap_rtc.io.storage.folder import (
-    PATH_ERRORS,
+    StorageError,
     make_directories_beneath,
     remove_tree_beneath,
 )
@@ -27,7 +27,7 @@ from sleap_rtc.io.storage.probe import ask_storage, call_in_time, write_probe
 from sleap_rtc.io.transfer.chunk_files import ChunkReader
 from sleap_rtc.io.transfer.transfers import TransferError, Transfers
 from sleap_rtc.proto import messages as m
-from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.errors import InvalidInput, RemoteProtocolError
 from sleap_rtc.proto.job import client as core
 from sleap_rtc.proto.route.reconnection import GiveUp, Reconnection, TryAgain
 from sleap_rtc.proto.route.routes import RoutePreference
@@ -450,7 +450,7 @@ class ClientSession:
 
         try:
             await ask_storage(root, write, timeout=STORAGE_TIMEOUT)
-        except PATH_ERRORS as error:
+        except (InvalidInput, StorageError) as error:
             self._shared_failed(str(error))
         else:
             content = blake3(nonce).hexdigest()
@@ -471,7 +471,7 @@ class ClientSession:
                 size=self._size,
                 on_progress=lambda done: self._progress(what, done, self._size),
             )
-        except PATH_ERRORS as error:
+        except (InvalidInput, StorageError) as error:
             self._shared_failed(str(error))
         else:
             self._on_event(
@@ -490,7 +490,7 @@ class ClientSession:
                     f"jobs/{job_id}",
                     abandon_on_cancel=True,
                 )
-            except PATH_ERRORS:
+            except (InvalidInput, StorageError):
                 return
 
     def _shared_failed(self, reason: str) -> None:
@@ -525,7 +525,7 @@ class ClientSession:
                 ),
             )
             await trio.lowlevel.checkpoint_if_cancelled()
-        except (TransferError, *PATH_ERRORS) as error:
+        except (TransferError, InvalidInput, StorageError) as error:
             self._job.transfer_failed(str(error))
         except LinkClosedError:
             return  # whoever receives messages says so to the core
@@ -555,7 +555,7 @@ class ClientSession:
             await trio.lowlevel.checkpoint_if_cancelled()
         except LinkClosedError:
             return  # whoever receives messages says so to the core
-        except PATH_ERRORS as error:
+        except (InvalidInput, StorageError) as error:
             self._job.transfer_failed(str(error))
             return
         if failures:

@@ -21,7 +21,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from sleap_rtc.io.closing import Closing
 from sleap_rtc.io.storage.files import PartFile, write_at
-from sleap_rtc.io.storage.folder import Folder, PathValidationError
+from sleap_rtc.io.storage.folder import Folder
+from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.messages import JobId
 
 FOLDER = "submissions"
@@ -145,7 +146,7 @@ class NoteBook(Closing):
             self._complain(error.strerror or str(error))
         except UnicodeEncodeError:
             self._complain("its path is no Unicode text")
-        except PathValidationError as error:
+        except InvalidInput as error:
             self._complain(str(error))
 
     def _complain(self, reason: str) -> None:

@@ -44,9 +44,9 @@ from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.storage.archive import pack_directory
 from sleap_rtc.io.storage.archive_plan import ArchiveError
-from sleap_rtc.io.storage.folder import SharedStorageError
+from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.io.threads import stop_if_cancelled
-from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.job.client import JobEnded, RouteChosen, StateChanged
 from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting
 from sleap_rtc.proto.paths import check_file_name_untrusted
@@ -535,11 +535,11 @@ def _find_package(package: Path, directory: Path) -> Path:
             )
         if not zipfile.is_zipfile(package):
             raise UsageError(f"{package} is not a zip file.", "Export it from SLEAP.")
-    except RemoteProtocolError as error:
+    except InvalidInput as error:
         raise UsageError(
             f"{package} can't be sent: {error.reason}.", "Rename it."
         ) from None
-    except (ArchiveError, SharedStorageError) as error:
+    except (ArchiveError, StorageError) as error:
         raise UsageError(f"{package} can't be packed: {error}.") from None
     except OSError as error:
         raise UsageError(f"{package} can't be read: {error.strerror}.") from None

@@ -7,7 +7,7 @@ symbolic links on the way (`sleap_rtc.io.storage.folder` does).
 import re
 import unicodedata
 
-from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.errors import InvalidInput
 
 MAX_PATH_BYTES = 4096
 """PATH_MAX of Linux; macOS allows less and then answers ENAMETOOLONG itself."""
@@ -34,12 +34,12 @@ def check_relative_path_untrusted(text: str) -> str:
         The same text: one or more names, joined by single slashes.
 
     Raises:
-        RemoteProtocolError: If it is anything else. The reason of one that would lead
+        InvalidInput: If it is anything else. The reason of one that would lead
             out of the root starts with ``Path outside shared storage:``, that of any
             other with ``Invalid path:``.
     """
     if not text:
-        raise RemoteProtocolError("Invalid path: it is empty")
+        raise InvalidInput("Invalid path: it is empty")
     _check_text(text)
     if text.startswith("/") or _DRIVE.match(text):
         raise _outside(text, "is absolute")
@@ -66,7 +66,7 @@ def check_portable_path_untrusted(text: str) -> str:
         The same text.
 
     Raises:
-        RemoteProtocolError: If it is not a relative path, or not such a one.
+        InvalidInput: If it is not a relative path, or not such a one.
     """
     for name in check_relative_path_untrusted(text).split("/"):
         _check_portable_name(text, name)
@@ -83,11 +83,11 @@ def check_file_name_untrusted(text: str) -> str:
         The same text: one name that every system can store, not a hidden one.
 
     Raises:
-        RemoteProtocolError: If it is anything else.
+        InvalidInput: If it is anything else.
     """
     check_portable_path_untrusted(text)
     if "/" in text:
-        raise RemoteProtocolError(f"Invalid file name: {_quoted(text)} is a path")
+        raise InvalidInput(f"Invalid file name: {_quoted(text)} is a path")
     return text
 
 
@@ -128,12 +128,12 @@ def _check_portable_name(text: str, name: str) -> None:
         raise _invalid(text, "has a name in it that Windows reserves")
 
 
-def _outside(text: str, why: str) -> RemoteProtocolError:
-    return RemoteProtocolError(f"Path outside shared storage: {_quoted(text)} {why}")
+def _outside(text: str, why: str) -> InvalidInput:
+    return InvalidInput(f"Path outside shared storage: {_quoted(text)} {why}")
 
 
-def _invalid(text: str, why: str) -> RemoteProtocolError:
-    return RemoteProtocolError(f"Invalid path: {_quoted(text)} {why}")
+def _invalid(text: str, why: str) -> InvalidInput:
+    return InvalidInput(f"Invalid path: {_quoted(text)} {why}")
 
 
 def _quoted(text: str) -> str:

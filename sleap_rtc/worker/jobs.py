@@ -13,9 +13,7 @@ from blake3 import blake3
 from sleap_rtc.io.link.link import LinkClosedError
 from sleap_rtc.io.link.outbox import Outbox
 from sleap_rtc.io.storage.folder import (
-    PATH_ERRORS,
-    PathValidationError,
-    SharedStorageError,
+    StorageError,
     make_directories_beneath,
     remove_tree_beneath,
 )
@@ -24,6 +22,7 @@ from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.io.transfer.chunk_files import ChunkWriter
 from sleap_rtc.io.transfer.transfers import TransferError, Transfers
 from sleap_rtc.proto import messages as m
+from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.job import worker as core
 from sleap_rtc.proto.job.lines import LineEvent
 from sleap_rtc.proto.job.script import ScriptKind
@@ -317,7 +316,7 @@ class Job:
         try:
             content = await ask_shared(root, read_probe, root, path)
             self.core.probe_read(blake3(content).hexdigest())
-        except PATH_ERRORS as error:
+        except (InvalidInput, StorageError) as error:
             self.core.probe_failed(str(error))
         self.drain()
 
@@ -328,7 +327,7 @@ class Job:
             if root is not None and self.core.state is core.State.CHECKING_INPUT:
                 self._directory = root / PurePosixPath(path).parent
             self.core.input_valid()
-        except PATH_ERRORS as error:
+        except (InvalidInput, StorageError) as error:
             self.core.path_refused(str(error))
         self.drain()
 
@@ -336,13 +335,13 @@ class Job:
         root, directory = self._home.shared_root, self._directory
         try:
             if root is None or directory not in (root / path, (root / path).parent):
-                raise PathValidationError(
+                raise InvalidInput(
                     f"{path} is not in the job directory, beside the package"
                 )
             if self.core.state is core.State.MAKING_OUTPUT:
                 await ask_shared(root, make_directories_beneath, root, path)
             self.core.output_made()
-        except PATH_ERRORS as error:
+        except (InvalidInput, StorageError) as error:
             self.core.path_refused(str(error))
         self.drain()
 
@@ -357,7 +356,7 @@ class Job:
             await trio.to_thread.run_sync(make_room, directory, submission.size)
             self._directory = directory
             self.core.admitted()
-        except PATH_ERRORS as error:
+        except (InvalidInput, StorageError) as error:
             self.core.rejected(str(error))
         finally:
             self._settled.set()
@@ -367,11 +366,11 @@ class Job:
         """Be the only job of this id, as soon as nothing is left of an earlier one.
 
         Raises:
-            SharedStorageError: If there is another.
+            StorageError: If there is another.
         """
         while (other := self._home.jobs.setdefault(job_id, self)) is not self:
             if other.core.state is not core.State.DISCARDED:
-                raise SharedStorageError(f"{job_id} is known to the worker")
+                raise StorageError(f"{job_id} is known to the worker")
             await other._gone.wait()
 
     def _start_receiving(self, transfer_id: int, file: m.OfferedFile) -> None:
@@ -392,7 +391,7 @@ class Job:
                     transfer_id, file, sink, keep_part=True
                 )
                 self.core.package_received()
-        except (TransferError, SharedStorageError, PathValidationError) as error:
+        except (TransferError, StorageError, InvalidInput) as error:
             self.core.package_failed(str(error))
         except LinkClosedError:
             pass  # the link's session tells the core
@@ -440,7 +439,7 @@ class Job:
                 await link.transfers.send_file(transfer_id, offer, source)
             finally:
                 source.close()
-        except (SharedStorageError, PathValidationError) as error:
+        except (StorageError, InvalidInput) as error:
             link.outbox.put(m.FileError(transfer_id, str(error)))
         except TransferError as error:
             self._home.log.warning("result not sent", path=path, reason=error.reason)

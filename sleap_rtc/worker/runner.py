@@ -11,20 +11,20 @@ import trio
 from sleap_rtc.io.storage.archive import extract_package
 from sleap_rtc.io.storage.archive_plan import ArchiveError
 from sleap_rtc.io.storage.folder import (
-    PathValidationError,
-    SharedStorageError,
+    StorageError,
     create_beneath,
     explain_errors,
     list_tree,
     open_beneath,
 )
 from sleap_rtc.io.threads import stop_if_cancelled
-from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.job.lines import LineEvent
 from sleap_rtc.proto.job.script import (
     MAX_SCRIPT_LENGTH,
     SCRIPT_KINDS,
     Script,
+    ScriptError,
     ScriptKind,
     plan_scripts_untrusted,
 )
@@ -93,9 +93,9 @@ async def run_job(run: Run, stop: trio.CancelScope) -> RunReport:
             failure = await _run_scripts(run, scripts)
         except ArchiveError as error:
             failure = f"The package {run.package} can't be unpacked: {error}"
-        except RemoteProtocolError as error:
+        except ScriptError as error:
             failure = f"The package {run.package} can't be run: {error.reason}"
-        except (SharedStorageError, PathValidationError) as error:
+        except (StorageError, InvalidInput) as error:
             failure = str(error)
     # Cancelled or not: what the job made until now is its owner's.
     with trio.CancelScope(shield=True):
@@ -108,8 +108,8 @@ def _unpack(run: Run) -> tuple[Script, ...]:
 
     Raises:
         ArchiveError: If the package is broken or hostile.
-        RemoteProtocolError: If a script holds what this worker does not run.
-        SharedStorageError: If the storage failed.
+        ScriptError: If a script holds what this worker does not run.
+        StorageError: If the storage failed.
     """
     package = open_beneath(run.directory, run.package)
     extract_package(package, run.directory, cancelled=stop_if_cancelled)
@@ -181,7 +181,7 @@ def _made_since(run: Run, before: Mapping[str, tuple[int, int]]) -> dict[str, in
         return {}
     try:
         after = _snapshot(run.directory)
-    except (SharedStorageError, PathValidationError):
+    except (StorageError, InvalidInput):
         return {}
     return {
         path: status[0]
@@ -234,7 +234,7 @@ class _JobLog:
                 self._file = os.fdopen(fd, "w", encoding="utf-8")
             self._file.writelines(lines)
             self._file.flush()
-        except (OSError, SharedStorageError, PathValidationError):
+        except (OSError, StorageError, InvalidInput):
             # The lines have gone to the client, too: a full disk must not end the job.
             return
 

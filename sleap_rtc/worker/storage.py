@@ -10,14 +10,10 @@ import trio
 
 from sleap_rtc.io.storage.copy import SPACE_PERCENT
 from sleap_rtc.io.storage.files import human_size
-from sleap_rtc.io.storage.folder import (
-    PathValidationError,
-    SharedStorageError,
-    list_tree,
-    open_beneath,
-)
+from sleap_rtc.io.storage.folder import StorageError, list_tree, open_beneath
 from sleap_rtc.io.storage.probe import ask_storage
 from sleap_rtc.io.transfer.chunk_files import ChunkReader
+from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.worker.runner import LOG_NAME
 
 T = TypeVar("T")
@@ -33,29 +29,28 @@ async def ask_shared(root: Path | None, function: Callable[..., T], *args: objec
     """Touch the shared storage, which may hang; errors say that it is the worker's.
 
     Raises:
-        SharedStorageError: If there is none, or it failed or hung.
-        PathValidationError: If a path is no good.
-        RemoteProtocolError: If a path is hostile.
+        StorageError: If there is none, or it failed or hung.
+        InvalidInput: If a path is not acceptable.
     """
     if root is None:
-        raise SharedStorageError("Shared storage not configured on the worker")
+        raise StorageError("Shared storage not configured on the worker")
     try:
         return await ask_storage(root, function, *args, timeout=STORAGE_TIMEOUT)
-    except SharedStorageError as error:
-        raise SharedStorageError(f"the worker's shared storage: {error}") from None
+    except StorageError as error:
+        raise StorageError(f"the worker's shared storage: {error}") from None
 
 
 def look_at_package(root: Path, path: str) -> None:
     """See that a package is there and can be read.
 
     Raises:
-        PathValidationError: If it is none, or lies at the top of the shared storage.
-        SharedStorageError: If the storage failed.
+        InvalidInput: If it is none, or lies at the top of the shared storage.
+        StorageError: If the storage failed.
     """
     source = ChunkReader(open_beneath(root, path), chunk_size=CHUNK_SIZE)
     source.close()
     if len(PurePosixPath(path).parts) < 2:
-        raise PathValidationError(f"{path} must lie in a directory of its own")
+        raise InvalidInput(f"{path} must lie in a directory of its own")
 
 
 def make_room(directory: Path, size: int) -> None:
@@ -65,25 +60,23 @@ def make_room(directory: Path, size: int) -> None:
     forgotten its job, and the client sends the rest.
 
     Raises:
-        SharedStorageError: If there is no room, or the job is there already.
+        StorageError: If there is no room, or the job is there already.
     """
     try:
         directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         free = shutil.disk_usage(directory.parent).free + _bytes_in(directory)
         needed = size * SPACE_PERCENT // 100
         if free < needed:
-            raise SharedStorageError(
+            raise StorageError(
                 f"Insufficient disk space on the worker: need {human_size(needed)}, "
                 f"have {human_size(free)}"
             )
         directory.mkdir(mode=0o700)
     except FileExistsError:
         if list_tree(directory):  # parts are hidden files, which are not listed
-            raise SharedStorageError(
-                f"{directory.name} is known to the worker"
-            ) from None
+            raise StorageError(f"{directory.name} is known to the worker") from None
     except OSError as error:
-        raise SharedStorageError(
+        raise StorageError(
             f"The worker can't make {directory}: {error.strerror}"
         ) from None
 
@@ -101,8 +94,8 @@ def open_result(directory: Path, path: str) -> ChunkReader:
     """Open a file of a job directory that its client wants.
 
     Raises:
-        PathValidationError: If it is none of the job's.
-        SharedStorageError: If the storage failed.
+        InvalidInput: If it is none of the job's.
+        StorageError: If the storage failed.
     """
     return ChunkReader(open_beneath(directory, path), chunk_size=CHUNK_SIZE)
 
@@ -130,7 +123,7 @@ async def results_left(directory: Path, output: str) -> dict[str, int]:
         found = await ask_storage(
             directory, list_tree, directory, timeout=STORAGE_TIMEOUT
         )
-    except (SharedStorageError, PathValidationError):
+    except (StorageError, InvalidInput):
         return {}
     return {
         path: size
@@ -145,5 +138,5 @@ async def remove_quietly(
     """Remove what nobody needs any more; what stays is only mentioned."""
     try:
         await trio.to_thread.run_sync(remove)
-    except (SharedStorageError, PathValidationError) as error:
+    except (StorageError, InvalidInput) as error:
         complain(str(error))

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.paths import (
     check_file_name_untrusted,
     check_portable_path_untrusted,
@@ -60,7 +60,7 @@ def test_a_harmless_path_comes_back_unchanged(path: str) -> None:
     ],
 )
 def test_a_path_that_leads_out_is_named_as_such(path: str) -> None:
-    with pytest.raises(RemoteProtocolError, match=r"^Path outside shared storage: "):
+    with pytest.raises(InvalidInput, match=r"^Path outside shared storage: "):
         check_relative_path_untrusted(path)
 
 
@@ -84,7 +84,7 @@ def test_a_path_that_leads_out_is_named_as_such(path: str) -> None:
     ],
 )
 def test_a_malformed_path_is_invalid(path: str) -> None:
-    with pytest.raises(RemoteProtocolError, match=r"^Invalid path: "):
+    with pytest.raises(InvalidInput, match=r"^Invalid path: "):
         check_relative_path_untrusted(path)
 
 
@@ -111,9 +111,9 @@ def test_a_malformed_path_is_invalid(path: str) -> None:
     ],
 )
 def test_a_name_that_some_system_reads_otherwise_is_refused(name: str) -> None:
-    with pytest.raises(RemoteProtocolError):
+    with pytest.raises(InvalidInput):
         check_file_name_untrusted(name)
-    with pytest.raises(RemoteProtocolError):
+    with pytest.raises(InvalidInput):
         check_portable_path_untrusted(f"models/{name}/best.ckpt")
 
 
@@ -125,12 +125,12 @@ def test_an_ordinary_name_passes(name: str) -> None:
 
 def test_a_file_name_can_not_hold_a_path() -> None:
     for name in ["models/best.ckpt", "../../.ssh/authorized_keys", "a/", "/a", "a\\b"]:
-        with pytest.raises(RemoteProtocolError):
+        with pytest.raises(InvalidInput):
             check_file_name_untrusted(name)
 
 
 def test_an_error_shows_a_hostile_path_escaped_and_short() -> None:
-    with pytest.raises(RemoteProtocolError) as caught:
+    with pytest.raises(InvalidInput) as caught:
         check_relative_path_untrusted("/\x1b[2J" + "x" * 3000)
     assert "\x1b" not in caught.value.reason
     assert len(caught.value.reason) < 250
@@ -149,7 +149,7 @@ def test_whatever_passes_stays_beneath_its_root(text: str) -> None:
     for check in CHECKS:
         try:
             path = check(text)
-        except RemoteProtocolError as error:
+        except InvalidInput as error:
             error.reason.encode()
             continue
         assert path == text

@@ -24,14 +24,8 @@ from sleap_rtc.io.storage.archive_plan import (
     plan_entries,
 )
 from sleap_rtc.io.storage.files import PartFile, require_space, write_at
-from sleap_rtc.io.storage.folder import (
-    Folder,
-    PathValidationError,
-    StoppedError,
-    explain_errors,
-    open_owned,
-)
-from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.io.storage.folder import Folder, StoppedError, explain_errors, open_owned
+from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.paths import check_relative_path_untrusted
 
 _BUFFER = 1024 * 1024
@@ -85,9 +79,9 @@ def extract_package(
 
     Raises:
         ArchiveError: If the zip is broken or refused; it names the entry.
-        PathValidationError: If the package is no readable file.
+        InvalidInput: If the package is no readable file.
         InsufficientSpaceError: If it does not fit.
-        SharedStorageError: If the storage failed.
+        StorageError: If the storage failed.
         StoppedError: If `cancelled` said so.
     """
     limits = limits or ArchiveLimits()
@@ -131,7 +125,7 @@ def pack_directory(
     Raises:
         ArchiveError: If something in it can't be packed; it names what.
         InsufficientSpaceError: If the zip does not fit.
-        SharedStorageError: If `target` is taken, or the storage failed.
+        StorageError: If `target` is taken, or the storage failed.
         StoppedError: If `cancelled` said so.
     """
     with explain_errors(f"Failed to pack {source}"):
@@ -192,7 +186,7 @@ class _Unpacking:
             raise ArchiveError(
                 f"Entry {entry.path!r} refused: something of that name is there"
             ) from None
-        except PathValidationError as error:
+        except InvalidInput as error:
             raise ArchiveError(f"Entry {entry.path!r} refused: {error}") from None
 
     def _write(self, entry: PlannedEntry, fd: int) -> None:
@@ -221,7 +215,7 @@ class _Unpacking:
                         folder.remove_folder(names[-1])
                     else:
                         folder.unlink(names[-1])
-            except (OSError, PathValidationError):
+            except (OSError, InvalidInput):
                 # Somebody else put something there, or took it away: it is theirs.
                 continue
 
@@ -243,7 +237,7 @@ def _members(root: Path, folder: Path) -> Iterator[tuple[str, bool, Path]]:
         name = path.relative_to(root).as_posix()
         try:
             check_relative_path_untrusted(name)
-        except RemoteProtocolError as error:
+        except InvalidInput as error:
             raise ArchiveError(f"{path} can't be packed: {error.reason}") from None
         mode = path.lstat().st_mode
         if stat.S_ISDIR(mode):
@@ -303,7 +297,7 @@ def _pack_file(
 ) -> None:
     try:
         fd = open_owned(path)
-    except PathValidationError as error:
+    except InvalidInput as error:
         raise ArchiveError(f"{name} can't be packed: {error}") from None
     with os.fdopen(fd, "rb") as source:
         info = _zip_info(name, os.fstat(fd))

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import msgspec
 
 from sleap_rtc.io.storage.files import human_size
-from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.paths import check_relative_path_untrusted, fold_path
 
 GIBIBYTE = 1024**3
@@ -215,7 +215,7 @@ def _plan_entry(info: zipfile.ZipInfo, limits: ArchiveLimits) -> PlannedEntry:
     path = name.removesuffix("/")
     try:
         check_relative_path_untrusted(path)
-    except RemoteProtocolError as error:
+    except InvalidInput as error:
         raise ArchiveError(f"Entry {_quoted(name)} refused: {error.reason}") from None
     if path.count("/") >= _MAX_LEVELS:
         raise _refused(name, "is nested too deeply")

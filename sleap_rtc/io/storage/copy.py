@@ -20,8 +20,8 @@ from sleap_rtc.io.storage.copy_ladder import LADDER
 from sleap_rtc.io.storage.files import PartFile, file_identity, start_part_file
 from sleap_rtc.io.storage.folder import (
     CopyTimeoutError,
-    SharedStorageError,
     StoppedError,
+    StorageError,
     explain_errors,
     open_owned,
     split_path,
@@ -87,9 +87,9 @@ def copy_file(
         Where the copy is, and how it was made.
 
     Raises:
-        PathValidationError: If the source is no readable file, or the path leads out.
+        InvalidInput: If the source is no readable file, or the path leads out.
         InsufficientSpaceError: If less than 120 % of the size is free.
-        SharedStorageError: If the name is taken, the source has another size or
+        StorageError: If the name is taken, the source has another size or
             changes meanwhile, or storage failed.
         StoppedError: If `cancelled` said so.
     """
@@ -101,7 +101,7 @@ def copy_file(
             before = file_identity(fd)
             found = before[0]
             if size not in (None, found):
-                raise SharedStorageError(
+                raise StorageError(
                     f"{source.name} has {found} bytes instead of {size}:"
                     " it changed meanwhile"
                 )
@@ -115,7 +115,7 @@ def copy_file(
             try:
                 method = _fill(part, fd, found, progress, cancelled)
                 if file_identity(fd) != before:
-                    raise SharedStorageError(
+                    raise StorageError(
                         f"{source.name} changed while it was copied: wait until"
                         " nothing writes to it, and try again"
                     )
@@ -158,9 +158,9 @@ async def copy_with_deadline(
 
     Raises:
         CopyTimeoutError: If it took longer.
-        PathValidationError: As `copy_file`.
+        InvalidInput: As `copy_file`.
         InsufficientSpaceError: As `copy_file`.
-        SharedStorageError: As `copy_file`.
+        StorageError: As `copy_file`.
     """
     limit = default_timeout(size) if timeout is None else timeout
     with trio.move_on_after(limit):
@@ -259,7 +259,7 @@ def _settle(part: PartFile, name: str, size: int) -> None:
         os.fsync(target)
         arrived = os.fstat(target).st_size
     if arrived != size:
-        raise SharedStorageError(
+        raise StorageError(
             f"Failed to copy {name}: {arrived} of {size} bytes arrived on the storage"
         )
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from sleap_rtc.io.storage.folder import (
     Folder,
     InsufficientSpaceError,
-    SharedStorageError,
+    StorageError,
     open_folder_beneath,
 )
 
@@ -113,7 +113,7 @@ def start_part_file(
         replace: Take the place of a file of that name, instead of refusing.
 
     Raises:
-        PathValidationError: If the path leads through a link or a file.
+        InvalidInput: If the path leads through a link or a file.
         InsufficientSpaceError: If there is less space.
         OSError: If the name is taken, or the storage failed.
     """
@@ -227,7 +227,7 @@ class OpenFile:
         """Keep the file open for the length of the block."""
         with self._lock:
             if self._closed:
-                raise SharedStorageError("the file was closed")
+                raise StorageError("the file was closed")
             self._users += 1
         try:
             yield self._fd

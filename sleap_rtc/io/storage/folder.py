@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NoReturn, Self
 
 from sleap_rtc.io.closing import Closing
-from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.paths import check_relative_path_untrusted
 
 MAX_DEPTH = 128
@@ -47,23 +47,15 @@ _KINDS = {
 }
 
 
-class PathValidationError(ValueError):
-    """A path leads out of its root, or to something that is no readable file."""
+class StorageError(Exception):
+    """Storage failed or refused a request; the message names the file and the cause."""
 
 
-class SharedStorageError(Exception):
-    """Storage failed, or refused; the message says what to which file."""
-
-
-PATH_ERRORS = (RemoteProtocolError, PathValidationError, SharedStorageError)
-"""Whatever may be wrong with a path that somebody named, and with what is there."""
-
-
-class InsufficientSpaceError(SharedStorageError):
+class InsufficientSpaceError(StorageError):
     """A file does not fit on the storage that it should be written to."""
 
 
-class CopyTimeoutError(SharedStorageError):
+class CopyTimeoutError(StorageError):
     """A copy took too long; the storage may be hanging."""
 
 
@@ -80,16 +72,16 @@ def explain_errors(what: str) -> Iterator[None]:
 
     Raises:
         InsufficientSpaceError: If the storage or the quota is used up.
-        SharedStorageError: If anything else failed.
+        StorageError: If anything else failed.
     """
     try:
         yield
     except PermissionError as error:
-        raise SharedStorageError(f"{what}: Permission denied") from error
+        raise StorageError(f"{what}: Permission denied") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise InsufficientSpaceError(f"{what}: {error.strerror}") from error
-        raise SharedStorageError(f"{what}: {error.strerror or error}") from error
+        raise StorageError(f"{what}: {error.strerror or error}") from error
 
 
 class Folder(Closing):
@@ -97,7 +89,7 @@ class Folder(Closing):
 
     A name is one component that passed `sleap_rtc.proto.paths`, or that `names`
     returned. Failures are plain `OSError`, but a symbolic link or a wrong kind of
-    file raises `PathValidationError`. Use it in a ``with`` block.
+    file raises `InvalidInput`. Use it in a ``with`` block.
     """
 
     def __init__(self, path: Path, fd: int | None) -> None:
@@ -173,7 +165,7 @@ class Folder(Closing):
         try:
             # The name may have changed hands since it was looked at.
             self._require_regular(name, os.fstat(opened))
-        except PathValidationError:
+        except InvalidInput:
             os.close(opened)
             raise
         return opened
@@ -275,7 +267,7 @@ class Folder(Closing):
         if stat.S_ISLNK(status.st_mode):
             raise _link_error(name)
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "of an unknown kind")
-        raise PathValidationError(f"Path refused: {name!r} is {kind}")
+        raise InvalidInput(f"Path refused: {name!r} is {kind}")
 
 
 def open_owned(path: Path) -> int:
@@ -287,8 +279,8 @@ def open_owned(path: Path) -> int:
         The file descriptor; the caller closes it.
 
     Raises:
-        PathValidationError: If it is no readable file.
-        SharedStorageError: If the storage failed.
+        InvalidInput: If it is no readable file.
+        StorageError: If the storage failed.
     """
     with _explain_path(str(path)):
         target = path.resolve(strict=True)
@@ -310,8 +302,8 @@ def open_beneath(root: Path, relative: str) -> int:
         The file descriptor; the caller closes it.
 
     Raises:
-        PathValidationError: If the path leads elsewhere, or to no readable file.
-        SharedStorageError: If the storage failed.
+        InvalidInput: If the path leads elsewhere, or to no readable file.
+        StorageError: If the storage failed.
     """
     *parents, name = split_path(relative)
     with _explain_path(relative), open_folder_beneath(root, parents) as folder:
@@ -325,8 +317,8 @@ def create_beneath(root: Path, relative: str) -> int:
         A file descriptor for reading and writing; the caller closes it.
 
     Raises:
-        PathValidationError: If the path leads elsewhere.
-        SharedStorageError: If something of that name is there, or the storage failed.
+        InvalidInput: If the path leads elsewhere.
+        StorageError: If something of that name is there, or the storage failed.
     """
     *parents, name = split_path(relative)
     with _explain_path(relative), open_folder_beneath(root, parents) as folder:
@@ -340,8 +332,8 @@ def make_directories_beneath(root: Path, relative: str) -> Path:
         The path of the directory, which may have been there already.
 
     Raises:
-        PathValidationError: If the path leads elsewhere, or through a file.
-        SharedStorageError: If the storage failed.
+        InvalidInput: If the path leads elsewhere, or through a file.
+        StorageError: If the storage failed.
     """
     names = split_path(relative)
     with _explain_path(relative), open_folder_beneath(root, names, create=True):
@@ -355,8 +347,8 @@ def remove_tree_beneath(root: Path, relative: str) -> None:
     still has open (``.nfs...``) stays behind, and so do the directories it is in.
 
     Raises:
-        PathValidationError: If the path leads elsewhere.
-        SharedStorageError: If the storage failed, or the tree is too deep.
+        InvalidInput: If the path leads elsewhere.
+        StorageError: If the storage failed, or the tree is too deep.
     """
     *parents, name = split_path(relative)
     with explain_errors(f"Failed to remove {relative}"):
@@ -378,7 +370,7 @@ def list_tree(root: Path) -> list[tuple[str, int, int]]:
         nanoseconds of each, sorted by path.
 
     Raises:
-        SharedStorageError: If the storage failed, or the tree is too deep.
+        StorageError: If the storage failed, or the tree is too deep.
     """
     found: list[tuple[str, int, int]] = []
     with explain_errors(f"Failed to list {root}"), Folder.open(root) as folder:
@@ -390,12 +382,9 @@ def split_path(relative: str) -> list[str]:
     """Split a peer's path into names that are harmless.
 
     Raises:
-        PathValidationError: If it is no relative path.
+        InvalidInput: If it is no relative path.
     """
-    try:
-        return check_relative_path_untrusted(relative).split("/")
-    except RemoteProtocolError as error:
-        raise PathValidationError(error.reason) from None
+    return check_relative_path_untrusted(relative).split("/")
 
 
 def open_folder_beneath(
@@ -409,7 +398,7 @@ def open_folder_beneath(
         create: Make the directories that are missing.
 
     Raises:
-        PathValidationError: If a name is a link, or no directory.
+        InvalidInput: If a name is a link, or no directory.
         OSError: If a directory is missing, or the storage failed.
     """
     folder = Folder.open(root)
@@ -428,18 +417,18 @@ def open_folder_beneath(
 
 @contextmanager
 def _explain_path(relative: str) -> Iterator[None]:
-    """Turn what a path is to blame for into `PathValidationError`."""
+    """Turn what a path is to blame for into `InvalidInput`."""
     with explain_errors(f"Failed to open {relative}"):
         try:
             yield
         except FileNotFoundError:
-            raise PathValidationError(f"File not found: {relative}") from None
+            raise InvalidInput(f"File not found: {relative}") from None
         except PermissionError:
-            raise PathValidationError(f"Permission denied: {relative}") from None
+            raise InvalidInput(f"Permission denied: {relative}") from None
 
 
-def _link_error(name: str) -> PathValidationError:
-    return PathValidationError(
+def _link_error(name: str) -> InvalidInput:
+    return InvalidInput(
         f"Path outside shared storage: {name!r} is a symbolic link,"
         " and those are not followed"
     )
@@ -450,7 +439,7 @@ def _remove_tree(parent: Folder, name: str, depth: int) -> bool:
     if not stat.S_ISDIR(parent.status(name).st_mode):
         return _unlink_or_leave(parent, name)
     if depth == 0:
-        raise SharedStorageError(f"{parent.path} is nested too deeply to remove")
+        raise StorageError(f"{parent.path} is nested too deeply to remove")
     with parent.open_folder(name) as folder:
         gone = [_remove_tree(folder, child, depth - 1) for child in folder.names()]
         # A file that was open just got a new name, which was not in the list.
@@ -478,7 +467,7 @@ def _list_tree(
     folder: Folder, prefix: str, found: list[tuple[str, int, int]], depth: int
 ) -> None:
     if depth == 0:
-        raise SharedStorageError(f"{folder.path} is nested too deeply to list")
+        raise StorageError(f"{folder.path} is nested too deeply to list")
     for name in folder.names():
         if name.startswith("."):
             continue

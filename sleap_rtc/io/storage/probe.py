@@ -13,7 +13,7 @@ import trio
 from sleap_rtc.io.storage import probe_child
 from sleap_rtc.io.storage.files import write_at
 from sleap_rtc.io.storage.folder import (
-    SharedStorageError,
+    StorageError,
     create_beneath,
     explain_errors,
     open_beneath,
@@ -87,11 +87,11 @@ async def ask_storage(
         timeout: Seconds for the probe and the call together.
 
     Raises:
-        SharedStorageError: If the storage does not answer, or failed.
+        StorageError: If the storage does not answer, or failed.
     """
     health = await probe_storage(root, timeout / 2)
     if not health.ok:
-        raise SharedStorageError(health.reason)
+        raise StorageError(health.reason)
     return await call_in_time(root, function, *args, timeout=timeout / 2)
 
 
@@ -101,14 +101,14 @@ async def call_in_time(
     """Do as `ask_storage`, for storage that has just answered.
 
     Raises:
-        SharedStorageError: If it takes longer than the timeout, or the storage failed.
+        StorageError: If it takes longer than the timeout, or the storage failed.
     """
     with trio.move_on_after(timeout) as scope:
         answer = await trio.to_thread.run_sync(
             lambda: function(*args), abandon_on_cancel=True
         )
     if scope.cancelled_caught:
-        raise SharedStorageError(f"Storage at {root} does not answer")
+        raise StorageError(f"Storage at {root} does not answer")
     return answer
 
 
@@ -121,8 +121,8 @@ def write_probe(root: Path, relative: str, nonce: bytes) -> None:
         nonce: What the file holds, at most 64 bytes.
 
     Raises:
-        PathValidationError: If the path leads elsewhere.
-        SharedStorageError: If something of that name is there, or the storage failed.
+        InvalidInput: If the path leads elsewhere.
+        StorageError: If something of that name is there, or the storage failed.
     """
     if len(nonce) > MAX_PROBE_BYTES:
         raise ValueError(f"a mount probe holds at most {MAX_PROBE_BYTES} bytes")
@@ -142,8 +142,8 @@ def read_probe(root: Path, relative: str) -> bytes:
         What it holds, at most 64 bytes.
 
     Raises:
-        PathValidationError: If it is not there, or the path leads elsewhere.
-        SharedStorageError: If the storage failed.
+        InvalidInput: If it is not there, or the path leads elsewhere.
+        StorageError: If the storage failed.
     """
     fd = open_beneath(root, relative)
     with explain_errors(f"Failed to read {relative}"):

@@ -27,15 +27,13 @@ from sleap_rtc.io.storage.files import (
     write_at,
 )
 from sleap_rtc.io.storage.folder import (
-    PathValidationError,
-    SharedStorageError,
     StoppedError,
+    StorageError,
     explain_errors,
     open_folder_beneath,
     open_owned,
 )
 from sleap_rtc.io.transfer.journal import Journal
-from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 from sleap_rtc.proto.paths import check_portable_path_untrusted
 from sleap_rtc.proto.transfer.chunk_map import ChunkMap
 
@@ -55,8 +53,8 @@ class ChunkReader:
         chunk_size: Bytes in a chunk; the last one may be shorter.
 
     Raises:
-        PathValidationError: If it is no readable file.
-        SharedStorageError: If the storage failed.
+        InvalidInput: If it is no readable file.
+        StorageError: If the storage failed.
     """
 
     def __init__(self, source: Path | int, *, chunk_size: int) -> None:
@@ -81,13 +79,13 @@ class ChunkReader:
             The chunk, and its BLAKE3 hash.
 
         Raises:
-            SharedStorageError: If the storage failed, or the file became shorter.
+            StorageError: If the storage failed, or the file became shorter.
         """
         length = _chunk_length(index, self.size, self._chunk_size)
         with self._file.use() as fd, explain_errors(f"Failed to read {self._name}"):
             payload = read_at(fd, length, index * self._chunk_size)
         if len(payload) < length:
-            raise SharedStorageError(f"{self._name} became shorter while it was sent")
+            raise StorageError(f"{self._name} became shorter while it was sent")
         return payload, blake3(payload).digest()
 
     def check_unchanged(self) -> bool:
@@ -132,11 +130,11 @@ class ChunkWriter:
             `write` does not change it.
 
     Raises:
-        PathValidationError: If the path is none that every system can store, or leads
-            through a link or a file.
+        InvalidInput: If not every system can store the path, it leads through a link
+            or a file, or there are too many chunks.
         InsufficientSpaceError: If the file does not fit.
-        SharedStorageError: If the name is taken, another writer of this file is at
-            work, there are too many chunks, or the storage failed.
+        StorageError: If the name is taken, another writer of this file is at
+            work, or the storage failed.
         StoppedError: If `cancelled` said so.
     """
 
@@ -151,14 +149,8 @@ class ChunkWriter:
         progress: Callable[[int], None] = _ignore_progress,
         cancelled: Callable[[], bool] = _never,
     ) -> None:
-        try:
-            *parents, self._name = check_portable_path_untrusted(relative).split("/")
-        except RemoteProtocolError as error:
-            raise PathValidationError(error.reason) from None
-        try:
-            self.chunk_map = ChunkMap(size, chunk_size)
-        except LocalProtocolError as error:
-            raise SharedStorageError(f"Failed to create {relative}: {error}") from None
+        *parents, self._name = check_portable_path_untrusted(relative).split("/")
+        self.chunk_map = ChunkMap(size, chunk_size)
         self._relative = relative
         self._size = size
         self._chunk_size = chunk_size
@@ -180,7 +172,7 @@ class ChunkWriter:
                     origin=origin,
                 )
             except BlockingIOError:
-                raise SharedStorageError(
+                raise StorageError(
                     f"{relative} is being received already, by another transfer or "
                     "another process; wait until it ends, or stop it"
                 ) from None
@@ -203,7 +195,7 @@ class ChunkWriter:
 
         Raises:
             InsufficientSpaceError: If the storage or the quota is used up.
-            SharedStorageError: If the storage failed.
+            StorageError: If the storage failed.
         """
         length = _chunk_length(index, self._size, self._chunk_size)
         if len(payload) != length or blake3(payload).digest() != digest:
@@ -227,7 +219,7 @@ class ChunkWriter:
             The path of the file.
 
         Raises:
-            SharedStorageError: If the name was taken meanwhile, the part file is gone,
+            StorageError: If the name was taken meanwhile, the part file is gone,
                 or the storage failed; `keep` or `abandon` is still to be called.
         """
         with explain_errors(f"Failed to write {self._relative}"):
@@ -235,7 +227,7 @@ class ChunkWriter:
                 os.fsync(fd)
                 written = os.fstat(fd)
             if not os.path.samestat(written, self._folder.status(self._part)):
-                raise SharedStorageError(
+                raise StorageError(
                     f"Failed to write {self._relative}: somebody replaced its part file"
                 )
             # Network file systems report a full quota as late as here.
@@ -257,7 +249,7 @@ class ChunkWriter:
         """Remove what was written, unless the writer has ended; safe to call again.
 
         Raises:
-            SharedStorageError: If the storage failed.
+            StorageError: If the storage failed.
         """
         if self._has_ended:
             return

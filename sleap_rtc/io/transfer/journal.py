@@ -86,7 +86,7 @@ class Journal:
 
     Raises:
         BlockingIOError: If another writer has it.
-        PathValidationError: If the name is taken by something that is no file.
+        InvalidInput: If the name is taken by something that is no file.
         OSError: If the storage failed.
     """
 
@@ -105,7 +105,7 @@ class Journal:
         """Keep it open, and locked, for the length of a block.
 
         Raises:
-            SharedStorageError: If it was closed.
+            StorageError: If it was closed.
         """
         return self._file.use()
 

@@ -8,7 +8,7 @@ from typing import Protocol, assert_never
 import trio
 
 from sleap_rtc.io.link.link import Link, LinkClosedError
-from sleap_rtc.io.storage.folder import SharedStorageError
+from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import ChunkGrant, FileOffer, OfferedFile
 from sleap_rtc.proto.transfer.chunk_map import ChunkMap
@@ -54,7 +54,7 @@ class TransferError(Exception):
 class ChunkSource(Protocol):
     """What a file is sent from; worker threads call it, several at once.
 
-    Its methods raise `SharedStorageError` if the storage failed.
+    Its methods raise `StorageError` if the storage failed.
     """
 
     def read(self, index: int) -> tuple[Buffer, bytes]:
@@ -67,7 +67,7 @@ class ChunkSource(Protocol):
 class ChunkSink(Protocol):
     """Where a file arrives; worker threads call it, several at once.
 
-    Its methods raise `SharedStorageError` if the storage failed.
+    Its methods raise `StorageError` if the storage failed.
     """
 
     chunk_map: ChunkMap
@@ -267,7 +267,7 @@ class ReceivingFile(RunningTransfer):
             is_good = await trio.to_thread.run_sync(
                 self._sink.write, index, payload, digest, limiter=self._writers
             )
-        except SharedStorageError as error:
+        except StorageError as error:
             self._receiver.cancel(str(error))
         else:
             if is_good:
@@ -280,7 +280,7 @@ class ReceivingFile(RunningTransfer):
     async def _publish(self) -> None:
         try:
             self._path = await trio.to_thread.run_sync(self._sink.publish)
-        except SharedStorageError as error:
+        except StorageError as error:
             self._receiver.cancel(str(error))
         else:
             self._receiver.published()
@@ -353,7 +353,7 @@ class SendingFile(RunningTransfer):
                 if not self._has_ended:
                     self._sender.chunk_sent(index, digest, lane)
                     self._report(self._sender.bytes_known)
-        except SharedStorageError as error:
+        except StorageError as error:
             self._sender.source_failed(str(error))
         except LinkClosedError as error:
             # Whoever serves another lane notices its end, too.
@@ -364,7 +364,7 @@ class SendingFile(RunningTransfer):
     async def _hash(self, indexes: range) -> None:
         try:
             digests = await trio.to_thread.run_sync(self._read_hashes, indexes)
-        except SharedStorageError as error:
+        except StorageError as error:
             self._sender.source_failed(str(error))
         else:
             if len(digests) < len(indexes):

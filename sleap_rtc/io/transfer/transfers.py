@@ -8,7 +8,7 @@ from pathlib import Path
 import trio
 
 from sleap_rtc.io.link.link import Lanes, Link, LinkClosedError
-from sleap_rtc.io.storage.folder import SharedStorageError
+from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.io.transfer.running import (
     Buffer,
     ChunkSink,
@@ -136,6 +136,7 @@ class Transfers:
             on_progress: Called with the number of bytes sent so far.
 
         Raises:
+            InvalidInput: If it has too many chunks.
             TransferError: If the receiver does not take it, or it can't be read.
             LinkClosedError: If the link ended first.
         """
@@ -195,7 +196,7 @@ class Transfers:
             with trio.CancelScope(shield=True):
                 try:
                     await trio.to_thread.run_sync(leave)
-                except SharedStorageError:
+                except StorageError:
                     pass  # a hidden part file stays; what led here matters more
 
     @contextmanager

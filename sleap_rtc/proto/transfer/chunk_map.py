@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from blake3 import blake3
 
-from sleap_rtc.proto.errors import LocalProtocolError
+from sleap_rtc.proto.errors import InvalidInput, LocalProtocolError
 
 HASH_SIZE = 32
 
@@ -24,17 +24,17 @@ class ChunkMap:
         chunk_size: Bytes of every chunk but the last, which may be shorter.
 
     Raises:
-        LocalProtocolError: If that makes more than `MAX_CHUNKS` chunks.
+        InvalidInput: If that makes more than `MAX_CHUNKS` chunks, or is not a file.
     """
 
     def __init__(self, size: int, chunk_size: int) -> None:
         if size < 0 or chunk_size < 1:
-            raise LocalProtocolError(f"no file: {size} bytes in chunks of {chunk_size}")
+            raise InvalidInput(f"not a file: {size} bytes in chunks of {chunk_size}")
         self.size = size
         self.chunk_size = chunk_size
         self.count = -(-size // chunk_size)
         if self.count > MAX_CHUNKS:
-            raise LocalProtocolError(
+            raise InvalidInput(
                 f"a file of {size} bytes has {self.count} chunks of {chunk_size} "
                 f"bytes; at most {MAX_CHUNKS} are possible, so use larger chunks"
             )

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from enum import Enum, auto
 from typing import assert_never
 
-from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+from sleap_rtc.proto.errors import LocalProtocolError
 from sleap_rtc.proto.messages import (
     ChunkGrant,
     FileError,
@@ -89,7 +89,7 @@ class Receiver(Machine[ReceiverState, ReceiverOutput]):
             they are large.
 
     Raises:
-        RemoteProtocolError: If the offered file has too many chunks.
+        InvalidInput: If the offered file has too many chunks.
         LocalProtocolError: If the map is that of another file, or the window is not
             within 1 and `MAX_WINDOW`.
     """
@@ -106,7 +106,7 @@ class Receiver(Machine[ReceiverState, ReceiverOutput]):
         if not 0 < window <= MAX_WINDOW:
             raise LocalProtocolError(f"a window of {window} chunks")
         if chunk_map is None:
-            chunk_map = _map_of_offer_untrusted(file)
+            chunk_map = ChunkMap(file.size, file.chunk_size)
         elif (chunk_map.size, chunk_map.chunk_size) != (file.size, file.chunk_size):
             raise LocalProtocolError("the chunk map is that of another file")
         self._map = chunk_map
@@ -372,11 +372,3 @@ def _runs(indexes: Iterable[int]) -> list[range]:
         else:
             runs.append(range(index, index + 1))
     return runs
-
-
-def _map_of_offer_untrusted(file: OfferedFile) -> ChunkMap:
-    """Make the map of a file that a peer offers, if it is not absurdly large."""
-    try:
-        return ChunkMap(file.size, file.chunk_size)
-    except LocalProtocolError as error:
-        raise RemoteProtocolError(str(error)) from None

@@ -92,7 +92,7 @@ class Sender(Machine[SenderState, SenderOutput]):
         chunk_size: Bytes of a chunk, as offered.
 
     Raises:
-        LocalProtocolError: If that makes too many chunks.
+        InvalidInput: If that makes too many chunks.
     """
 
     def __init__(self, transfer_id: int, size: int, chunk_size: int) -> None:

@@ -17,11 +17,11 @@ from sleap_rtc.io.storage.archive_plan import ArchiveError, ArchiveLimits, top_f
 from sleap_rtc.io.storage.folder import (
     Folder,
     InsufficientSpaceError,
-    PathValidationError,
-    SharedStorageError,
     StoppedError,
+    StorageError,
     open_beneath,
 )
+from sleap_rtc.proto.errors import InvalidInput
 from tests.io.storage.places import memory_folder, small_mount
 
 MEBIBYTE = 1024 * 1024
@@ -380,7 +380,7 @@ def test_a_file_that_is_there_is_not_replaced(job: Path) -> None:
 
 def test_a_pipe_is_no_package_and_never_waited_for(job: Path) -> None:
     os.mkfifo(job.parent / "package.zip")
-    with pytest.raises(PathValidationError, match="a named pipe"):
+    with pytest.raises(InvalidInput, match="a named pipe"):
         extract_package(job.parent / "package.zip", job, cancelled=never)
 
 
@@ -521,7 +521,7 @@ def test_a_stopped_packing_leaves_nothing(tmp_path: Path) -> None:
 def test_a_zip_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "a.zip").write_bytes(b"mine")
-    with pytest.raises(SharedStorageError, match="File exists"):
+    with pytest.raises(StorageError, match="File exists"):
         pack_directory(
             tmp_path / "source", tmp_path / "a.zip", progress=ignore, cancelled=never
         )

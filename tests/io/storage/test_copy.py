@@ -11,10 +11,10 @@ from sleap_rtc.io.storage.copy import copy_file, copy_with_deadline, default_tim
 from sleap_rtc.io.storage.folder import (
     CopyTimeoutError,
     InsufficientSpaceError,
-    PathValidationError,
-    SharedStorageError,
     StoppedError,
+    StorageError,
 )
+from sleap_rtc.proto.errors import InvalidInput
 from tests.io.storage.places import memory_folder, small_mount
 
 MEBIBYTE = 1024 * 1024
@@ -76,7 +76,7 @@ def test_a_copy_never_replaces_a_file(places: tuple[Path, Path]) -> None:
     source, root = places
     make_file(source / "a.zip", 10)
     (root / "a.zip").write_text("mine")
-    with pytest.raises(SharedStorageError, match=r"Failed to copy a\.zip: File exists"):
+    with pytest.raises(StorageError, match=r"Failed to copy a\.zip: File exists"):
         copy_file(source / "a.zip", root, "a.zip", progress=ignore, cancelled=never)
     assert (root / "a.zip").read_text() == "mine"
     assert files(root) == ["a.zip"]
@@ -111,7 +111,7 @@ def test_a_source_that_changes_is_not_published(
         else:
             os.truncate(source / "a.zip", 1 if change == "shorter" else 2**25)
 
-    with pytest.raises(SharedStorageError, match="changed while it was copied"):
+    with pytest.raises(StorageError, match="changed while it was copied"):
         copy_file(source / "a.zip", root, "a.zip", progress=edit, cancelled=never)
     assert files(root) == []
 
@@ -121,7 +121,7 @@ def test_a_copy_stays_beneath_the_root(tmp_path: Path, relative: str) -> None:
     make_file(tmp_path / "a.zip", 10)
     (tmp_path / "root").mkdir()
     (tmp_path / "root/link").symlink_to("..")
-    with pytest.raises(PathValidationError, match="outside shared storage"):
+    with pytest.raises(InvalidInput, match="outside shared storage"):
         copy_file(
             tmp_path / "a.zip",
             tmp_path / "root",
@@ -245,7 +245,7 @@ async def test_cancellation_removes_what_was_copied(tmp_path: Path) -> None:
 
 
 async def test_a_missing_source_is_named(tmp_path: Path) -> None:
-    with trio.fail_after(10), pytest.raises(PathValidationError, match="not found"):
+    with trio.fail_after(10), pytest.raises(InvalidInput, match="not found"):
         await copy_with_deadline(
             tmp_path / "a.zip", tmp_path, "b.zip", size=1, on_progress=ignore
         )

@@ -32,7 +32,7 @@ from sleap_rtc.io.storage.copy_ladder import (
 from sleap_rtc.io.storage.folder import (
     CopyTimeoutError,
     InsufficientSpaceError,
-    SharedStorageError,
+    StorageError,
 )
 from tests.io.storage.places import (
     disk_mount,
@@ -298,7 +298,7 @@ def test_holes_are_zeros_in_the_copy(tmp_path: Path, memory: Path) -> None:
 @needs_linux
 def test_a_copy_that_is_too_short_is_not_published(tmp_path: Path) -> None:
     source = Path("/sys/devices/system/cpu/possible")  # holds less than its size says
-    with pytest.raises(SharedStorageError, match=r"\d+ of \d+ bytes arrived"):
+    with pytest.raises(StorageError, match=r"\d+ of \d+ bytes arrived"):
         copy(source, tmp_path)
     assert os.listdir(tmp_path) == []
 
@@ -308,7 +308,7 @@ def test_a_read_only_root_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     with (
         read_only_mount(tmp_path / "root") as root,
-        pytest.raises(SharedStorageError, match="copy a: Read-only file system"),
+        pytest.raises(StorageError, match="copy a: Read-only file system"),
     ):
         copy(tmp_path / "a", root)
 
@@ -350,7 +350,7 @@ async def test_a_source_of_another_size_is_refused_before_a_byte(
     make_file(tmp_path / "a", 10)
     with (
         trio.fail_after(10),
-        pytest.raises(SharedStorageError, match="a has 10 bytes instead of 11"),
+        pytest.raises(StorageError, match="a has 10 bytes instead of 11"),
     ):
         await copy_with_deadline(
             tmp_path / "a", tmp_path, "copy", size=11, on_progress=lambda copied: None

@@ -11,11 +11,11 @@ from sleap_rtc.io.storage.files import PartFile, human_size
 from sleap_rtc.io.storage.folder import (
     Folder,
     InsufficientSpaceError,
-    PathValidationError,
-    SharedStorageError,
+    StorageError,
     open_beneath,
 )
 from sleap_rtc.io.transfer.chunk_files import ChunkReader, ChunkWriter
+from sleap_rtc.proto.errors import InvalidInput
 from tests.io.storage.places import memory_folder, small_mount
 
 CHUNK = 4096
@@ -103,7 +103,7 @@ def test_an_abandoned_file_leaves_nothing(storage: Path) -> None:
     writer.abandon()
     writer.abandon()
     assert leftovers(storage) == []
-    with pytest.raises(SharedStorageError, match="closed"):
+    with pytest.raises(StorageError, match="closed"):
         writer.write(0, b"x" * CHUNK, blake3(b"x" * CHUNK).digest())
 
 
@@ -116,11 +116,11 @@ def test_abandoning_a_published_file_keeps_it(storage: Path) -> None:
 
 def test_no_file_is_ever_replaced(storage: Path) -> None:
     (storage / "taken").write_text("mine")
-    with pytest.raises(SharedStorageError, match="taken: File exists"):
+    with pytest.raises(StorageError, match="taken: File exists"):
         ChunkWriter(storage, "taken", size=1, chunk_size=CHUNK)
     writer = ChunkWriter(storage, "later", size=0, chunk_size=CHUNK)
     (storage / "later").write_text("mine")
-    with pytest.raises(SharedStorageError, match="later: File exists"):
+    with pytest.raises(StorageError, match="later: File exists"):
         writer.publish()
     writer.abandon()
     assert (storage / "later").read_text() == "mine"
@@ -132,7 +132,7 @@ def test_no_file_is_ever_replaced(storage: Path) -> None:
     ["../a", "/etc/a", "a/../b", ".bashrc", "a/.ssh/b", "a\\b", "nul", "a\0b", ""],
 )
 def test_a_hostile_name_creates_nothing(tmp_path: Path, name: str) -> None:
-    with pytest.raises(PathValidationError):
+    with pytest.raises(InvalidInput):
         ChunkWriter(tmp_path, name, size=1, chunk_size=CHUNK)
     assert os.listdir(tmp_path) == []
 
@@ -141,10 +141,10 @@ def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     (tmp_path / "outside").mkdir()
     (tmp_path / "root/models").symlink_to(tmp_path / "outside")
-    with pytest.raises(PathValidationError, match="outside shared storage"):
+    with pytest.raises(InvalidInput, match="outside shared storage"):
         ChunkWriter(tmp_path / "root", "models/a", size=1, chunk_size=CHUNK)
     (tmp_path / "root/dead").symlink_to(tmp_path / "outside/dead")
-    with pytest.raises(SharedStorageError, match="File exists"):
+    with pytest.raises(StorageError, match="File exists"):
         ChunkWriter(tmp_path / "root", "dead", size=1, chunk_size=CHUNK)
     assert os.listdir(tmp_path / "outside") == []
 
@@ -164,7 +164,7 @@ def test_a_file_that_does_not_fit_is_refused_at_once(storage: Path) -> None:
 
 
 def test_a_file_of_absurdly_many_chunks_is_refused(storage: Path) -> None:
-    with pytest.raises(SharedStorageError, match="use larger chunks"):
+    with pytest.raises(InvalidInput, match="use larger chunks"):
         ChunkWriter(storage, "a", size=2**50, chunk_size=CHUNK)
     assert leftovers(storage) == []
 
@@ -186,7 +186,7 @@ def test_a_file_that_changes_is_noticed(storage: Path) -> None:
     os.utime(storage / "source", ns=(1, 1))
     assert not reader.check_unchanged()
     os.truncate(storage / "source", CHUNK)
-    with pytest.raises(SharedStorageError, match="became shorter"):
+    with pytest.raises(StorageError, match="became shorter"):
         reader.read(1)
     reader.close()
 
@@ -198,7 +198,7 @@ def test_a_reader_takes_an_open_file(tmp_path: Path) -> None:
     assert reader.read(0)[0] == data
     reader.close()
     reader.close()
-    with pytest.raises(SharedStorageError, match="closed"):
+    with pytest.raises(StorageError, match="closed"):
         reader.read(0)
 
 
@@ -209,7 +209,7 @@ def test_a_reader_refuses_what_is_no_file(tmp_path: Path) -> None:
         ("no", "not found"),
         (".", "directory"),
     ]:
-        with pytest.raises(PathValidationError, match=reason):
+        with pytest.raises(InvalidInput, match=reason):
             ChunkReader(tmp_path / name, chunk_size=CHUNK)
 
 
@@ -221,7 +221,7 @@ def test_a_file_in_use_is_closed_by_its_last_user(tmp_path: Path) -> None:
             with part.use():
                 part.discard()
             os.fstat(fd)
-            with pytest.raises(SharedStorageError, match="closed"), part.use():
+            with pytest.raises(StorageError, match="closed"), part.use():
                 pass
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)

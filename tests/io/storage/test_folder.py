@@ -9,8 +9,7 @@ import pytest
 from sleap_rtc.io.storage.folder import (
     MAX_DEPTH,
     Folder,
-    PathValidationError,
-    SharedStorageError,
+    StorageError,
     create_beneath,
     list_tree,
     make_directories_beneath,
@@ -18,6 +17,7 @@ from sleap_rtc.io.storage.folder import (
     open_owned,
     remove_tree_beneath,
 )
+from sleap_rtc.proto.errors import InvalidInput
 from tests.io.storage.places import busy_file, ignores_permissions, memory_folder
 
 
@@ -56,7 +56,7 @@ def test_the_root_itself_may_be_a_link(root: Path) -> None:
 def test_a_path_that_leads_out_opens_nothing(root: Path, path: str) -> None:
     (root.parent / "secret").write_bytes(b"outside")
     (root / "up").symlink_to("..")
-    with pytest.raises(PathValidationError, match=r"^Path outside shared storage"):
+    with pytest.raises(InvalidInput, match=r"^Path outside shared storage"):
         open_beneath(root, path)
 
 
@@ -64,7 +64,7 @@ def test_a_path_that_leads_out_opens_nothing(root: Path, path: str) -> None:
 def test_a_link_is_not_followed_wherever_it_leads(root: Path, target: str) -> None:
     (root / "file").write_bytes(b"inside")
     (root / "link").symlink_to(target)
-    with pytest.raises(PathValidationError, match="symbolic link"):
+    with pytest.raises(InvalidInput, match="symbolic link"):
         open_beneath(root, "link")
 
 
@@ -93,19 +93,19 @@ def test_what_is_no_file_is_named_and_never_waited_for(
 ) -> None:
     (root / "a").mkdir()
     make(root / "a/name")
-    with pytest.raises(PathValidationError, match=reason):
+    with pytest.raises(InvalidInput, match=reason):
         open_beneath(root, "a/name")
 
 
 def test_a_device_is_refused() -> None:
-    with pytest.raises(PathValidationError, match="a device"):
+    with pytest.raises(InvalidInput, match="a device"):
         open_beneath(Path("/dev"), "null")
 
 
 def test_a_file_on_the_way_is_no_directory(root: Path) -> None:
     (root / "a").write_bytes(b"")
     for call in (open_beneath, create_beneath, make_directories_beneath):
-        with pytest.raises(PathValidationError, match="'a' is a file"):
+        with pytest.raises(InvalidInput, match="'a' is a file"):
             call(root, "a/b")
 
 
@@ -113,7 +113,7 @@ def test_a_file_on_the_way_is_no_directory(root: Path) -> None:
 def test_a_forbidden_file_is_named_as_such(root: Path) -> None:
     (root / "file").write_bytes(b"")
     (root / "file").chmod(0)
-    with pytest.raises(PathValidationError, match="Permission denied: file"):
+    with pytest.raises(InvalidInput, match="Permission denied: file"):
         open_beneath(root, "file")
 
 
@@ -122,7 +122,7 @@ def test_creating_never_touches_what_is_there(root: Path) -> None:
     (root / "link").symlink_to("../victim")
     (root / "file").write_bytes(b"mine")
     for name in ("link", "file"):
-        with pytest.raises(SharedStorageError, match="File exists"):
+        with pytest.raises(StorageError, match="File exists"):
             create_beneath(root, name)
     os.close(create_beneath(root, "new"))
     assert (root.parent / "victim").read_bytes() == b"mine"
@@ -133,7 +133,7 @@ def test_directories_are_made_and_found_again(root: Path) -> None:
     assert make_directories_beneath(root, "a/b/c") == root / "a/b/c"
     assert make_directories_beneath(root, "a/b/c").is_dir()
     (root / "a/link").symlink_to("b")
-    with pytest.raises(PathValidationError, match="symbolic link"):
+    with pytest.raises(InvalidInput, match="symbolic link"):
         make_directories_beneath(root, "a/link/d")
 
 
@@ -164,7 +164,7 @@ def test_what_nfs_keeps_of_an_open_file_stays(tmp_path: Path) -> None:
     remove_tree_beneath(tmp_path, "job")
     assert os.listdir(tmp_path) == []
     (tmp_path / "job").mkdir()
-    with busy_file(tmp_path / "job/used"), pytest.raises(SharedStorageError):
+    with busy_file(tmp_path / "job/used"), pytest.raises(StorageError):
         remove_tree_beneath(tmp_path, "job")
 
 
@@ -190,9 +190,9 @@ def test_a_tree_without_end_is_an_error(root: Path) -> None:
     for _ in range(MAX_DEPTH + 1):
         deep /= "d"
     deep.mkdir(parents=True)
-    with pytest.raises(SharedStorageError, match="too deeply"):
+    with pytest.raises(StorageError, match="too deeply"):
         list_tree(root)
-    with pytest.raises(SharedStorageError, match="too deeply"):
+    with pytest.raises(StorageError, match="too deeply"):
         remove_tree_beneath(root, "d")
 
 
@@ -200,7 +200,7 @@ def test_files_of_the_owner_may_be_links(root: Path) -> None:
     (root / "file").write_bytes(b"mine")
     (root / "link").symlink_to("file")
     assert content(open_owned(root / "link")) == b"mine"
-    with pytest.raises(PathValidationError, match="File not found"):
+    with pytest.raises(InvalidInput, match="File not found"):
         open_owned(root / "missing")
 
 
@@ -238,7 +238,7 @@ def test_no_open_escapes_while_a_directory_is_swapped_for_a_link(root: Path) -> 
             name = ("name", "real", "trap")[turn % 3]
             try:
                 outcomes[content(open_beneath(root, f"{name}/file"))] += 1
-            except PathValidationError:
+            except InvalidInput:
                 outcomes[b"refused"] += 1
     finally:
         stop.set()

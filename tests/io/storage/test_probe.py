@@ -4,8 +4,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from sleap_rtc.io.storage.folder import PathValidationError, SharedStorageError
+from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.io.storage.probe import probe_storage, read_probe, write_probe
+from sleap_rtc.proto.errors import InvalidInput
 
 
 async def test_healthy_storage_says_how_much_is_free(tmp_path: Path) -> None:
@@ -50,12 +51,12 @@ def test_a_probe_is_read_back_through_another_path(tmp_path: Path) -> None:
     (tmp_path / "mount").symlink_to("root")
     write_probe(tmp_path / "root", "jobs/.probe", b"n" * 32)
     assert read_probe(tmp_path / "mount", "jobs/.probe") == b"n" * 32
-    with pytest.raises(SharedStorageError, match="File exists"):
+    with pytest.raises(StorageError, match="File exists"):
         write_probe(tmp_path / "root", "jobs/.probe", b"other")
 
 
 def test_a_probe_on_other_storage_is_not_found(tmp_path: Path) -> None:
-    with pytest.raises(PathValidationError, match="File not found"):
+    with pytest.raises(InvalidInput, match="File not found"):
         read_probe(tmp_path, "jobs/.probe")
 
 

@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from sleap_rtc.io.storage.folder import (
     Folder,
     InsufficientSpaceError,
-    PathValidationError,
-    SharedStorageError,
     StoppedError,
+    StorageError,
 )
 from sleap_rtc.io.transfer import chunk_files
 from sleap_rtc.io.transfer.chunk_files import ChunkWriter
 from sleap_rtc.io.transfer.journal import Journal
+from sleap_rtc.proto.errors import InvalidInput
 from tests.io.storage.places import MEMORY, small_mount
 from tests.io.transfer import doomed_writer
 
@@ -122,9 +122,9 @@ def test_a_writer_that_has_kept_its_file_does_nothing_any_more(tmp_path: Path) -
     writer.keep()
     writer.keep()
     writer.abandon()
-    with pytest.raises(SharedStorageError, match="closed"):
+    with pytest.raises(StorageError, match="closed"):
         write(writer, {3})
-    with pytest.raises(SharedStorageError, match="closed"):
+    with pytest.raises(StorageError, match="closed"):
         writer.publish()
     check_goes_on(tmp_path, {2})
 
@@ -237,7 +237,7 @@ def test_only_a_living_process_keeps_others_out(tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(bytes(20_000 * CHUNK))
     with doomed_process(tmp_path / "source", tmp_path / "a") as doomed:
         doomed.write_some(1)
-        with pytest.raises(SharedStorageError, match="a is being received already"):
+        with pytest.raises(StorageError, match="a is being received already"):
             open_writer(tmp_path, 20_000 * CHUNK)
         doomed.kill()
         open_writer(tmp_path, 20_000 * CHUNK).abandon()
@@ -249,7 +249,7 @@ def test_only_a_living_process_keeps_others_out(tmp_path: Path) -> None:
 def test_a_second_writer_of_the_same_file_is_refused(tmp_path: Path) -> None:
     writer = open_writer(tmp_path)
     write(writer, {1})
-    with pytest.raises(SharedStorageError, match="wait until it ends, or stop it"):
+    with pytest.raises(StorageError, match="wait until it ends, or stop it"):
         open_writer(tmp_path)
     write(writer, {2})
     writer.keep()
@@ -262,7 +262,7 @@ def test_of_many_writers_at_once_one_publishes(tmp_path: Path) -> None:
     def race(_number: int) -> bool:
         try:
             writer = open_writer(tmp_path)
-        except SharedStorageError:
+        except StorageError:
             return False
         write(writer, EVERY)
         writer.publish()
@@ -304,7 +304,7 @@ def test_a_part_file_that_was_exchanged_is_not_published(
     part(tmp_path).rename(tmp_path / "elsewhere")
     if replacement is not None:
         part(tmp_path).write_bytes(replacement)
-    with pytest.raises(SharedStorageError, match="Failed to write a"):
+    with pytest.raises(StorageError, match="Failed to write a"):
         writer.publish()
     writer.abandon()
     assert os.listdir(tmp_path) == ["elsewhere"]
@@ -313,7 +313,7 @@ def test_a_part_file_that_was_exchanged_is_not_published(
 def test_a_part_file_whose_name_was_taken_is_removed(tmp_path: Path) -> None:
     make_kept(tmp_path)
     (tmp_path / "a").write_text("mine")
-    with pytest.raises(SharedStorageError, match="File exists"):
+    with pytest.raises(StorageError, match="File exists"):
         open_writer(tmp_path)
     assert os.listdir(tmp_path) == ["a"]
     assert (tmp_path / "a").read_text() == "mine"
@@ -451,7 +451,7 @@ def test_a_planted_link_is_never_written_through(
     make_kept(root)
     planted(root).unlink()
     planted(root).symlink_to(victim)
-    with pytest.raises(PathValidationError, match="outside shared storage"):
+    with pytest.raises(InvalidInput, match="outside shared storage"):
         open_writer(root)
     assert victim.read_text() == "precious"
 
@@ -477,7 +477,7 @@ def test_what_is_no_file_is_refused_at_once(
     make_kept(tmp_path)
     planted(tmp_path).unlink()
     os.mkfifo(planted(tmp_path))
-    with pytest.raises(PathValidationError, match="named pipe"):
+    with pytest.raises(InvalidInput, match="named pipe"):
         open_writer(tmp_path)
 
 

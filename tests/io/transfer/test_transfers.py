@@ -12,7 +12,7 @@ from sleap_rtc.io.link.link import LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.quic.driver import dial_quic, open_quic_listener
 from sleap_rtc.io.storage.files import Buffer
-from sleap_rtc.io.storage.folder import SharedStorageError
+from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.io.transfer.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.io.transfer.transfers import Transfers
 from sleap_rtc.proto.messages import (
@@ -141,7 +141,7 @@ class FullDisk(ChunkWriter):
 
     def write(self, index: int, payload: Buffer, digest: bytes) -> bool:
         if index == 2:
-            raise SharedStorageError("Failed to write job.zip: the disk is full")
+            raise StorageError("Failed to write job.zip: the disk is full")
         return super().write(index, payload, digest)
 
 

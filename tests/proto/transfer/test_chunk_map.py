@@ -7,7 +7,7 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleap_rtc.proto.errors import LocalProtocolError
+from sleap_rtc.proto.errors import InvalidInput, LocalProtocolError
 from sleap_rtc.proto.transfer.chunk_map import HASH_SIZE, MAX_CHUNKS, ChunkMap
 
 DIGEST = bytes(range(HASH_SIZE))
@@ -116,11 +116,11 @@ def test_what_is_no_hash_is_not_taken() -> None:
 
 @pytest.mark.parametrize(("size", "chunk_size"), [(-1, 10), (1, 0), (2**50, 4096)])
 def test_a_file_that_makes_no_sense_has_no_map(size: int, chunk_size: int) -> None:
-    with pytest.raises(LocalProtocolError):
+    with pytest.raises(InvalidInput):
         ChunkMap(size, chunk_size)
 
 
 def test_the_largest_file_has_a_map() -> None:
     assert ChunkMap(MAX_CHUNKS * 4096, 4096).count == MAX_CHUNKS
-    with pytest.raises(LocalProtocolError, match="use larger chunks"):
+    with pytest.raises(InvalidInput, match="use larger chunks"):
         ChunkMap(MAX_CHUNKS * 4096 + 1, 4096)

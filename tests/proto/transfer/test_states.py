@@ -6,7 +6,7 @@ from enum import Enum
 import msgspec
 import pytest
 
-from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+from sleap_rtc.proto.errors import InvalidInput, LocalProtocolError, RemoteProtocolError
 from sleap_rtc.proto.messages import (
     ChunkGrant,
     FileError,
@@ -354,7 +354,7 @@ def test_the_map_of_another_file_is_refused() -> None:
 
 
 def test_an_offer_of_too_many_chunks_is_the_peers_fault() -> None:
-    with pytest.raises(RemoteProtocolError, match="use larger chunks"):
+    with pytest.raises(InvalidInput, match="use larger chunks"):
         Receiver(TRANSFER_ID, file_of(2**50))
 
 

@@ -23,7 +23,7 @@ class RemoteProtocolError(Exception):
 
 
 class InvalidInput(ValueError):
-    """A path, a name, an invite, a script or a size is not acceptable.
+    """A path, a name, an invite, an offer, a script or a size is not acceptable.
 
     It may come from a user, a package or a peer. No connection ends for it: the caller
     turns it into an answer, such as PATH_ERROR, or into a message for people.

@@ -13,7 +13,7 @@ import structlog
 
 from sleap_rtc.errors import NoWorkerError, RefusedError
 from sleap_rtc.io.signaling.client import PeerUnreachableError, Room
-from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.errors import InvalidInput, RemoteProtocolError
 from sleap_rtc.proto.messages import Auth
 from sleap_rtc.proto.rendezvous.envelope import (
     AEAD_NONCE_BYTES,
@@ -88,7 +88,7 @@ async def ask_worker(
             f"The worker {worker.peer_id} has left the room.",
             "Try again: it may come back. `sleap-rtc workers` lists who is there.",
         ) from None
-    except RemoteProtocolError:
+    except InvalidInput:
         raise RefusedError(
             f"The answer of {worker.peer_id} could not be verified.",
             "Check that both clocks are right within two minutes, and that both sides "
@@ -144,7 +144,7 @@ class Doorkeeper:
         async for sender, text in room.offers:
             try:
                 sealed = self._answer(sender, text, addresses())
-            except RemoteProtocolError as error:
+            except InvalidInput as error:
                 self._log.warning(
                     "offer refused: wrong secret, replayed, altered or too old",
                     peer=sender,

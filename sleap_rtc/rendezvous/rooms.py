@@ -19,7 +19,7 @@ from sleap_rtc.config import (
     state_directory,
 )
 from sleap_rtc.errors import UsageError
-from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.rendezvous.invite import (
     Invite,
     decode_invite_untrusted,
@@ -50,7 +50,7 @@ def load_invite(environ: Mapping[str, str]) -> Invite | None:
         return None
     try:
         return decode_invite_untrusted(text)
-    except RemoteProtocolError as error:
+    except InvalidInput as error:
         raise UsageError(
             f"The stored invite can't be used: {error.reason}.",
             f"Join again with `sleap-rtc join <invite>`, or remove "
@@ -83,7 +83,7 @@ def join_room(text: str, environ: Mapping[str, str]) -> Invite:
     """
     try:
         invite = decode_invite_untrusted(text)
-    except RemoteProtocolError as error:
+    except InvalidInput as error:
         raise UsageError(f"That is no invite: {error.reason}.") from None
     save_invite_text(encode_invite(invite), environ)
     (state_directory(environ) / _HOSTING).unlink(missing_ok=True)
@@ -122,10 +122,13 @@ def host_room(
 
     Returns:
         The invite, stored. The secret stays the same as long as the room does.
+
+    Raises:
+        UsageError: If the public address is not one of a signaling server.
     """
     known = load_invite(environ)
     secret = known.secret if known else secrets.token_bytes(32)
-    invite = Invite(public_url or _reachable_url(where), secret)
+    invite = _make_invite(public_url or _reachable_url(where), secret)
     save_invite_text(encode_invite(invite), environ)
     path = make_state_directory(environ) / _HOSTING
     path.write_text(f"{_bracketed(where.host)}:{where.port}\n", encoding="ascii")
@@ -138,6 +141,9 @@ def room_elsewhere(settings: Settings, environ: Mapping[str, str]) -> Invite | N
     Returns:
         The invite that the machine has joined, or one for the configured server, which
         is made and stored if need be. None if the worker serves the room itself.
+
+    Raises:
+        UsageError: If the configured address is not one of a signaling server.
     """
     invite = load_invite(environ)
     if invite is not None and hosting(environ) is None:
@@ -145,10 +151,18 @@ def room_elsewhere(settings: Settings, environ: Mapping[str, str]) -> Invite | N
     url = chosen_environment(settings, environ).signaling_websocket
     if url is None:
         return None
-    invite = Invite(url, invite.secret if invite else secrets.token_bytes(32))
+    invite = _make_invite(url, invite.secret if invite else secrets.token_bytes(32))
     save_invite_text(encode_invite(invite), environ)
     (state_directory(environ) / _HOSTING).unlink(missing_ok=True)
     return invite
+
+
+def _make_invite(url: str, secret: bytes) -> Invite:
+    """Make an invite to an address that a user wrote."""
+    try:
+        return Invite(url, secret)
+    except InvalidInput as error:
+        raise UsageError(f"'{url}' can't be used: {error.reason}.") from None
 
 
 def parse_listen_address(text: str) -> Hosting:

@@ -123,6 +123,23 @@ def test_a_joined_room_beats_the_configured_server(environ: dict[str, str]) -> N
     assert room_elsewhere(settings, environ) == ELSEWHERE
 
 
+@pytest.mark.parametrize("url", ["lab.example.org", "ws://host#part", "ws://ho st"])
+def test_an_invalid_public_address_is_a_usage_error(
+    environ: dict[str, str], url: str
+) -> None:
+    with pytest.raises(UsageError, match=f"'{url}' can't be used: the signaling"):
+        host_room(HERE, environ, url)
+    assert load_invite_text(environ) is None
+
+
+def test_an_invalid_configured_address_is_a_usage_error(
+    environ: dict[str, str],
+) -> None:
+    with pytest.raises(UsageError, match="'ws://host#part' can't be used"):
+        room_elsewhere(configured("ws://host#part"), environ)
+    assert load_invite_text(environ) is None
+
+
 def test_an_invite_of_the_environment_comes_first(environ: dict[str, str]) -> None:
     join_room(encode_invite(ELSEWHERE), environ)
     other = Invite("ws://127.0.0.1:9", bytes(32))

@@ -20,7 +20,7 @@ from sleap_rtc.io.signaling.websocket import (
     WebSocketConnectError,
     connect_websocket,
 )
-from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.errors import InvalidInput, RemoteProtocolError
 from sleap_rtc.proto.rendezvous.envelope import session_untrusted
 from sleap_rtc.proto.rendezvous.invite import RoomKeys
 from sleap_rtc.proto.rendezvous.member import Backoff, MemberState, RoomMember
@@ -335,7 +335,7 @@ class Room:
     def _take_answer(self, sender: str, sealed: str) -> None:
         try:
             key = (sender, session_untrusted(sealed))
-        except RemoteProtocolError:
+        except InvalidInput:
             self._log.warning("not an answer", peer=sender)
             return
         if (waiting := self._answers.pop(key, None)) is not None:

@@ -19,7 +19,11 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+from sleap_rtc.proto.errors import (
+    InvalidInput,
+    LocalProtocolError,
+    RemoteProtocolError,
+)
 from sleap_rtc.proto.messages import Nonce
 from sleap_rtc.proto.rendezvous.invite import RoomKeys, join_fields
 from sleap_rtc.proto.route.kinds import LinkKindName
@@ -220,11 +224,11 @@ def session_untrusted(text: str) -> str:
     """Read which session a sealed text claims to belong to; nothing is proven yet.
 
     Raises:
-        RemoteProtocolError: If it is no sealed text.
+        InvalidInput: If it is no sealed text.
     """
     envelope = _envelope_untrusted(text)
     if envelope is _NO_ENVELOPE:
-        raise RemoteProtocolError(_REFUSED)
+        raise InvalidInput(_REFUSED)
     return envelope.session
 
 
@@ -232,11 +236,11 @@ def worker_nonce_untrusted(properties: Mapping[str, object]) -> bytes:
     """Read the nonce that a worker publishes in its metadata, property ``nonce``.
 
     Raises:
-        RemoteProtocolError: If there is none.
+        InvalidInput: If there is none.
     """
     text = properties.get("nonce")
     if not isinstance(text, str) or not re.fullmatch(r"[0-9a-f]{32}", text):
-        raise RemoteProtocolError("this worker publishes no session nonce")
+        raise InvalidInput("this worker publishes no session nonce")
     return bytes.fromhex(text)
 
 
@@ -260,7 +264,7 @@ def open_offer_untrusted(
         now: Seconds since 1970.
 
     Raises:
-        RemoteProtocolError: If anything is wrong with it, in the same words whatever
+        InvalidInput: If anything is wrong with it, in the same words whatever
             it was. A replay is noticed by `OfferLedger.accept`.
     """
     envelope = _envelope_untrusted(text)
@@ -283,7 +287,7 @@ def open_answer_untrusted(
     The arguments are those of `open_offer_untrusted`, with the worker as the sender.
 
     Raises:
-        RemoteProtocolError: If anything is wrong with it, always in the same words.
+        InvalidInput: If anything is wrong with it, always in the same words.
     """
     envelope = _envelope_untrusted(text)
     nonces = (offer_nonce.hex(), envelope.nonce)
@@ -320,11 +324,11 @@ def _open(
     timely = now < envelope.expires <= now + MAX_SECONDS_AHEAD
     honest = (envelope.kind, envelope.session, envelope.nonce) == (kind, *nonces)
     if plain is None or not (timely and honest):
-        raise RemoteProtocolError(_REFUSED)
+        raise InvalidInput(_REFUSED)
     try:
         return msgspec.json.decode(plain, type=content)
     except (ValueError, RecursionError):
-        raise RemoteProtocolError(_REFUSED) from None
+        raise InvalidInput(_REFUSED) from None
 
 
 # ----------------------------------------------------------- proof inside the link
@@ -401,12 +405,12 @@ class OfferLedger:
         """Note an opened offer until it expires.
 
         Raises:
-            RemoteProtocolError: If this nonce was there before, or there are too many.
+            InvalidInput: If this nonce was there before, or there are too many.
         """
         self._forget_expired(now)
         session = nonce.hex()
         if session in self._seen or len(self._seen) >= MAX_OUTSTANDING_OFFERS:
-            raise RemoteProtocolError(_REFUSED)
+            raise InvalidInput(_REFUSED)
         self._seen[session] = expires
 
     def expect(

@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+from sleap_rtc.proto.errors import InvalidInput, LocalProtocolError
 
 SECRET_BYTES = 32
 MAX_URL_CHARACTERS = 512
@@ -51,16 +51,15 @@ class Invite(msgspec.Struct, frozen=True):
         secret: `SECRET_BYTES` random bytes.
 
     Raises:
-        LocalProtocolError: If either is not as described.
+        InvalidInput: If the address is not acceptable.
+        LocalProtocolError: If the secret has the wrong length.
     """
 
     url: str
     secret: bytes
 
     def __post_init__(self) -> None:
-        problem = _url_problem(self.url)
-        if problem:
-            raise LocalProtocolError(problem)
+        _check_url(self.url)
         if len(self.secret) != SECRET_BYTES:
             raise LocalProtocolError(f"the secret must have {SECRET_BYTES} bytes")
 
@@ -80,22 +79,33 @@ class Invite(msgspec.Struct, frozen=True):
             return host == "localhost" or host.endswith(".localhost")
 
 
-def _url_problem(url: str) -> str | None:
-    """Say what is wrong with the address of a signaling server, if anything is."""
-    if len(url) > MAX_URL_CHARACTERS or not re.fullmatch(r"[!-~]+", url):
-        return "the signaling address must be printable ASCII without spaces"
+def _check_url(url: str) -> None:
+    """Check the address of a signaling server.
+
+    Raises:
+        InvalidInput: If it is not acceptable.
+    """
+    if len(url) > MAX_URL_CHARACTERS:
+        raise InvalidInput(
+            f"the signaling address is longer than {MAX_URL_CHARACTERS} characters"
+        )
+    if not re.fullmatch(r"[!-~]+", url):
+        raise InvalidInput(
+            "the signaling address must be printable ASCII without spaces"
+        )
     try:
         parts = urlsplit(url)
         port = parts.port
     except ValueError:
-        return "the signaling address is not a valid URL"
+        raise InvalidInput("the signaling address is not a valid URL") from None
     if parts.scheme not in ("ws", "wss"):
-        return "the signaling address must start with ws:// or wss://"
+        raise InvalidInput("the signaling address must start with ws:// or wss://")
     if not parts.hostname or port == 0:
-        return "the signaling address must name a host, and no port 0"
+        raise InvalidInput("the signaling address must name a host, and no port 0")
     if parts.username is not None or parts.fragment:
-        return "the signaling address must not hold a user name or a fragment"
-    return None
+        raise InvalidInput(
+            "the signaling address must not hold a user name or a fragment"
+        )
 
 
 def encode_invite(invite: Invite) -> str:
@@ -109,34 +119,32 @@ def encode_invite(invite: Invite) -> str:
 
 
 def decode_invite_untrusted(text: str) -> Invite:
-    """Read an invite that somebody pasted; white space in it does not matter.
+    """Parse an invite that a user pasted; white space in it does not matter.
 
     Raises:
-        RemoteProtocolError: If it is not one, with words for the person who pasted it.
+        InvalidInput: If it is not an invite; the reason is for the user who pasted it.
     """
     word = "".join(text.split())
     if not word.startswith(_PREFIX):
-        raise RemoteProtocolError(f"this is not an invite: one starts with {_PREFIX}")
+        raise InvalidInput(f"this is not an invite: one starts with {_PREFIX}")
     encoded = word.removeprefix(_PREFIX)
     if not re.fullmatch(r"[A-Za-z0-9_-]+", encoded):
-        raise RemoteProtocolError(_DAMAGED)
+        raise InvalidInput(_DAMAGED)
     try:
         raw = base64.urlsafe_b64decode(encoded + "=" * (-len(encoded) % 4))
     except ValueError:
-        raise RemoteProtocolError(_DAMAGED) from None
+        raise InvalidInput(_DAMAGED) from None
     body, checksum = raw[:-_CHECKSUM_BYTES], raw[-_CHECKSUM_BYTES:]
     # Comparing the text again also notices a change in the unused last bits.
     if checksum != _checksum(body) or _to_text(raw) != encoded or not body:
-        raise RemoteProtocolError(_DAMAGED)
+        raise InvalidInput(_DAMAGED)
     if body[0] != _INVITE_VERSION:
-        raise RemoteProtocolError(
-            "this invite was made by a newer sleap-rtc: update this one"
-        )
+        raise InvalidInput("this invite was made by a newer sleap-rtc: update this one")
     secret, url = body[1 : 1 + SECRET_BYTES], body[1 + SECRET_BYTES :]
     try:
         return Invite(url.decode("ascii"), secret)
-    except (LocalProtocolError, UnicodeDecodeError):
-        raise RemoteProtocolError(_DAMAGED) from None
+    except (InvalidInput, LocalProtocolError, UnicodeDecodeError):
+        raise InvalidInput(_DAMAGED) from None
 
 
 def _to_text(raw: bytes) -> str:

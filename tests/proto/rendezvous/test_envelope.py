@@ -6,7 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+from sleap_rtc.proto.errors import (
+    InvalidInput,
+    LocalProtocolError,
+    RemoteProtocolError,
+)
 from sleap_rtc.proto.rendezvous.envelope import (
     MAX_OUTSTANDING_OFFERS,
     MAX_SEALED_CHARACTERS,
@@ -90,7 +94,11 @@ def opened_answer(
     )
 
 
-def refused() -> "pytest.RaisesExc[RemoteProtocolError]":
+def refused() -> "pytest.RaisesExc[InvalidInput]":
+    return pytest.raises(InvalidInput, match=r"\Arefused\Z")
+
+
+def not_proven() -> "pytest.RaisesExc[RemoteProtocolError]":
     return pytest.raises(RemoteProtocolError, match=r"\Arefused\Z")
 
 
@@ -279,9 +287,9 @@ def test_the_worker_nonce_is_read_from_metadata() -> None:
 
 @pytest.mark.parametrize("value", [None, 3, "", "g" * 32, "A" * 32, "0" * 31, ["0"]])
 def test_a_bad_worker_nonce_is_noticed(value: object) -> None:
-    with pytest.raises(RemoteProtocolError, match="no session nonce"):
+    with pytest.raises(InvalidInput, match="no session nonce"):
         worker_nonce_untrusted({"nonce": value})
-    with pytest.raises(RemoteProtocolError, match="no session nonce"):
+    with pytest.raises(InvalidInput, match="no session nonce"):
         worker_nonce_untrusted({})
 
 
@@ -315,7 +323,7 @@ def expecting() -> OfferLedger:
 def test_a_proof_lets_its_client_in_once() -> None:
     book = expecting()
     assert book.check_proof_untrusted(NONCE.hex(), proof(), NOW) == "client"
-    with refused():
+    with not_proven():
         book.check_proof_untrusted(NONCE.hex(), proof(), NOW)
 
 
@@ -332,7 +340,7 @@ def test_a_proof_lets_its_client_in_once() -> None:
 )
 def test_a_proof_of_anything_else_is_refused(change: dict[str, object]) -> None:
     book = expecting()
-    with refused():
+    with not_proven():
         book.check_proof_untrusted(NONCE.hex(), proof(**change), NOW)
     # and it does not keep the rightful client out
     assert book.check_proof_untrusted(NONCE.hex(), proof(), NOW) == "client"
@@ -341,19 +349,19 @@ def test_a_proof_of_anything_else_is_refused(change: dict[str, object]) -> None:
 def test_a_late_proof_is_refused() -> None:
     book = expecting()
     book.check_proof_untrusted(NONCE.hex(), proof(), NOW + 59)
-    with refused():
+    with not_proven():
         expecting().check_proof_untrusted(NONCE.hex(), proof(), NOW + 60)
 
 
 @pytest.mark.parametrize("text", ["", "é", "\ud800", "0" * 64])
 def test_a_proof_of_any_text_is_refused(text: str) -> None:
-    with refused():
+    with not_proven():
         expecting().check_proof_untrusted(NONCE.hex(), text, NOW)
 
 
 def test_nobody_gets_in_before_an_offer() -> None:
     empty = proof(session="0" * 32, answer_nonce=b"", client="")
-    with refused():
+    with not_proven():
         ledger().check_proof_untrusted("0" * 32, empty, -1.0)
 
 

@@ -1,17 +1,12 @@
-"""The command line: it parses, calls and prints; what happens is decided elsewhere."""
+"""The command line: it parses, calls and prints; all decisions are made elsewhere."""
 
 import sys
 from collections.abc import Sequence
 
 import typer
 
-from sleap_rtc.cli import config, daemon, doctor, rooms, send
-from sleap_rtc.cli.console import (
-    LogFormat,
-    LogLevel,
-    configure_logs,
-    reported_errors,
-)
+from sleap_rtc.cli import commands
+from sleap_rtc.cli.failures import reported_errors
 
 app = typer.Typer(
     name="sleap-rtc",
@@ -26,29 +21,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-@app.callback()
-def _configure() -> None:
-    # Only a daemon logs what it does; the other commands print what they were asked.
-    configure_logs(LogFormat.text, LogLevel.quiet)
-
-
-app.command()(send.send)
-app.command()(daemon.daemon)
-app.command()(rooms.invite)
-app.command()(rooms.join)
-app.command()(rooms.workers)
-app.command()(doctor.doctor)
-app.add_typer(config.app, name="config")
-app.command()(config.version)
+app.command()(commands.send)
+app.command()(commands.daemon)
+app.command()(commands.invite)
+app.command()(commands.join)
+app.command()(commands.workers)
+app.command()(commands.doctor)
+app.add_typer(commands.config, name="config")
+app.command()(commands.version)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and end the process with its exit code.
 
     Args:
-        arguments: What was typed after the program's name; by default `sys.argv`.
+        arguments: The words after the program's name; by default those of `sys.argv`.
     """
     with reported_errors():
         app(args=None if arguments is None else list(arguments), prog_name="sleap-rtc")

@@ -1,13 +1,9 @@
-"""``config show``, ``config path`` and ``version``."""
+"""The code of ``config``: it prints the settings in force."""
 
 import os
-import platform
-from typing import Annotated
 
 import msgspec
-import typer
 
-import sleap_rtc
 from sleap_rtc.cli.console import out
 from sleap_rtc.config import (
     SHARED_STORAGE_VARIABLE,
@@ -17,22 +13,19 @@ from sleap_rtc.config import (
     load_settings,
     state_directory,
 )
-from sleap_rtc.proto.messages import PROTOCOL_VERSION
-
-app = typer.Typer(help="Show the settings that are in force.", no_args_is_help=True)
 
 
-@app.command("path")
-def path_command() -> None:
-    """Print where the configuration file is, or would be."""
+def print_path() -> None:
+    """Print the path of the configuration file, whether or not it exists."""
     out.print(str(config_path()), markup=False)
 
 
-@app.command()
-def show(
-    json: Annotated[bool, typer.Option("--json", help="As one JSON object.")] = False,
-) -> None:
-    """Print the settings that are in force, and where they come from."""
+def print_settings(*, as_json: bool) -> None:
+    """Print the settings in force, and their sources.
+
+    Raises:
+        ConfigError: If the configuration can't be used.
+    """
     settings = load_settings()
     environment = chosen_environment(settings)
     values: dict[str, object] = {
@@ -50,17 +43,9 @@ def show(
         ),
         "worker": msgspec.to_builtins(settings.worker),
     }
-    if json:
+    if as_json:
         out.print(msgspec.json.encode(values).decode(), markup=False)
         return
     for key, value in values.items():
         shown = "not set" if value is None else value
         out.print(f"{key} = {shown}", markup=False)
-
-
-def version() -> None:
-    """Print the versions of the program, the protocol and Python."""
-    out.print(
-        f"sleap-rtc {sleap_rtc.__version__} (protocol {PROTOCOL_VERSION}, "
-        f"Python {platform.python_version()}, {platform.system()})"
-    )

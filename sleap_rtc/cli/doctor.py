@@ -1,13 +1,12 @@
-"""``doctor``: say what works here, and what to do about what does not."""
+"""The code of ``doctor``: it prints each check as it is made."""
 
 import sys
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
-import typer
 
-from sleap_rtc.cli.console import out, plain, print_json, run
+from sleap_rtc.cli.console import out, plain, print_json
+from sleap_rtc.cli.running import run
 from sleap_rtc.doctor import examine
 from sleap_rtc.errors import ExitCode
 
@@ -18,29 +17,21 @@ _MARKS = {
 }
 
 
-def doctor(
-    shared_storage_root: Annotated[
-        Path | None,
-        typer.Option(help="Where this machine mounts the shared storage."),
-    ] = None,
-    json: Annotated[
-        bool, typer.Option("--json", help="One JSON object a line.")
-    ] = False,
-) -> None:
-    """Check Python, signaling, shared storage, UDP, sleap-nn and GPUs."""
+def print_checks(shared_storage_root: Path | None, *, as_json: bool) -> None:
+    """Print all checks; end the process with an exit code if one has failed."""
     failed: list[str] = []
-    run(_doctor, shared_storage_root, json, failed)
+    run(_print_checks, shared_storage_root, as_json, failed)
     if failed:
         sys.exit(ExitCode.UNEXPECTED)
 
 
-async def _doctor(
-    shared_storage_root: Path | None, json: bool, failed: list[str]
+async def _print_checks(
+    shared_storage_root: Path | None, as_json: bool, failed: list[str]
 ) -> None:
     async for check in examine(shared_storage_root):
         if check.verdict == "failed":
             failed.append(check.name)
-        if json:
+        if as_json:
             print_json("check", **msgspec.to_builtins(check))
             continue
         out.print(f"{_MARKS[check.verdict]} {check.name}: {plain(check.found)}")

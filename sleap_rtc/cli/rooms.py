@@ -1,13 +1,12 @@
-"""``invite``, ``join`` and ``workers``: the room of this machine."""
+"""The code of ``invite``, ``join`` and ``workers``: the room of this machine."""
 
 import os
-from typing import Annotated
 
-import typer
 from rich.table import Table
 
 from sleap_rtc import client
-from sleap_rtc.cli.console import err, out, plain, print_json, run
+from sleap_rtc.cli.console import err, out, plain, print_json
+from sleap_rtc.cli.running import run
 from sleap_rtc.io.storage.files import human_size
 from sleap_rtc.proto.rendezvous.invite import encode_invite
 from sleap_rtc.proto.rendezvous.workers import Candidate
@@ -19,15 +18,15 @@ _LOOPBACK_HINT = (
 )
 
 
-def invite(
-    new: Annotated[
-        bool,
-        typer.Option(
-            "--new", help="Make a new secret; everybody has to join again with it."
-        ),
-    ] = False,
-) -> None:
-    """Print the invite of this machine's room. Whoever holds it can run jobs."""
+def print_invite(*, new: bool) -> None:
+    """Print the invite of this machine's room.
+
+    Args:
+        new: Replace the secret of the room first.
+
+    Raises:
+        UsageError: If this machine has not joined a room.
+    """
     found = renew_secret(os.environ) if new else require_invite(os.environ)
     out.print(encode_invite(found), markup=False)
     if new:
@@ -36,35 +35,35 @@ def invite(
         err.print(_LOOPBACK_HINT)
 
 
-def join(
-    invite: Annotated[
-        str, typer.Argument(help="The invite that a worker printed; '-' reads it.")
-    ],
-) -> None:
-    """Enter the room of an invite, so that `send` finds its workers."""
-    if invite == "-":
-        invite = typer.get_text_stream("stdin").readline()
-    joined = join_room(invite.strip(), os.environ)
+def join_and_report(invite: str) -> None:
+    """Join the room of an invite, and print where it is.
+
+    Raises:
+        UsageError: If it is not an invite.
+    """
+    joined = join_room(invite, os.environ)
     out.print(f"Joined the room at {joined.url}.", markup=False)
     if joined.is_loopback:
-        err.print("Its signaling server can only be reached from the worker's machine.")
+        err.print("Only the worker's machine can reach its signaling server.")
 
 
-def workers(
-    json: Annotated[
-        bool, typer.Option("--json", help="One JSON object a line.")
-    ] = False,
-    timeout: Annotated[
-        float, typer.Option(help="Seconds to wait for the signaling server.", min=0.1)
-    ] = 15.0,
-) -> None:
-    """List the workers of the room."""
-    run(_workers, json, timeout)
+def print_workers(*, timeout: float, as_json: bool) -> None:
+    """Print the workers of the room.
+
+    Args:
+        timeout: Seconds to wait for the signaling server.
+        as_json: Print one JSON object per line instead of a table.
+    """
+    run(_print_workers, timeout, as_json)
 
 
-async def _workers(json: bool, timeout: float) -> None:
-    found = await client.list_workers(timeout=timeout)
-    if json:
+async def _print_workers(timeout: float, as_json: bool) -> None:
+    show_workers(await client.list_workers(timeout=timeout), as_json=as_json)
+
+
+def show_workers(found: list[Candidate], *, as_json: bool) -> None:
+    """Print these workers as a table or as JSON."""
+    if as_json:
         for worker in found:
             print_json("worker", peer_id=worker.peer_id, **_fields(worker))
         return

@@ -1,7 +1,7 @@
-"""What ``send`` shows while it works: for people, or one JSON object a line."""
+"""The output of ``send`` while it works: for people, or one JSON object per line."""
 
 import sys
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import assert_never
 
 import msgspec
@@ -17,24 +17,27 @@ from rich.progress import (
 
 from sleap_rtc import client
 from sleap_rtc.cli.console import err, out, plain, print_json
-from sleap_rtc.io.closing import Closing
 from sleap_rtc.io.storage.files import human_size
 from sleap_rtc.proto.terminal import printable
 
 _STEP = 10
-"""Percent between two lines of progress where nothing can be redrawn."""
+"""Percent between two lines of progress where lines can't be redrawn."""
 
 
-class Watch(Closing):
-    """Somebody who is told what happens to a job; closing leaves things in order."""
+class Watch(ABC):
+    """Shows the events of a job; `close` leaves the terminal in order."""
 
     @abstractmethod
     def __call__(self, event: client.Event) -> None:
-        """Take an event."""
+        """Show an event."""
 
     @abstractmethod
     def summarize(self, result: client.JobResult) -> None:
-        """Say how it ended well."""
+        """Show the result of a job that completed."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End what is being shown; safe to call again."""
 
 
 class TerminalWatch(Watch):
@@ -111,7 +114,7 @@ class TerminalWatch(Watch):
                 assert_never(event)
 
     def summarize(self, result: client.JobResult) -> None:
-        """Print what took how long, and where the results are."""
+        """Show the result of a job that completed."""
         spent = ", ".join(f"{name} {s:.1f} s" for name, s in result.seconds.items())
         self._say("Done", f"{result.job_id} ({spent})")
         if result.output is not None:
@@ -188,11 +191,11 @@ class JsonWatch(Watch):
     """Prints each event as one JSON object on a line."""
 
     def close(self) -> None:
-        """Let everything out that was printed; safe to call again."""
+        """End what is being shown; safe to call again."""
         sys.stdout.flush()
 
     def __call__(self, event: client.Event) -> None:
-        """Print an event."""
+        """Show an event."""
         match event:
             case client.WorkerChosen(worker=worker, reason=reason):
                 print_json("worker", worker=worker.peer_id, reason=reason)
@@ -226,7 +229,7 @@ class JsonWatch(Watch):
                 assert_never(event)
 
     def summarize(self, result: client.JobResult) -> None:
-        """Print the last object."""
+        """Show the result of a job that completed."""
         print_json(
             "done",
             job_id=result.job_id,

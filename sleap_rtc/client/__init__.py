@@ -20,7 +20,6 @@ from sleap_rtc.client.session import (
     TransferProgress,
 )
 from sleap_rtc.client.submit import (
-    PATIENCE,
     Event,
     JobRequest,
     JobResult,
@@ -35,6 +34,7 @@ from sleap_rtc.proto.job.client import (
     StageComplete,
     StateChanged,
 )
+from sleap_rtc.proto.route.reconnection import PATIENCE
 
 __all__ = [
     "PATIENCE",

@@ -52,12 +52,9 @@ from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting
 from sleap_rtc.proto.paths import check_file_name_untrusted
 from sleap_rtc.proto.rendezvous.invite import Invite, RoomKeys
 from sleap_rtc.proto.rendezvous.workers import Candidate
+from sleap_rtc.proto.route.reconnection import PATIENCE
 from sleap_rtc.proto.route.routes import RoutePreference
 from sleap_rtc.rendezvous.rooms import require_invite
-
-PATIENCE = 1800.0
-"""Seconds for which a lost link is tried to be opened again, if nothing else is said: a
-train goes through a long tunnel, a laptop is carried to another building."""
 
 CANCEL_PATIENCE = 25.0
 """Seconds that a cancelled job may take to end: the worker's own limit, and a bit."""

@@ -30,6 +30,10 @@ GONE_SECONDS = 3.0
 """Seconds after the loss of the link that are waited through in any case. A link that
 was silent for a long time has used up the grace before anybody could look."""
 
+PATIENCE = 1800.0
+"""Seconds for which a client tries to reopen a lost link, unless the user chooses
+otherwise: a train passes a long tunnel, a laptop is carried to another building."""
+
 _DOUBLINGS = 32
 """More than any pause needs; a greater power of two would overflow one day."""
 

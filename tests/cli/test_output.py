@@ -1,15 +1,17 @@
-"""The command line alone: what it prints of others, and how it ends."""
+"""The output of commands, and their exit codes."""
 
 import json
 import logging
 import re
 from collections.abc import Iterator
+from contextlib import closing
 
 import pytest
 import structlog
 
 from sleap_rtc.cli import main
-from sleap_rtc.cli.console import plain, reported_errors
+from sleap_rtc.cli.console import plain
+from sleap_rtc.cli.failures import reported_errors
 from sleap_rtc.cli.watch import JsonWatch, TerminalWatch
 from sleap_rtc.client import LinePrinted, PackageCopied, RouteChosen, TransferProgress
 from sleap_rtc.errors import ExitCode, JobFailedError, NoWorkerError, UserError
@@ -118,7 +120,7 @@ def test_text_of_a_peer_is_neither_markup_nor_control() -> None:
 def test_output_is_printed_once_a_line_is_final(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with TerminalWatch() as watch:
+    with closing(TerminalWatch()) as watch:
         for number, text in ((1, "one"), (2, "50 %"), (2, "100 %"), (3, "three")):
             watch(LinePrinted(number, text))
         watch(LinePrinted(2, "too late"))
@@ -126,7 +128,7 @@ def test_output_is_printed_once_a_line_is_final(
 
 
 def test_a_gap_in_the_output_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    with TerminalWatch() as watch:
+    with closing(TerminalWatch()) as watch:
         for number in (1, 2, 4, 100):
             watch(LinePrinted(number, f"line {number}"))
     assert capsys.readouterr().out.splitlines() == [
@@ -143,7 +145,7 @@ def test_output_of_a_job_can_not_take_the_terminal_over(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for watch in (TerminalWatch(), JsonWatch()):
-        with watch:
+        with closing(watch):
             watch(LinePrinted(1, "a\x1b]0;title\x07b\x9b5Ac[red]d"))
             watch(RouteChosen("channel", "\x1b[31mbecause"))
         shown = capsys.readouterr()
@@ -155,7 +157,7 @@ def test_output_of_a_job_can_not_take_the_terminal_over(
 def test_progress_is_a_line_now_and_then_where_nothing_can_be_redrawn(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with TerminalWatch() as watch:
+    with closing(TerminalWatch()) as watch:
         for done in range(1001):
             watch(TransferProgress("Sending x", done, 1000))
     lines = capsys.readouterr().err.splitlines()
@@ -164,14 +166,14 @@ def test_progress_is_a_line_now_and_then_where_nothing_can_be_redrawn(
 
 
 def test_a_copy_tells_how_it_was_made(capsys: pytest.CaptureFixture[str]) -> None:
-    with TerminalWatch() as watch:
+    with closing(TerminalWatch()) as watch:
         watch(PackageCopied("parallel read/write", 3 * 2**30, 1.5))
     shown = capsys.readouterr().err
     assert shown == "Copied: 3.0 GiB in 1.5 s (parallel read/write)\n"
 
 
 def test_json_tells_each_event_on_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with JsonWatch() as watch:
+    with closing(JsonWatch()) as watch:
         watch(LinePrinted(7, "two\nlines"))
         watch(TransferProgress("Sending x", 1, 2))
         watch(PackageCopied("reflink", 2, 0.5))

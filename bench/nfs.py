@@ -279,7 +279,7 @@ def _copy_by_product(source: Path, target: Path) -> None:
         target.parent,
         target.name,
         progress=lambda _: None,
-        cancelled=lambda: False,
+        check=lambda: None,
     )
 
 

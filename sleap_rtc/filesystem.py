@@ -64,7 +64,7 @@ def safe_copy(src: StrPath, dst: StrPath, preserve_metadata: bool = False) -> No
             target.parent,
             target.name,
             progress=lambda copied: None,
-            cancelled=lambda: False,
+            check=lambda: None,
             replace=True,
         )
     except PathValidationError as error:

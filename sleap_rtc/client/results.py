@@ -12,7 +12,6 @@ from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.storage.copy import copy_with_deadline
 from sleap_rtc.io.storage.folder import StorageError, open_beneath
 from sleap_rtc.io.storage.probe import call_in_time
-from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.io.transfer.chunk_files import ChunkWriter
 from sleap_rtc.io.transfer.transfers import TransferError, Transfers
 from sleap_rtc.proto import messages as m
@@ -200,7 +199,7 @@ class Results:
             size=offer.size,
             chunk_size=offer.chunk_size,
             origin=self._job_id,
-            cancelled=stop_if_cancelled,
+            check=trio.from_thread.check_cancelled,
         )
 
     def _chosen(self) -> Path:

@@ -45,7 +45,6 @@ from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.storage.archive import pack_directory
 from sleap_rtc.io.storage.archive_plan import ArchiveError
 from sleap_rtc.io.storage.folder import StorageError
-from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.job.client import JobEnded, RouteChosen, StateChanged
 from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting
@@ -522,7 +521,10 @@ def _find_package(package: Path, directory: Path) -> Path:
         if package.is_dir():
             packed = directory / f"{package.name}.zip"
             pack_directory(
-                package, packed, progress=lambda size: None, cancelled=stop_if_cancelled
+                package,
+                packed,
+                progress=lambda size: None,
+                check=trio.from_thread.check_cancelled,
             )
             return packed
         if not package.is_file():

@@ -18,7 +18,6 @@ from sleap_rtc.io.storage.folder import (
     remove_tree_beneath,
 )
 from sleap_rtc.io.storage.probe import read_probe
-from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.io.transfer.chunk_files import ChunkWriter
 from sleap_rtc.io.transfer.transfers import TransferError, Transfers
 from sleap_rtc.proto import messages as m
@@ -421,7 +420,7 @@ class Job:
             size=file.size,
             chunk_size=file.chunk_size,
             origin=self.core.job_id,
-            cancelled=stop_if_cancelled,
+            check=trio.from_thread.check_cancelled,
         )
 
     async def _send_result(self, transfer_id: int, path: str) -> None:

@@ -17,7 +17,6 @@ from sleap_rtc.io.storage.folder import (
     list_tree,
     open_beneath,
 )
-from sleap_rtc.io.threads import stop_if_cancelled
 from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.job.lines import LineEvent
 from sleap_rtc.proto.job.script import (
@@ -112,7 +111,7 @@ def _unpack(run: Run) -> tuple[Script, ...]:
         StorageError: If the storage failed.
     """
     package = open_beneath(run.directory, run.package)
-    extract_package(package, run.directory, cancelled=stop_if_cancelled)
+    extract_package(package, run.directory, check=trio.from_thread.check_cancelled)
     present = {path for path, _, _ in list_tree(run.directory)}
     texts = {
         name: _read_script(run.directory, name)

@@ -24,7 +24,7 @@ from sleap_rtc.io.storage.archive_plan import (
     plan_entries,
 )
 from sleap_rtc.io.storage.files import PartFile, require_space, write_at
-from sleap_rtc.io.storage.folder import Folder, StoppedError, explain_errors, open_owned
+from sleap_rtc.io.storage.folder import Folder, explain_errors, open_owned
 from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.paths import check_relative_path_untrusted
 
@@ -58,7 +58,7 @@ def extract_package(
     package: Path | int,
     destination: Path | Folder,
     *,
-    cancelled: Callable[[], bool],
+    check: Callable[[], None],
     limits: ArchiveLimits | None = None,
 ) -> ExtractedPackage:
     """Unpack a zip into a directory that is there, next to what is in it.
@@ -71,7 +71,7 @@ def extract_package(
         package: A path that the owner of this process named, or the file descriptor
             from `open_beneath` for one that a peer named; it is closed.
         destination: A directory that the owner named, or an open one.
-        cancelled: Asked between blocks whether to stop.
+        check: Called between blocks; it stops the work by raising.
         limits: What the zip may be at most.
 
     Returns:
@@ -82,7 +82,6 @@ def extract_package(
         InvalidInput: If the package is no readable file.
         InsufficientSpaceError: If it does not fit.
         StorageError: If the storage failed.
-        StoppedError: If `cancelled` said so.
     """
     limits = limits or ArchiveLimits()
     fd = package if isinstance(package, int) else open_owned(package)
@@ -98,7 +97,7 @@ def extract_package(
                 destination = stack.enter_context(Folder.open(destination))
             needed = sum(entry.info.file_size for entry in entries)
             require_space(destination, needed, "for the package")
-        unpacking = _Unpacking(archive, destination, cancelled)
+        unpacking = _Unpacking(archive, destination, check)
         unpacking.run(entries)
     names = tuple(entry.path for entry in entries if not entry.is_folder)
     return ExtractedPackage(names, top)
@@ -109,7 +108,7 @@ def pack_directory(
     target: Path,
     *,
     progress: Callable[[int], None],
-    cancelled: Callable[[], bool],
+    check: Callable[[], None],
 ) -> None:
     """Put all that is in a directory into a new zip, without compression.
 
@@ -120,13 +119,12 @@ def pack_directory(
         source: The directory.
         target: Where the zip appears when it is whole.
         progress: Called now and then with the bytes packed so far.
-        cancelled: Asked between blocks whether to stop.
+        check: Called between blocks; it stops the work by raising.
 
     Raises:
         ArchiveError: If something in it can't be packed; it names what.
         InsufficientSpaceError: If the zip does not fit.
         StorageError: If `target` is taken, or the storage failed.
-        StoppedError: If `cancelled` said so.
     """
     with explain_errors(f"Failed to pack {source}"):
         root = source.resolve(strict=True)
@@ -138,7 +136,7 @@ def pack_directory(
             require_space(folder, needed, f"for {target.name}")
             part = PartFile(folder, target.name)
             try:
-                _write_zip(part, members, progress, cancelled)
+                _write_zip(part, members, progress, check)
                 part.publish()
             finally:
                 part.discard()
@@ -151,11 +149,11 @@ class _Unpacking:
         self,
         archive: zipfile.ZipFile,
         destination: Folder,
-        cancelled: Callable[[], bool],
+        check: Callable[[], None],
     ) -> None:
         self._archive = archive
         self._destination = destination
-        self._cancelled = cancelled
+        self._check = check
         self._made: list[tuple[list[str], bool]] = []
 
     def run(self, entries: list[PlannedEntry]) -> None:
@@ -202,7 +200,7 @@ class _Unpacking:
                 if offset > size:
                     break
                 write_at(fd, data, offset - len(data))
-                _stop_if(self._cancelled, "unpacking")
+                self._check()
         if offset != size:
             raise ArchiveError(f"Entry {entry.path!r} is not as long as it says")
 
@@ -269,7 +267,7 @@ def _write_zip(
     part: PartFile,
     members: list[tuple[str, bool, Path]],
     progress: Callable[[int], None],
-    cancelled: Callable[[], bool],
+    check: Callable[[], None],
 ) -> None:
     packed = 0
 
@@ -277,7 +275,7 @@ def _write_zip(
         nonlocal packed
         packed += count
         progress(packed)
-        _stop_if(cancelled, "packing")
+        check()
 
     with (
         part.use() as fd,
@@ -322,11 +320,6 @@ def _zip_info(name: str, status: os.stat_result) -> zipfile.ZipInfo:
     info.external_attr = (stat.S_IFMT(status.st_mode) | permissions) << 16
     info.file_size = 0 if info.is_dir() else status.st_size
     return info
-
-
-def _stop_if(cancelled: Callable[[], bool], what: str) -> None:
-    if cancelled():
-        raise StoppedError(f"The {what} of the package was stopped")
 
 
 @contextmanager

@@ -20,7 +20,6 @@ from sleap_rtc.io.storage.copy_ladder import LADDER
 from sleap_rtc.io.storage.files import PartFile, file_identity, start_part_file
 from sleap_rtc.io.storage.folder import (
     CopyTimeoutError,
-    StoppedError,
     StorageError,
     explain_errors,
     open_owned,
@@ -65,7 +64,7 @@ def copy_file(
     relative: str,
     *,
     progress: Callable[[int], None],
-    cancelled: Callable[[], bool],
+    check: Callable[[], None],
     size: int | None = None,
     replace: bool = False,
 ) -> CopyReport:
@@ -79,7 +78,7 @@ def copy_file(
         root: An existing directory that the owner named.
         relative: Where beneath it the copy goes; missing directories are made.
         progress: Called now and then with the bytes copied so far.
-        cancelled: Asked between calls to the system whether to stop.
+        check: Called between calls to the system; it stops the copy by raising.
         size: Bytes that the source has to have; by default any number.
         replace: Take the place of a file of that name, instead of refusing.
 
@@ -91,10 +90,9 @@ def copy_file(
         InsufficientSpaceError: If less than 120 % of the size is free.
         StorageError: If the name is taken, the source has another size or
             changes meanwhile, or storage failed.
-        StoppedError: If `cancelled` said so.
     """
     began = time.monotonic()
-    _stop_if(cancelled)
+    check()
     fd = open_owned(source)
     try:
         with explain_errors(f"Failed to copy {source.name}"):
@@ -113,7 +111,7 @@ def copy_file(
                 replace=replace,
             )
             try:
-                method = _fill(part, fd, found, progress, cancelled)
+                method = _fill(part, fd, found, progress, check)
                 if file_identity(fd) != before:
                     raise StorageError(
                         f"{source.name} changed while it was copied: wait until"
@@ -121,7 +119,7 @@ def copy_file(
                     )
                 _settle(part, source.name, found)
                 # Storage that hung may come back after the owner has given up.
-                _stop_if(cancelled)
+                check()
                 path = part.publish()
                 return CopyReport(path, method, found, time.monotonic() - began)
             finally:
@@ -208,7 +206,7 @@ async def _copy_in_thread(
                 root,
                 relative,
                 progress=report,
-                cancelled=stop.is_set,
+                check=trio.from_thread.check_cancelled,
                 size=size,
             )
         finally:
@@ -231,7 +229,7 @@ def _fill(
     source: int,
     size: int,
     progress: Callable[[int], None],
-    cancelled: Callable[[], bool],
+    check: Callable[[], None],
 ) -> str:
     """Try the ways to copy; each goes on where the one before it stopped.
 
@@ -245,7 +243,7 @@ def _fill(
             with closing(rung(source, target, copied, size)) as steps:
                 for copied in steps:
                     progress(copied)
-                    _stop_if(cancelled)
+                    check()
             if copied > start:
                 used.append(method)
             if copied == size:
@@ -262,8 +260,3 @@ def _settle(part: PartFile, name: str, size: int) -> None:
         raise StorageError(
             f"Failed to copy {name}: {arrived} of {size} bytes arrived on the storage"
         )
-
-
-def _stop_if(cancelled: Callable[[], bool]) -> None:
-    if cancelled():
-        raise StoppedError("The copy was stopped")

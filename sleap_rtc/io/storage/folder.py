@@ -59,10 +59,6 @@ class CopyTimeoutError(StorageError):
     """A copy took too long; the storage may be hanging."""
 
 
-class StoppedError(Exception):
-    """A copy or an unpacking ended early because its owner asked; nothing is left."""
-
-
 @contextmanager
 def explain_errors(what: str) -> Iterator[None]:
     """Turn an `OSError` into one of this module's errors, for people.

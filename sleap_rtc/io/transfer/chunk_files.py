@@ -27,7 +27,6 @@ from sleap_rtc.io.storage.files import (
     write_at,
 )
 from sleap_rtc.io.storage.folder import (
-    StoppedError,
     StorageError,
     explain_errors,
     open_folder_beneath,
@@ -102,8 +101,8 @@ def _ignore_progress(_size: int) -> None:
     """What happens with the progress of a check that nobody watches."""
 
 
-def _never() -> bool:
-    return False
+def _go_on() -> None:
+    """Default `check`: never stop."""
 
 
 class ChunkWriter:
@@ -123,7 +122,8 @@ class ChunkWriter:
         chunk_size: Bytes in a chunk; the last one may be shorter.
         origin: What the file is a copy of, such as the id of a job.
         progress: Called with the bytes of the file that were checked so far.
-        cancelled: Asked between chunks whether to stop checking; what is there is kept.
+        check: Called between chunks; it stops the opening by raising. What was
+            written before is kept.
 
     Attributes:
         chunk_map: What was there when the writer was made. It belongs to the caller;
@@ -135,7 +135,6 @@ class ChunkWriter:
         InsufficientSpaceError: If the file does not fit.
         StorageError: If the name is taken, another writer of this file is at
             work, or the storage failed.
-        StoppedError: If `cancelled` said so.
     """
 
     def __init__(
@@ -147,7 +146,7 @@ class ChunkWriter:
         chunk_size: int,
         origin: str = "",
         progress: Callable[[int], None] = _ignore_progress,
-        cancelled: Callable[[], bool] = _never,
+        check: Callable[[], None] = _go_on,
     ) -> None:
         *parents, self._name = check_portable_path_untrusted(relative).split("/")
         self.chunk_map = ChunkMap(size, chunk_size)
@@ -179,7 +178,7 @@ class ChunkWriter:
             undo.callback(self._journal.close)
             self._file = OpenFile(self._open_part())
             undo.callback(self._file.close)
-            self._check_chunks(progress, cancelled)
+            self._check_chunks(progress, check)
             undo.pop_all()
 
     def write(self, index: int, payload: Buffer, digest: bytes) -> bool:
@@ -317,13 +316,12 @@ class ChunkWriter:
         return fd
 
     def _check_chunks(
-        self, progress: Callable[[int], None], cancelled: Callable[[], bool]
+        self, progress: Callable[[int], None], check: Callable[[], None]
     ) -> None:
         """Find out which of the chunks in the journal are good."""
         with self._file.use() as fd:
             for index, digest in self._journal.written():
-                if cancelled():
-                    raise StoppedError
+                check()
                 offset = index * self._chunk_size
                 payload = read_at(fd, self.chunk_map.length(index), offset)
                 if blake3(payload).digest() == digest:

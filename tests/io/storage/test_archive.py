@@ -17,7 +17,6 @@ from sleap_rtc.io.storage.archive_plan import ArchiveError, ArchiveLimits, top_f
 from sleap_rtc.io.storage.folder import (
     Folder,
     InsufficientSpaceError,
-    StoppedError,
     StorageError,
     open_beneath,
 )
@@ -39,8 +38,16 @@ def job(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
         yield path / "job"
 
 
-def never() -> bool:
-    return False
+class Stopped(Exception):
+    """Raised by a check."""
+
+
+def never() -> None:
+    """Stop nothing."""
+
+
+def stop() -> None:
+    raise Stopped
 
 
 def ignore(packed: int) -> None:
@@ -78,7 +85,7 @@ def unpack(
 ) -> tuple[str, ...]:
     package = job.parent / "package.zip"
     package.write_bytes(data)
-    return extract_package(package, job, cancelled=never, limits=limits).names
+    return extract_package(package, job, check=never, limits=limits).names
 
 
 # --------------------------------------------------------------- what should work
@@ -98,7 +105,7 @@ def test_a_flat_package_comes_out_as_it_is(job: Path) -> None:
 def test_one_top_folder_is_left_out(job: Path) -> None:
     data = zip_of(("job 1/", b""), ("job 1/a", b"1"), ("job 1/b/c", b"2"))
     (job.parent / "package.zip").write_bytes(data)
-    package = extract_package(job.parent / "package.zip", job, cancelled=never)
+    package = extract_package(job.parent / "package.zip", job, check=never)
     assert package.names == ("a", "b/c")
     assert package.top_folder == "job 1"
     assert tree(job) == {"a": b"1", "b": None, "b/c": b"2"}
@@ -170,7 +177,7 @@ def test_a_package_of_a_peer_is_unpacked_beneath_its_root(job: Path) -> None:
     (job.parent / "package.zip").write_bytes(zip_of(("a", b"1")))
     fd = open_beneath(job.parent, "package.zip")
     with Folder.open(job) as folder:
-        extract_package(fd, folder, cancelled=never)
+        extract_package(fd, folder, check=never)
     assert tree(job) == {"a": b"1"}
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
@@ -381,16 +388,16 @@ def test_a_file_that_is_there_is_not_replaced(job: Path) -> None:
 def test_a_pipe_is_no_package_and_never_waited_for(job: Path) -> None:
     os.mkfifo(job.parent / "package.zip")
     with pytest.raises(InvalidInput, match="a named pipe"):
-        extract_package(job.parent / "package.zip", job, cancelled=never)
+        extract_package(job.parent / "package.zip", job, check=never)
 
 
 def test_a_stopped_unpacking_leaves_nothing(job: Path) -> None:
     (job.parent / "package.zip").write_bytes(
         zip_of(("a/b", b"1"), ("c", bytes(3 * MEBIBYTE)))
     )
-    asked = iter([False, False, True])
-    with pytest.raises(StoppedError):
-        extract_package(job.parent / "package.zip", job, cancelled=lambda: next(asked))
+    asked = iter([never, never, stop])
+    with pytest.raises(Stopped):
+        extract_package(job.parent / "package.zip", job, check=lambda: next(asked)())
     assert tree(job) == {}
 
 
@@ -408,10 +415,9 @@ def test_a_disk_that_becomes_full_is_cleaned_up(tmp_path: Path) -> None:
     data = zip_of(("a", bytes(1 * MEBIBYTE)), ("b", bytes(2 * MEBIBYTE)))
     with small_mount(tmp_path / "full", megabytes=4) as full:
 
-        def fill() -> bool:
+        def fill() -> None:
             if not (full / "filler").exists():
                 (full / "filler").write_bytes(bytes(2 * MEBIBYTE))
-            return False
 
         with pytest.raises(
             InsufficientSpaceError, match="Failed to unpack b: No space"
@@ -421,10 +427,10 @@ def test_a_disk_that_becomes_full_is_cleaned_up(tmp_path: Path) -> None:
 
 
 def unpack_to(
-    place: Path, target: Path, data: bytes, cancelled: Callable[[], bool] = never
+    place: Path, target: Path, data: bytes, check: Callable[[], None] = never
 ) -> None:
     (place / "package.zip").write_bytes(data)
-    extract_package(place / "package.zip", target, cancelled=cancelled)
+    extract_package(place / "package.zip", target, check=check)
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -466,12 +472,12 @@ def test_a_packed_directory_comes_out_the_same(job: Path) -> None:
     os.utime(source / "big", (0, 0))
     seen: list[int] = []
     package = job.parent / "package.zip"
-    pack_directory(source, package, progress=seen.append, cancelled=never)
-    extract_package(package, job, cancelled=never)
+    pack_directory(source, package, progress=seen.append, check=never)
+    extract_package(package, job, check=never)
     assert tree(job) == tree(source)
     assert (job / "train-script.sh").stat().st_mode & 0o100
     assert seen[-1] == sum(len(data or b"") for data in tree(source).values())
-    pack_directory(source, job.parent / "again", progress=ignore, cancelled=never)
+    pack_directory(source, job.parent / "again", progress=ignore, check=never)
     assert (job.parent / "again").read_bytes() == package.read_bytes()
 
 
@@ -501,19 +507,19 @@ def test_what_can_not_be_packed_is_named(
     (source / "file").write_bytes(b"")
     plant(source)
     with pytest.raises(ArchiveError, match=reason):
-        pack_directory(source, tmp_path / "a.zip", progress=ignore, cancelled=never)
+        pack_directory(source, tmp_path / "a.zip", progress=ignore, check=never)
     assert not list(tmp_path.glob("*.zip")) + list(tmp_path.glob(".*"))
 
 
 def test_a_stopped_packing_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     (tmp_path / "source/a").write_bytes(bytes(3 * MEBIBYTE))
-    with pytest.raises(StoppedError):
+    with pytest.raises(Stopped):
         pack_directory(
             tmp_path / "source",
             tmp_path / "a.zip",
             progress=ignore,
-            cancelled=lambda: True,
+            check=stop,
         )
     assert os.listdir(tmp_path) == ["source"]
 
@@ -523,6 +529,6 @@ def test_a_zip_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "a.zip").write_bytes(b"mine")
     with pytest.raises(StorageError, match="File exists"):
         pack_directory(
-            tmp_path / "source", tmp_path / "a.zip", progress=ignore, cancelled=never
+            tmp_path / "source", tmp_path / "a.zip", progress=ignore, check=never
         )
     assert (tmp_path / "a.zip").read_bytes() == b"mine"

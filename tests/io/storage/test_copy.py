@@ -11,7 +11,6 @@ from sleap_rtc.io.storage.copy import copy_file, copy_with_deadline, default_tim
 from sleap_rtc.io.storage.folder import (
     CopyTimeoutError,
     InsufficientSpaceError,
-    StoppedError,
     StorageError,
 )
 from sleap_rtc.proto.errors import InvalidInput
@@ -35,8 +34,16 @@ def places(
         yield source, path / "root"
 
 
-def never() -> bool:
-    return False
+class Stopped(Exception):
+    """Raised by a check."""
+
+
+def never() -> None:
+    """Stop nothing."""
+
+
+def stop() -> None:
+    raise Stopped
 
 
 def ignore(copied: int) -> None:
@@ -61,7 +68,7 @@ def test_a_copy_is_equal(places: tuple[Path, Path], size: int) -> None:
     data = make_file(source / "a.zip", size)
     seen: list[int] = []
     report = copy_file(
-        source / "a.zip", root, "jobs/j/a.zip", progress=seen.append, cancelled=never
+        source / "a.zip", root, "jobs/j/a.zip", progress=seen.append, check=never
     )
     path = report.path
     assert path == root / "jobs/j/a.zip"
@@ -77,7 +84,7 @@ def test_a_copy_never_replaces_a_file(places: tuple[Path, Path]) -> None:
     make_file(source / "a.zip", 10)
     (root / "a.zip").write_text("mine")
     with pytest.raises(StorageError, match=r"Failed to copy a\.zip: File exists"):
-        copy_file(source / "a.zip", root, "a.zip", progress=ignore, cancelled=never)
+        copy_file(source / "a.zip", root, "a.zip", progress=ignore, check=never)
     assert (root / "a.zip").read_text() == "mine"
     assert files(root) == ["a.zip"]
 
@@ -86,13 +93,13 @@ def test_a_stopped_copy_leaves_nothing(places: tuple[Path, Path]) -> None:
     source, root = places
     make_file(source / "a.zip", 25 * MEBIBYTE)
     seen: list[int] = []
-    with pytest.raises(StoppedError):
+    with pytest.raises(Stopped):
         copy_file(
             source / "a.zip",
             root,
             "a.zip",
             progress=seen.append,
-            cancelled=lambda: bool(seen),
+            check=lambda: stop() if seen else None,
         )
     assert 0 < seen[-1] < 25 * MEBIBYTE
     assert files(root) == []
@@ -112,7 +119,7 @@ def test_a_source_that_changes_is_not_published(
             os.truncate(source / "a.zip", 1 if change == "shorter" else 2**25)
 
     with pytest.raises(StorageError, match="changed while it was copied"):
-        copy_file(source / "a.zip", root, "a.zip", progress=edit, cancelled=never)
+        copy_file(source / "a.zip", root, "a.zip", progress=edit, check=never)
     assert files(root) == []
 
 
@@ -127,7 +134,7 @@ def test_a_copy_stays_beneath_the_root(tmp_path: Path, relative: str) -> None:
             tmp_path / "root",
             relative,
             progress=ignore,
-            cancelled=never,
+            check=never,
         )
 
 
@@ -159,7 +166,7 @@ def test_a_disk_that_becomes_full_is_an_error(tmp_path: Path) -> None:
         with pytest.raises(
             InsufficientSpaceError, match=r"Failed to copy a\.zip: No space"
         ):
-            copy_file(tmp_path / "a.zip", root, "a.zip", progress=fill, cancelled=never)
+            copy_file(tmp_path / "a.zip", root, "a.zip", progress=fill, check=never)
         assert files(root) == ["filler"]
 
 

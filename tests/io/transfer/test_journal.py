@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from sleap_rtc.io.storage.folder import (
     Folder,
     InsufficientSpaceError,
-    StoppedError,
     StorageError,
 )
 from sleap_rtc.io.transfer import chunk_files
@@ -132,14 +131,19 @@ def test_a_writer_that_has_kept_its_file_does_nothing_any_more(tmp_path: Path) -
 def test_the_check_of_a_part_file_can_be_watched_and_stopped(tmp_path: Path) -> None:
     make_kept(tmp_path)
     seen: list[int] = []
-    with pytest.raises(StoppedError):
+
+    def check() -> None:
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
         ChunkWriter(
             tmp_path,
             "a",
             size=SIZE,
             chunk_size=CHUNK,
             progress=seen.append,
-            cancelled=lambda: len(seen) == 3,
+            check=check,
         )
     assert seen == [CHUNK, 2 * CHUNK, 3 * CHUNK]
     check_goes_on(tmp_path, EVERY)

@@ -15,7 +15,7 @@ from sleap_rtc.proto.rendezvous.invite import (
     decode_invite_untrusted,
     encode_invite,
 )
-from tests.e2e.harness import END_TO_END, EXAMPLES, Lab, free_port, release, tree
+from tests.e2e.harness import END_TO_END, EXAMPLES, Lab, release, tree
 from tests.e2e.packages import make_package
 
 pytestmark = END_TO_END
@@ -120,8 +120,9 @@ def test_no_worker_is_exit_code_three(lab: Lab) -> None:
 
 def test_a_port_in_use_is_named(lab: Lab) -> None:
     machine, other = lab.machine("gpu"), lab.machine("other")
-    address = f"127.0.0.1:{free_port()}"
-    machine.start_worker("--listen", address)
+    worker = machine.start_worker()
+    port = worker.wait_for(r"signaling server listens.* port=(\d+)")[1]
+    address = f"127.0.0.1:{port}"
     for role in ("worker", "signaling"):
         done = other.run("daemon", "--role", role, "--listen", address).expect(2)
         assert "in use" in done.err

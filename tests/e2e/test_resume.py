@@ -2,12 +2,7 @@
 
 import os
 import re
-import select
 import signal
-import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,12 +14,12 @@ from tests.e2e.harness import (
     Machine,
     Running,
     Town,
-    free_port,
     release,
     tree,
     wait_until,
 )
 from tests.e2e.packages import make_package
+from tests.e2e.relay import relayed_worker
 
 pytestmark = END_TO_END
 
@@ -47,60 +42,6 @@ def uploaded(client: Running) -> list[int]:
 
 def results_of(machine: Machine, name: str = "big") -> dict[str, bytes]:
     return tree(machine.home / f"{name}-results")
-
-
-class Relay:
-    """A TCP relay whose connections can be cut, as a network does that goes away."""
-
-    def __init__(self, target: int) -> None:
-        self._target = target
-        self._pairs: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                far = socket.create_connection(("127.0.0.1", self._target))
-                self._pairs += [near, far]
-                threading.Thread(target=_relay, args=(near, far), daemon=True).start()
-
-    def cut(self) -> None:
-        """Drop all connections."""
-        for end in self._pairs:
-            with suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-        self._pairs.clear()
-
-    def close(self) -> None:
-        """End."""
-        self.cut()
-        self._listener.close()
-
-
-def _relay(near: socket.socket, far: socket.socket) -> None:
-    other = {near: far, far: near}
-    with near, far, suppress(OSError):
-        while True:
-            for end in select.select([near, far], [], [])[0]:
-                data = end.recv(1 << 16)
-                if not data:
-                    return
-                other[end].sendall(data)
-
-
-@contextmanager
-def relayed_worker(machine: Machine) -> Iterator[tuple[Running, Relay]]:
-    """Start a worker that is reached through a relay first."""
-    port = free_port()
-    relay = Relay(port)
-    try:
-        address = f"127.0.0.1:{relay.port}"
-        yield machine.start_worker("--port", port, "--public-address", address), relay
-    finally:
-        relay.close()
 
 
 # ------------------------------------------------------------------------ a lost link

@@ -1,0 +1,77 @@
+"""A TCP relay before a worker: its connections can be cut, and it can be slow."""
+
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from math import inf
+
+from tests.e2e.harness import Machine, Running
+
+_AT_ONCE = 1 << 16
+"""Bytes that are read at once."""
+
+
+class Relay:
+    """Forwards TCP connections to a worker.
+
+    Args:
+        rate: Bytes per second of one connection, in both directions together.
+    """
+
+    def __init__(self, rate: float = inf) -> None:
+        self.target = 0
+        """Port of the worker; set it before a client connects."""
+        self._rate = rate
+        self._pairs: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                near, _ = self._listener.accept()
+                far = socket.create_connection(("127.0.0.1", self.target))
+                self._pairs += [near, far]
+                pair = (near, far)
+                threading.Thread(target=self._forward, args=pair, daemon=True).start()
+
+    def _forward(self, near: socket.socket, far: socket.socket) -> None:
+        other = {near: far, far: near}
+        with near, far, suppress(OSError):
+            while True:
+                for end in select.select([near, far], [], [])[0]:
+                    data = end.recv(_AT_ONCE)
+                    if not data:
+                        return
+                    other[end].sendall(data)
+                    time.sleep(len(data) / self._rate)
+
+    def cut(self) -> None:
+        """Drop all connections, as a network does that goes away."""
+        for end in self._pairs:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        self._pairs.clear()
+
+    def close(self) -> None:
+        """Drop all connections, and accept no more."""
+        self.cut()
+        self._listener.close()
+
+
+@contextmanager
+def relayed_worker(
+    machine: Machine, rate: float = inf
+) -> Iterator[tuple[Running, Relay]]:
+    """Start a worker whose first address for clients is that of a relay."""
+    relay = Relay(rate)
+    try:
+        worker = machine.start_worker("--public-address", f"127.0.0.1:{relay.port}")
+        relay.target = int(worker.wait_for(r"worker ready.* port=(\d+)")[1])
+        yield worker, relay
+    finally:
+        relay.close()

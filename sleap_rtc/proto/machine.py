@@ -29,7 +29,7 @@ OutputT = TypeVar("OutputT", covariant=True)
 
 
 class Machine(Protocol[MessageT, OutputT]):
-    """A machine that depends on messages and on time, and on nothing else.
+    """A machine that depends on its messages and commands, and on nothing else.
 
     ``now`` is a monotonic clock in seconds, the same one for all calls.
     """
@@ -42,11 +42,15 @@ class Machine(Protocol[MessageT, OutputT]):
                 came over has to end; the machine is as it was.
         """
 
+    def next_output(self) -> OutputT | None:
+        """Remove and return the oldest effect or event; None if none is left."""
+
+
+class TimedMachine(Machine[MessageT, OutputT], Protocol[MessageT, OutputT]):
+    """A machine that depends on time as well."""
+
     def handle_timeout(self, now: float) -> None:
         """Do what is due at `now`; nothing happens before `deadline`."""
-
-    def next_output(self) -> OutputT | None:
-        """Remove and return the oldest effect or event; None if there is none."""
 
     def deadline(self) -> float | None:
         """Return when `handle_timeout` has something to do; None if never."""

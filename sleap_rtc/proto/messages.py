@@ -69,6 +69,12 @@ class Message(msgspec.Struct, frozen=True):
     """One control message; its attributes are the fields, in wire order."""
 
 
+class JobMessage(Message, frozen=True):
+    """A message that begins with the id of the job that it belongs to."""
+
+    job_id: JobId
+
+
 class Json(msgspec.Struct, frozen=True, omit_defaults=True):
     """A structured last field. Unknown keys are ignored, so that it can grow."""
 
@@ -196,30 +202,25 @@ class LaneTicket(Message, frozen=True):
 # ----------------------------------------------------------------- shared storage
 
 
-class JobIdentity(Message, frozen=True):
+class JobIdentity(JobMessage, frozen=True):
     """Client to worker: the job that the paths which follow belong to."""
 
-    job_id: JobId
 
-
-class MountProbe(Message, frozen=True):
+class MountProbe(JobMessage, frozen=True):
     """Client to worker: read this small file through your own root."""
 
-    job_id: JobId
     path: WirePath
 
 
-class MountProbed(Message, frozen=True):
+class MountProbed(JobMessage, frozen=True):
     """Worker to client: the BLAKE3 hash of what the probe file holds."""
 
-    job_id: JobId
     content: Hash
 
 
-class MountProbeFailed(Message, frozen=True):
+class MountProbeFailed(JobMessage, frozen=True):
     """Worker to client: the probe file is not there, or there is no root."""
 
-    job_id: JobId
     reason: Text
 
 
@@ -256,46 +257,38 @@ class SharedStorageJob(Message, frozen=True):
 # ---------------------------------------------------------- after a link was lost
 
 
-class JobResume(Message, frozen=True):
+class JobResume(JobMessage, frozen=True):
     """Client to worker, first on a new link: go on with this job."""
 
-    job_id: JobId
     point: ResumePoint
 
 
-class JobResumed(Message, frozen=True):
+class JobResumed(JobMessage, frozen=True):
     """Worker to client: where it stands; what was missed follows."""
 
-    job_id: JobId
     progress: JobProgress
 
 
-class JobUnknown(Message, frozen=True):
+class JobUnknown(JobMessage, frozen=True):
     """Worker to client: there is nothing to go on with; it may be submitted."""
-
-    job_id: JobId
 
 
 # ------------------------------------------------------------------ channel route
 
 
-class JobSubmit(Message, frozen=True):
+class JobSubmit(JobMessage, frozen=True):
     """Client to worker: a package will come through the channel."""
 
-    job_id: JobId
     submission: Submission
 
 
-class JobAccepted(Message, frozen=True):
+class JobAccepted(JobMessage, frozen=True):
     """Worker to client: send it."""
 
-    job_id: JobId
 
-
-class JobRejected(Message, frozen=True):
+class JobRejected(JobMessage, frozen=True):
     """Worker to client: this job can't be taken."""
 
-    job_id: JobId
     reason: Text
 
 
@@ -345,30 +338,26 @@ class FileError(Message, frozen=True):
 # ---------------------------------------------------------------- life of a job
 
 
-class JobState(Message, frozen=True):
+class JobState(JobMessage, frozen=True):
     """Worker to client: the job's state changed, or its place in the queue did."""
 
-    job_id: JobId
     progress: JobProgress
 
 
-class JobLog(Message, frozen=True):
+class JobLog(JobMessage, frozen=True):
     """Worker to client: one line of output.
 
     ``sequence`` grows by one with each message of a job. ``line`` is the number of the
     line; a message with the number of an earlier line redraws that line.
     """
 
-    job_id: JobId
     sequence: Number
     line: Number
     text: Text
 
 
-class JobCancel(Message, frozen=True):
+class JobCancel(JobMessage, frozen=True):
     """Client to worker: stop this job."""
-
-    job_id: JobId
 
 
 class TrainingComplete(Message, frozen=True):
@@ -379,31 +368,26 @@ class InferenceComplete(Message, frozen=True):
     """Worker to client: all inference commands of the package succeeded."""
 
 
-class JobResults(Message, frozen=True):
+class JobResults(JobMessage, frozen=True):
     """Worker to client, before the end of the job: what it made."""
 
-    job_id: JobId
     page: ResultPage
 
 
-class JobComplete(Message, frozen=True):
+class JobComplete(JobMessage, frozen=True):
     """Worker to client: done; where the models are."""
 
-    job_id: JobId
     path: WirePath
 
 
-class JobFailed(Message, frozen=True):
+class JobFailed(JobMessage, frozen=True):
     """Worker to client: the job ended without success."""
 
-    job_id: JobId
     reason: Text
 
 
-class ResultsReceived(Message, frozen=True):
+class ResultsReceived(JobMessage, frozen=True):
     """Client to worker: all results have arrived; the worker may remove its copy."""
-
-    job_id: JobId
 
 
 class Unknown(Message, frozen=True):
@@ -411,6 +395,52 @@ class Unknown(Message, frozen=True):
 
     name: str
 
+
+# ------------------------------------------------------------------- who sends what
+
+JobReport = JobState | JobLog | TrainingComplete | InferenceComplete
+"""Messages about the progress of a job, which change nothing else at the client."""
+
+WorkerJobMessage = (
+    MountProbed
+    | MountProbeFailed
+    | PathValidated
+    | PathError
+    | JobAccepted
+    | JobRejected
+    | JobResumed
+    | JobUnknown
+    | JobReport
+    | JobResults
+    | JobComplete
+    | JobFailed
+)
+"""Messages of a worker that `ClientJob` handles."""
+
+ClientJobMessage = (
+    MountProbe
+    | JobIdentity
+    | SharedInputPath
+    | SharedOutputPath
+    | SharedStorageJob
+    | JobSubmit
+    | JobResume
+    | FileOffer
+    | FileRequest
+    | JobCancel
+    | ResultsReceived
+)
+"""Messages of a client that `WorkerJob` handles."""
+
+_EitherMessage = (
+    Hello | Error | FileOffer | ChunkGrant | FileReceived | FileVerified | FileError
+)
+
+WorkerMessage = WorkerJobMessage | LaneTicket | _EitherMessage | Unknown
+"""Messages that a worker sends."""
+
+ClientMessage = ClientJobMessage | Auth | LaneRequest | _EitherMessage | Unknown
+"""Messages that a client sends."""
 
 # ----------------------------------------------------------------------- the table
 
@@ -508,8 +538,44 @@ def encode_message(message: Message) -> str:
     return text
 
 
+def decode_worker_message_untrusted(data: bytes | str) -> WorkerMessage:
+    """Parse a message that a worker sent.
+
+    Args:
+        data: The text as it arrived.
+
+    Returns:
+        The message, or `Unknown` for a well-formed name that is not in `TABLE`.
+
+    Raises:
+        RemoteProtocolError: For anything else, messages of clients included.
+    """
+    message = decode_message_untrusted(data)
+    if not isinstance(message, WorkerMessage):
+        raise RemoteProtocolError(f"{_NAMES[type(message)]} is not sent by workers")
+    return message
+
+
+def decode_client_message_untrusted(data: bytes | str) -> ClientMessage:
+    """Parse a message that a client sent.
+
+    Args:
+        data: The text as it arrived.
+
+    Returns:
+        The message, or `Unknown` for a well-formed name that is not in `TABLE`.
+
+    Raises:
+        RemoteProtocolError: For anything else, messages of workers included.
+    """
+    message = decode_message_untrusted(data)
+    if not isinstance(message, ClientMessage):
+        raise RemoteProtocolError(f"{_NAMES[type(message)]} is not sent by clients")
+    return message
+
+
 def decode_message_untrusted(data: bytes | str) -> Message:
-    """Read a message that came from a peer.
+    """Parse a message whose sender may be a client or a worker.
 
     Args:
         data: The text as it arrived.

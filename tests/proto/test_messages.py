@@ -1,5 +1,8 @@
 """Control messages: what is written is read again, and nothing else is."""
 
+from types import UnionType
+from typing import get_args
+
 import msgspec
 import pytest
 from hypothesis import given
@@ -11,6 +14,7 @@ from sleap_rtc.proto.messages import (
     MAX_MESSAGE_BYTES,
     TABLE,
     ChunkGrant,
+    ClientMessage,
     Error,
     Hello,
     JobComplete,
@@ -27,7 +31,10 @@ from sleap_rtc.proto.messages import (
     SharedStorageJob,
     TrainingComplete,
     Unknown,
+    WorkerMessage,
+    decode_client_message_untrusted,
     decode_message_untrusted,
+    decode_worker_message_untrusted,
     encode_message,
 )
 
@@ -349,3 +356,27 @@ def test_numbers_are_written_in_decimal() -> None:
     assert (
         encode_message(ChunkGrant(2**32 - 1, 0, 1)) == "CHUNK_GRANT::4294967295::0::1"
     )
+
+
+DECODERS = {
+    ClientMessage: decode_client_message_untrusted,
+    WorkerMessage: decode_worker_message_untrusted,
+}
+
+
+@pytest.mark.parametrize("direction", DECODERS)
+@pytest.mark.parametrize("name", TABLE)
+def test_a_message_of_the_wrong_direction_is_refused(
+    name: str, direction: UnionType
+) -> None:
+    decode = DECODERS[direction]
+    if TABLE[name] in get_args(direction):
+        assert decode(GOOD[name]) == decode_message_untrusted(GOOD[name])
+    else:
+        with pytest.raises(RemoteProtocolError, match=f"{name} is not sent by"):
+            decode(GOOD[name])
+
+
+def test_every_message_has_a_direction() -> None:
+    sent = {*get_args(ClientMessage), *get_args(WorkerMessage)}
+    assert sent == {*TABLE.values(), Unknown}

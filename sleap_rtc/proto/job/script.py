@@ -13,7 +13,7 @@ from typing import Literal, NoReturn
 
 import msgspec
 
-from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.terminal import printable
 
 DEFAULT_PROGRAMS = frozenset({"sleap", "sleap-nn", "sleap-nn-train", "sleap-nn-track"})
@@ -47,7 +47,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]")
 """What no argument holds: control characters, and halves of characters."""
 
 
-class ScriptError(RemoteProtocolError):
+class ScriptError(InvalidInput):
     """A package's script can't be run.
 
     Args:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.job.script import (
     DEFAULT_PROGRAMS,
     MAX_COMMANDS,
@@ -231,7 +231,7 @@ def test_garbage_is_a_script_or_the_fault_of_the_peer(text: str, name: str) -> N
         try:
             read_script_untrusted(name, body, DEFAULT_PROGRAMS)
             plan_scripts_untrusted({name: body}, DEFAULT_PROGRAMS)
-        except RemoteProtocolError:
+        except InvalidInput:
             pass
 
 

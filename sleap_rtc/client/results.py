@@ -193,7 +193,7 @@ class Results:
 
     def _open_part(self, path: str, offer: m.OfferedFile) -> ChunkWriter:
         """Open what is there of a result, in a worker thread."""
-        return ChunkWriter(
+        return ChunkWriter.open(
             self._chosen(),
             path,
             size=offer.size,

@@ -21,6 +21,7 @@ from sleap_rtc.io.storage.copy import copy_with_deadline
 from sleap_rtc.io.storage.folder import (
     StorageError,
     make_directories_beneath,
+    open_owned,
     remove_tree_beneath,
 )
 from sleap_rtc.io.storage.probe import ask_storage, call_in_time, write_probe
@@ -512,7 +513,9 @@ class ClientSession:
         try:
             if self._source is None:  # it stays open, so that a change is noticed
                 self._source = await trio.to_thread.run_sync(
-                    lambda: ChunkReader(package, chunk_size=CHUNK_SIZE)
+                    lambda: ChunkReader(
+                        open_owned(package), chunk_size=CHUNK_SIZE, name=package.name
+                    )
                 )
             if self._source.size != self._size:
                 raise TransferError(f"{package.name} changed meanwhile")

@@ -174,7 +174,7 @@ def _read(path: Path) -> Note | None:
 
 def _write(path: Path, note: Note) -> None:
     content = msgspec.json.encode(note)
-    part = PartFile(Folder.open(path.parent), path.name, replace=True)
+    part = PartFile.create(Folder.open(path.parent), path.name, replace=True)
     try:
         with part.use() as fd:
             if hasattr(os, "fchmod"):  # Windows has the user's profile for that

@@ -414,7 +414,7 @@ class Job:
 
     def _open_part(self, directory: Path, file: m.OfferedFile) -> ChunkWriter:
         """Open what is there of the package, in a worker thread."""
-        return ChunkWriter(
+        return ChunkWriter.open(
             directory,
             file.name,
             size=file.size,

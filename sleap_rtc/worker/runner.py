@@ -11,6 +11,7 @@ import trio
 from sleap_rtc.io.storage.archive import extract_package
 from sleap_rtc.io.storage.archive_plan import ArchiveError
 from sleap_rtc.io.storage.folder import (
+    Folder,
     StorageError,
     create_beneath,
     explain_errors,
@@ -110,8 +111,12 @@ def _unpack(run: Run) -> tuple[Script, ...]:
         ScriptError: If a script holds what this worker does not run.
         StorageError: If the storage failed.
     """
-    package = open_beneath(run.directory, run.package)
-    extract_package(package, run.directory, check=trio.from_thread.check_cancelled)
+    with (
+        explain_errors("Failed to unpack the package"),
+        Folder.open(run.directory) as folder,
+    ):
+        package = open_beneath(run.directory, run.package)
+        extract_package(package, folder, check=trio.from_thread.check_cancelled)
     present = {path for path, _, _ in list_tree(run.directory)}
     texts = {
         name: _read_script(run.directory, name)

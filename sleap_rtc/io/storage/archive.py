@@ -55,8 +55,8 @@ class ExtractedPackage(msgspec.Struct, frozen=True):
 
 
 def extract_package(
-    package: Path | int,
-    destination: Path | Folder,
+    package: int,
+    destination: Folder,
     *,
     check: Callable[[], None],
     limits: ArchiveLimits | None = None,
@@ -68,9 +68,8 @@ def extract_package(
     is removed again, and nothing else.
 
     Args:
-        package: A path that the owner of this process named, or the file descriptor
-            from `open_beneath` for one that a peer named; it is closed.
-        destination: A directory that the owner named, or an open one.
+        package: The open zip, from `open_owned` or `open_beneath`; it is closed.
+        destination: The directory; the caller closes it.
         check: Called between blocks; it stops the work by raising.
         limits: What the zip may be at most.
 
@@ -79,22 +78,18 @@ def extract_package(
 
     Raises:
         ArchiveError: If the zip is broken or refused; it names the entry.
-        InvalidInput: If the package is no readable file.
         InsufficientSpaceError: If it does not fit.
         StorageError: If the storage failed.
     """
     limits = limits or ArchiveLimits()
-    fd = package if isinstance(package, int) else open_owned(package)
     with ExitStack() as stack:
-        file = stack.enter_context(os.fdopen(fd, "rb"))
+        file = stack.enter_context(os.fdopen(package, "rb"))
         with explain_errors("Failed to read the package"), _explain_zip("The package"):
             check_size_of_directory(file, limits)
             archive = stack.enter_context(zipfile.ZipFile(file))
             infos = archive.infolist()
             entries, top = plan_entries(infos, archive.start_dir, limits)
         with explain_errors("Failed to unpack the package"):
-            if isinstance(destination, Path):
-                destination = stack.enter_context(Folder.open(destination))
             needed = sum(entry.info.file_size for entry in entries)
             require_space(destination, needed, "for the package")
         unpacking = _Unpacking(archive, destination, check)
@@ -134,7 +129,7 @@ def pack_directory(
         folder = Folder.open(target.resolve().parent)
         with folder:
             require_space(folder, needed, f"for {target.name}")
-            part = PartFile(folder, target.name)
+            part = PartFile.create(folder, target.name)
             try:
                 _write_zip(part, members, progress, check)
                 part.publish()

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 from sleap_rtc.io.storage.folder import (
     Folder,
@@ -27,30 +28,40 @@ _KEPT_OF_NAME = 200
 
 
 class PartFile:
-    """A new file that nobody sees under its name before it is whole.
+    """A new file that has its name only when it is whole.
 
-    Until `publish` it is ``.<name>.<random>.part`` in the same directory.
-
-    Args:
-        folder: Where it is written; closed together with the part file.
-        name: A checked name.
-        replace: Take the place of a file of that name, instead of refusing.
-
-    Raises:
-        FileExistsError: If the name is taken.
-        OSError: If the file can't be created.
+    Get one from `create`. Until `publish` it is ``.<name>.<random>.part`` in the same
+    directory.
     """
 
-    def __init__(self, folder: Folder, name: str, *, replace: bool = False) -> None:
-        self._replace = replace
-        if not replace and folder.exists(name):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    def __init__(
+        self, folder: Folder, name: str, part: str, fd: int, *, replace: bool
+    ) -> None:
         self._folder = folder
         self._name = name
-        kept = name.encode()[:_KEPT_OF_NAME].decode(errors="ignore")
-        self._part = f".{kept}.{secrets.token_hex(6)}.part"
-        self._handle = OpenFile(folder.create_file(self._part))
+        self._part = part
+        self._handle = OpenFile(fd)
+        self._replace = replace
         self._done = False
+
+    @classmethod
+    def create(cls, folder: Folder, name: str, *, replace: bool = False) -> Self:
+        """Create an empty part file.
+
+        Args:
+            folder: Its directory, which is closed together with the part file.
+            name: A checked name.
+            replace: Replace a file of that name instead of refusing.
+
+        Raises:
+            FileExistsError: If the name is taken.
+            OSError: If the file cannot be created. The directory stays open.
+        """
+        if not replace and folder.exists(name):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        kept = name.encode()[:_KEPT_OF_NAME].decode(errors="ignore")
+        part = f".{kept}.{secrets.token_hex(6)}.part"
+        return cls(folder, name, part, folder.create_file(part), replace=replace)
 
     @property
     def path(self) -> Path:
@@ -120,7 +131,7 @@ def start_part_file(
     folder = open_folder_beneath(root, names[:-1], create=True)
     try:
         require_space(folder, needed, where)
-        return PartFile(folder, names[-1], replace=replace)
+        return PartFile.create(folder, names[-1], replace=replace)
     except (OSError, InsufficientSpaceError):
         folder.close()
         raise

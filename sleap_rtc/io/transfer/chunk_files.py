@@ -1,10 +1,10 @@
 """Files that travel in chunks: where they come from, and where they arrive.
 
-All functions here block, and are called in worker threads; any number of threads may
-use one `ChunkReader` or `ChunkWriter` at once.
+All functions here block: call them in worker threads. Any number of threads may use one
+`ChunkReader` or `ChunkWriter` at once.
 
-A file that arrives is ``.<name>.part`` at first, and its journal is ``.<name>.map``.
-Both outlive the process, so that the next `ChunkWriter` of the file goes on with them.
+An arriving file is ``.<name>.part`` at first, and its journal is ``.<name>.map``. Both
+outlive the process, so that the next `ChunkWriter` of the file resumes from them.
 """
 
 import errno
@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Self
 
 from blake3 import blake3
 
@@ -27,10 +28,10 @@ from sleap_rtc.io.storage.files import (
     write_at,
 )
 from sleap_rtc.io.storage.folder import (
+    Folder,
     StorageError,
     explain_errors,
     open_folder_beneath,
-    open_owned,
 )
 from sleap_rtc.io.transfer.journal import Journal
 from sleap_rtc.proto.paths import check_portable_path_untrusted
@@ -47,18 +48,13 @@ class ChunkReader:
     """A file that is sent chunk by chunk.
 
     Args:
-        source: A path that the owner of this process named, or the file descriptor
-            from `open_beneath` for one that a peer named; `close` closes it.
+        fd: The open file, from `open_owned` or `open_beneath`. `close` closes it.
         chunk_size: Bytes in a chunk; the last one may be shorter.
-
-    Raises:
-        InvalidInput: If it is no readable file.
-        StorageError: If the storage failed.
+        name: Name of the file in messages.
     """
 
-    def __init__(self, source: Path | int, *, chunk_size: int) -> None:
-        fd = source if isinstance(source, int) else open_owned(source)
-        self._name = "the file" if isinstance(source, int) else source.name
+    def __init__(self, fd: int, *, chunk_size: int, name: str = "the file") -> None:
+        self._name = name
         self._file = OpenFile(fd)
         self._chunk_size = chunk_size
         self._opened = file_identity(fd)
@@ -88,17 +84,17 @@ class ChunkReader:
         return payload, blake3(payload).digest()
 
     def check_unchanged(self) -> bool:
-        """Tell whether the file is still as it was when it was opened."""
+        """Return True if the file is as it was when it was opened."""
         with self._file.use() as fd, explain_errors(f"Failed to read {self._name}"):
             return file_identity(fd) == self._opened
 
     def close(self) -> None:
-        """Let go of the file, as soon as no thread reads any more."""
+        """Close the file as soon as no thread reads it; safe to call again."""
         self._file.close()
 
 
 def _ignore_progress(_size: int) -> None:
-    """What happens with the progress of a check that nobody watches."""
+    """Ignore the progress of a check."""
 
 
 def _go_on() -> None:
@@ -108,37 +104,34 @@ def _go_on() -> None:
 class ChunkWriter:
     """A file that is received chunk by chunk, in any order, by one process or several.
 
-    If an earlier writer of this file left its part file and a journal of the same size,
-    chunk size and origin, this one goes on with them. It reads and checks every chunk
-    that the journal names, which takes about a second for 2 GiB. Otherwise it starts
-    anew. Nothing has the file's name before `publish`. End with `publish`, `keep` or
-    `abandon`; a process that is killed has kept it.
-
-    Args:
-        root: An existing directory that the owner of this process named.
-        relative: Where beneath it the file goes, as the peer sent it. Directories that
-            are missing are made.
-        size: Bytes in the file.
-        chunk_size: Bytes in a chunk; the last one may be shorter.
-        origin: What the file is a copy of, such as the id of a job.
-        progress: Called with the bytes of the file that were checked so far.
-        check: Called between chunks; it stops the opening by raising. What was
-            written before is kept.
+    Get one from `open`. Nothing has the name of the file before `publish`. End with
+    `publish`, `keep` or `abandon`; the files of a killed process are kept.
 
     Attributes:
-        chunk_map: What was there when the writer was made. It belongs to the caller;
-            `write` does not change it.
-
-    Raises:
-        InvalidInput: If not every system can store the path, it leads through a link
-            or a file, or there are too many chunks.
-        InsufficientSpaceError: If the file does not fit.
-        StorageError: If the name is taken, another writer of this file is at
-            work, or the storage failed.
+        chunk_map: The chunks that were there when the writer was opened. It belongs to
+            the caller; `write` does not change it.
     """
 
     def __init__(
         self,
+        hidden: "_HiddenFiles",
+        chunk_map: ChunkMap,
+        file: OpenFile,
+        journal: Journal,
+    ) -> None:
+        self.chunk_map = chunk_map
+        self._hidden = hidden
+        self._size = chunk_map.size
+        self._chunk_size = chunk_map.chunk_size
+        self._file = file
+        self._journal = journal
+        self._unsaved = 0
+        self._unsaved_lock = threading.Lock()
+        self._has_ended = False
+
+    @classmethod
+    def open(
+        cls,
         root: Path,
         relative: str,
         *,
@@ -147,47 +140,61 @@ class ChunkWriter:
         origin: str = "",
         progress: Callable[[int], None] = _ignore_progress,
         check: Callable[[], None] = _go_on,
-    ) -> None:
-        *parents, self._name = check_portable_path_untrusted(relative).split("/")
-        self.chunk_map = ChunkMap(size, chunk_size)
-        self._relative = relative
-        self._size = size
-        self._chunk_size = chunk_size
-        self._part, journal = _hidden_names(self._name)
-        self._unsaved = 0
-        self._unsaved_lock = threading.Lock()
-        self._has_ended = False
+    ) -> Self:
+        """Open the writer of a file, and resume what an earlier writer left.
+
+        If an earlier writer of this file left its part file and a journal of the same
+        size, chunk size and origin, this one resumes from them. It reads and checks
+        every chunk in the journal, which takes about a second for 2 GiB. Otherwise it
+        starts from the beginning.
+
+        Args:
+            root: An existing directory that the owner of this process named.
+            relative: Where beneath it the file goes, as the peer sent it. Missing
+                directories are made.
+            size: Bytes in the file.
+            chunk_size: Bytes in a chunk; the last one may be shorter.
+            origin: Source that the file is a copy of, such as the id of a job.
+            progress: Called with the bytes of the file that were checked so far.
+            check: Called between chunks; it stops the opening by raising. The files are
+                kept then.
+
+        Raises:
+            InvalidInput: If not every system can store the path, it leads through a
+                link or a file, or there are too many chunks.
+            InsufficientSpaceError: If the file does not fit.
+            StorageError: If the name is taken, another writer of this file is at work,
+                or the storage failed.
+        """
+        *parents, name = check_portable_path_untrusted(relative).split("/")
+        chunk_map = ChunkMap(size, chunk_size)
         with explain_errors(f"Failed to create {relative}"), ExitStack() as undo:
-            self._folder = open_folder_beneath(root, parents, create=True)
-            undo.callback(self._folder.close)
-            needed = size - self._bytes_reserved()
-            require_space(self._folder, needed, f"for {relative}")
-            try:
-                self._journal = Journal(
-                    self._folder,
-                    journal,
-                    size=size,
-                    chunk_size=chunk_size,
-                    origin=origin,
-                )
-            except BlockingIOError:
-                raise StorageError(
-                    f"{relative} is being received already, by another transfer or "
-                    "another process; wait until it ends, or stop it"
-                ) from None
-            undo.callback(self._journal.close)
-            self._file = OpenFile(self._open_part())
-            undo.callback(self._file.close)
-            self._check_chunks(progress, check)
+            folder = open_folder_beneath(root, parents, create=True)
+            undo.callback(folder.close)
+            hidden = _HiddenFiles(folder, name, relative, size)
+            require_space(folder, size - hidden.bytes_reserved(), f"for {relative}")
+            journal = hidden.open_journal(chunk_size, origin)
+            undo.callback(journal.close)
+            file = OpenFile(hidden.open_part(journal))
+            undo.callback(file.close)
+            for index, digest in journal.written():
+                check()
+                offset = index * chunk_size
+                with file.use() as fd:
+                    payload = read_at(fd, chunk_map.length(index), offset)
+                if blake3(payload).digest() == digest:
+                    chunk_map.set(index, digest)
+                progress(offset + len(payload))
             undo.pop_all()
+        return cls(hidden, chunk_map, file, journal)
 
     def write(self, index: int, payload: Buffer, digest: bytes) -> bool:
-        """Check one chunk, and write and note it if it is good.
+        """Check one chunk, then write it and record it in the journal if it is good.
 
         Args:
             index: Its place in the file, from 0.
-            payload: What arrived.
-            digest: The BLAKE3 hash that came with it.
+            payload: The bytes that arrived.
+            digest: The BLAKE3 hash that came with them.
 
         Returns:
             False if it is damaged; nothing was written then.
@@ -200,8 +207,8 @@ class ChunkWriter:
         if len(payload) != length or blake3(payload).digest() != digest:
             return False
         with (
-            explain_errors(f"Failed to write {self._relative}"),
-            self._journal.use(),  # stay locked, also if this thread hangs
+            explain_errors(f"Failed to write {self._hidden.relative}"),
+            self._journal.use(),  # stay locked even if this thread hangs
             self._file.use() as fd,
         ):
             write_at(fd, payload, index * self._chunk_size)
@@ -212,40 +219,35 @@ class ChunkWriter:
         return True
 
     def publish(self) -> Path:
-        """Bring the content to the disk, and let the file appear under its name.
+        """Sync the content to the disk, then give the file its name.
 
         Returns:
             The path of the file.
 
         Raises:
-            StorageError: If the name was taken meanwhile, the part file is gone,
-                or the storage failed; `keep` or `abandon` is still to be called.
+            StorageError: If the name was taken meanwhile, the part file is gone, or
+                the storage failed. Call `keep` or `abandon` then.
         """
-        with explain_errors(f"Failed to write {self._relative}"):
+        with explain_errors(f"Failed to write {self._hidden.relative}"):
             with self._file.use() as fd:
                 os.fsync(fd)
-                written = os.fstat(fd)
-            if not os.path.samestat(written, self._folder.status(self._part)):
-                raise StorageError(
-                    f"Failed to write {self._relative}: somebody replaced its part file"
-                )
+                self._hidden.check_part(fd)
             # Network file systems report a full quota as late as here.
             self._file.close()
-            self._folder.rename_new(self._part, self._name)
-            self._folder.sync()
+            path = self._hidden.rename_part()
         try:
             self._journal.remove()
         except OSError:
             pass  # the file is there, and the next writer of that name removes it
         self._end()
-        return self._folder.path / self._name
+        return path
 
     def keep(self) -> None:
-        """Leave what was written to a later writer; safe to call again."""
+        """Leave the part file to a later writer; safe to call again."""
         self._end()
 
     def abandon(self) -> None:
-        """Remove what was written, unless the writer has ended; safe to call again.
+        """Remove the part file unless the writer has ended; safe to call again.
 
         Raises:
             StorageError: If the storage failed.
@@ -253,42 +255,109 @@ class ChunkWriter:
         if self._has_ended:
             return
         self._file.close()
+        what = f"Failed to remove the part file of {self._hidden.relative}"
         try:
-            with explain_errors(f"Failed to remove the part file of {self._relative}"):
-                self._remove_part()
+            with explain_errors(what):
+                self._hidden.remove_part()
                 self._journal.remove()
         finally:
             self._end()
 
-    def _bytes_reserved(self) -> int:
-        """Say how much of the file's space an earlier writer has taken already."""
+    def _is_time_to_save(self, written: int) -> bool:
+        """Count written bytes; return True in one thread when it has to sync."""
+        with self._unsaved_lock:
+            self._unsaved += written
+            if self._unsaved < SAVE_EVERY:
+                return False
+            self._unsaved = 0
+            return True
+
+    def _end(self) -> None:
+        self._has_ended = True
+        self._file.close()
+        self._journal.close()
+        self._hidden.folder.close()
+
+
+class _HiddenFiles:
+    """The part file and the journal of an arriving file, in its open directory."""
+
+    def __init__(self, folder: Folder, name: str, relative: str, size: int) -> None:
+        self.folder = folder
+        self.relative = relative
+        self._name = name
+        self._size = size
+        self._part, self._journal = _hidden_names(name)
+
+    def bytes_reserved(self) -> int:
+        """Return the bytes that the part file of an earlier writer takes up."""
         try:
-            status = self._folder.status(self._part)
+            status = self.folder.status(self._part)
         except FileNotFoundError:
             return 0
         blocks = getattr(status, "st_blocks", -(-status.st_size // 512))
         return min(self._size, blocks * 512)
 
-    def _open_part(self) -> int:
-        """Open the part file of an earlier writer, or start anew."""
-        if self._folder.exists(self._name):
-            self._remove_part()
-            self._journal.remove()
+    def open_journal(self, chunk_size: int, origin: str) -> Journal:
+        """Open and lock the journal."""
+        try:
+            return Journal.open(
+                self.folder,
+                self._journal,
+                size=self._size,
+                chunk_size=chunk_size,
+                origin=origin,
+            )
+        except BlockingIOError:
+            raise StorageError(
+                f"{self.relative} is being received already, by another transfer or "
+                "another process; wait until it ends, or stop it"
+            ) from None
+
+    def open_part(self, journal: Journal) -> int:
+        """Open the part file of an earlier writer, or start from the beginning."""
+        if self.folder.exists(self._name):
+            self.remove_part()
+            journal.remove()
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        fd = self._reopen_part() if self._journal.matches() else None
+        fd = self._reopen_part() if journal.matches() else None
         if fd is not None:
             return fd
         try:
-            return self._start_anew()
+            return self._start_over(journal)
         except OSError:
-            self._remove_part()
-            self._journal.remove()
+            self.remove_part()
+            journal.remove()
             raise
 
-    def _reopen_part(self) -> int | None:
-        """Open the part file of an earlier writer; None if there is none to trust."""
+    def check_part(self, fd: int) -> None:
+        """Check that the part file still is the open file.
+
+        Raises:
+            StorageError: If another file has its name.
+        """
+        if not os.path.samestat(os.fstat(fd), self.folder.status(self._part)):
+            raise StorageError(
+                f"Failed to write {self.relative}: its part file was replaced"
+            )
+
+    def rename_part(self) -> Path:
+        """Give the part file the name of the file, and return its path."""
+        self.folder.rename_new(self._part, self._name)
+        self.folder.sync()
+        return self.folder.path / self._name
+
+    def remove_part(self) -> None:
+        """Remove the part file if it exists."""
         try:
-            fd = self._folder.open_file(self._part, write=True)
+            self.folder.unlink(self._part)
+        except FileNotFoundError:
+            pass
+
+    def _reopen_part(self) -> int | None:
+        """Open the part file of an earlier writer; None if none can be trusted."""
+        try:
+            fd = self.folder.open_file(self._part, write=True)
         except FileNotFoundError:
             return None
         # One that has a second name is another file, which would be overwritten.
@@ -297,57 +366,23 @@ class ChunkWriter:
         os.close(fd)
         return None
 
-    def _start_anew(self) -> int:
-        """Make an empty part file, and an empty journal."""
-        self._remove_part()
-        self._journal.restart()
-        fd = self._reserved(self._folder.create_file(self._part))
+    def _start_over(self, journal: Journal) -> int:
+        """Make an empty part file, and empty the journal."""
+        self.remove_part()
+        journal.restart()
+        fd = self._reserved(self.folder.create_file(self._part))
         if self._size >= SAVE_EVERY:
-            self._folder.sync()
+            self.folder.sync()
         return fd
 
     def _reserved(self, fd: int) -> int:
-        """Give a part file its size; it is closed if that fails."""
+        """Give a part file its size; close it if that fails."""
         try:
             reserve_space(fd, self._size)
         except OSError:
             os.close(fd)
             raise
         return fd
-
-    def _check_chunks(
-        self, progress: Callable[[int], None], check: Callable[[], None]
-    ) -> None:
-        """Find out which of the chunks in the journal are good."""
-        with self._file.use() as fd:
-            for index, digest in self._journal.written():
-                check()
-                offset = index * self._chunk_size
-                payload = read_at(fd, self.chunk_map.length(index), offset)
-                if blake3(payload).digest() == digest:
-                    self.chunk_map.set(index, digest)
-                progress(offset + len(payload))
-
-    def _is_time_to_save(self, written: int) -> bool:
-        """Count what was written, and tell one thread when it is enough."""
-        with self._unsaved_lock:
-            self._unsaved += written
-            if self._unsaved < SAVE_EVERY:
-                return False
-            self._unsaved = 0
-            return True
-
-    def _remove_part(self) -> None:
-        try:
-            self._folder.unlink(self._part)
-        except FileNotFoundError:
-            pass
-
-    def _end(self) -> None:
-        self._has_ended = True
-        self._file.close()
-        self._journal.close()
-        self._folder.close()
 
 
 def _hidden_names(name: str) -> tuple[str, str]:

@@ -36,6 +36,7 @@ import struct
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Self
 
 from blake3 import blake3
 
@@ -74,32 +75,43 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 class Journal:
     """Which chunks of a part file were written, and their hashes.
 
-    It is locked as long as it is open, and the lock ends with the process. So it also
-    keeps a second writer away from the part file. Any number of threads may use it.
-
-    Args:
-        folder: Where it lies; the owner keeps it open for as long.
-        name: Its name. It is made if it is not there.
-        size: Bytes of the file that arrives.
-        chunk_size: Bytes of every chunk but the last, which may be shorter.
-        origin: What the file is a copy of; a journal of something else is foreign.
-
-    Raises:
-        BlockingIOError: If another writer has it.
-        InvalidInput: If the name is taken by something that is no file.
-        OSError: If the storage failed.
+    Get one from `open`. It is locked as long as it is open, and the lock ends with the
+    process, so it also keeps a second writer away from the part file. Any number of
+    threads may use it.
     """
 
     def __init__(
-        self, folder: Folder, name: str, *, size: int, chunk_size: int, origin: str = ""
+        self, folder: Folder, name: str, file: OpenFile, *, header: bytes, count: int
     ) -> None:
         self._folder = folder
         self._name = name
-        self._count = -(-size // chunk_size)
+        self._file = file
+        self._header = header
+        self._count = count
+
+    @classmethod
+    def open(
+        cls, folder: Folder, name: str, *, size: int, chunk_size: int, origin: str = ""
+    ) -> Self:
+        """Open a journal, make it if it does not exist, and lock it.
+
+        Args:
+            folder: Its directory, which the caller keeps open for as long.
+            name: Its name.
+            size: Bytes of the arriving file.
+            chunk_size: Bytes of every chunk but the last, which may be shorter.
+            origin: Source that the file is a copy of. A journal of another is foreign.
+
+        Raises:
+            BlockingIOError: If another writer has it.
+            InvalidInput: If the name belongs to something other than a file.
+            OSError: If the storage failed.
+        """
         fields = _FIELDS.pack(_MAGIC, _VERSION, size, chunk_size)
         checksum = blake3(fields + origin.encode()).digest(_SLOT - len(fields))
-        self._header = fields + checksum
-        self._file = OpenFile(_open_locked(folder, name))
+        file = OpenFile(_open_locked(folder, name))
+        count = -(-size // chunk_size)
+        return cls(folder, name, file, header=fields + checksum, count=count)
 
     def use(self) -> AbstractContextManager[int]:
         """Keep it open, and locked, for the length of a block.

@@ -13,6 +13,7 @@ from sleap_rtc.io.storage.folder import (
     InsufficientSpaceError,
     StorageError,
     open_beneath,
+    open_owned,
 )
 from sleap_rtc.io.transfer.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.proto.errors import InvalidInput
@@ -43,8 +44,10 @@ def leftovers(root: Path) -> list[str]:
 @pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 5 * CHUNK])
 def test_chunks_in_any_order_make_the_same_file(storage: Path, size: int) -> None:
     data = make_file(storage / "source", size)
-    reader = ChunkReader(storage / "source", chunk_size=CHUNK)
-    writer = ChunkWriter(storage, "models/run/best.ckpt", size=size, chunk_size=CHUNK)
+    reader = ChunkReader(open_owned(storage / "source"), chunk_size=CHUNK)
+    writer = ChunkWriter.open(
+        storage, "models/run/best.ckpt", size=size, chunk_size=CHUNK
+    )
     target = storage / "models/run/best.ckpt"
     for index in reversed(range(-(-size // CHUNK))):
         payload, digest = reader.read(index)
@@ -60,8 +63,8 @@ def test_chunks_in_any_order_make_the_same_file(storage: Path, size: int) -> Non
 
 def test_many_threads_write_one_file(storage: Path) -> None:
     data = make_file(storage / "source", 200 * CHUNK + 7)
-    reader = ChunkReader(storage / "source", chunk_size=CHUNK)
-    writer = ChunkWriter(storage, "copy", size=len(data), chunk_size=CHUNK)
+    reader = ChunkReader(open_owned(storage / "source"), chunk_size=CHUNK)
+    writer = ChunkWriter.open(storage, "copy", size=len(data), chunk_size=CHUNK)
     with ThreadPoolExecutor(8) as pool:
         written = pool.map(
             lambda index: writer.write(index, *reader.read(index)), range(201)
@@ -74,7 +77,7 @@ def test_many_threads_write_one_file(storage: Path) -> None:
 def test_a_damaged_chunk_is_refused_and_not_written(storage: Path) -> None:
     data = make_file(storage / "source", CHUNK)
     digest = blake3(data).digest()
-    writer = ChunkWriter(storage, "copy", size=CHUNK, chunk_size=CHUNK)
+    writer = ChunkWriter.open(storage, "copy", size=CHUNK, chunk_size=CHUNK)
     assert writer.write(0, data, digest)
     assert not writer.write(0, b"\0" + data[1:], digest)
     assert not writer.write(0, data[:-1], blake3(data[:-1]).digest())
@@ -87,8 +90,8 @@ def test_a_chunk_that_no_file_has_is_the_callers_fault(
     tmp_path: Path, index: int
 ) -> None:
     make_file(tmp_path / "source", 2 * CHUNK)
-    reader = ChunkReader(tmp_path / "source", chunk_size=CHUNK)
-    writer = ChunkWriter(tmp_path, "copy", size=2 * CHUNK, chunk_size=CHUNK)
+    reader = ChunkReader(open_owned(tmp_path / "source"), chunk_size=CHUNK)
+    writer = ChunkWriter.open(tmp_path, "copy", size=2 * CHUNK, chunk_size=CHUNK)
     with pytest.raises(ValueError, match="no chunk"):
         reader.read(index)
     with pytest.raises(ValueError, match="no chunk"):
@@ -98,7 +101,7 @@ def test_a_chunk_that_no_file_has_is_the_callers_fault(
 
 
 def test_an_abandoned_file_leaves_nothing(storage: Path) -> None:
-    writer = ChunkWriter(storage, "a/b", size=CHUNK, chunk_size=CHUNK)
+    writer = ChunkWriter.open(storage, "a/b", size=CHUNK, chunk_size=CHUNK)
     assert leftovers(storage) == [".b.map", ".b.part"]
     writer.abandon()
     writer.abandon()
@@ -108,7 +111,7 @@ def test_an_abandoned_file_leaves_nothing(storage: Path) -> None:
 
 
 def test_abandoning_a_published_file_keeps_it(storage: Path) -> None:
-    writer = ChunkWriter(storage, "a", size=0, chunk_size=CHUNK)
+    writer = ChunkWriter.open(storage, "a", size=0, chunk_size=CHUNK)
     path = writer.publish()
     writer.abandon()
     assert path.read_bytes() == b""
@@ -117,8 +120,8 @@ def test_abandoning_a_published_file_keeps_it(storage: Path) -> None:
 def test_no_file_is_ever_replaced(storage: Path) -> None:
     (storage / "taken").write_text("mine")
     with pytest.raises(StorageError, match="taken: File exists"):
-        ChunkWriter(storage, "taken", size=1, chunk_size=CHUNK)
-    writer = ChunkWriter(storage, "later", size=0, chunk_size=CHUNK)
+        ChunkWriter.open(storage, "taken", size=1, chunk_size=CHUNK)
+    writer = ChunkWriter.open(storage, "later", size=0, chunk_size=CHUNK)
     (storage / "later").write_text("mine")
     with pytest.raises(StorageError, match="later: File exists"):
         writer.publish()
@@ -133,7 +136,7 @@ def test_no_file_is_ever_replaced(storage: Path) -> None:
 )
 def test_a_hostile_name_creates_nothing(tmp_path: Path, name: str) -> None:
     with pytest.raises(InvalidInput):
-        ChunkWriter(tmp_path, name, size=1, chunk_size=CHUNK)
+        ChunkWriter.open(tmp_path, name, size=1, chunk_size=CHUNK)
     assert os.listdir(tmp_path) == []
 
 
@@ -142,16 +145,16 @@ def test_a_planted_link_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "outside").mkdir()
     (tmp_path / "root/models").symlink_to(tmp_path / "outside")
     with pytest.raises(InvalidInput, match="outside shared storage"):
-        ChunkWriter(tmp_path / "root", "models/a", size=1, chunk_size=CHUNK)
+        ChunkWriter.open(tmp_path / "root", "models/a", size=1, chunk_size=CHUNK)
     (tmp_path / "root/dead").symlink_to(tmp_path / "outside/dead")
     with pytest.raises(StorageError, match="File exists"):
-        ChunkWriter(tmp_path / "root", "dead", size=1, chunk_size=CHUNK)
+        ChunkWriter.open(tmp_path / "root", "dead", size=1, chunk_size=CHUNK)
     assert os.listdir(tmp_path / "outside") == []
 
 
 def test_long_names_leave_room_for_part_files_of_their_own(tmp_path: Path) -> None:
     names = ["ä" * 127, "ä" * 126 + "b"]
-    writers = [ChunkWriter(tmp_path, n, size=0, chunk_size=CHUNK) for n in names]
+    writers = [ChunkWriter.open(tmp_path, n, size=0, chunk_size=CHUNK) for n in names]
     for writer in writers:
         writer.publish()
     assert sorted(os.listdir(tmp_path)) == sorted(names)
@@ -159,29 +162,29 @@ def test_long_names_leave_room_for_part_files_of_their_own(tmp_path: Path) -> No
 
 def test_a_file_that_does_not_fit_is_refused_at_once(storage: Path) -> None:
     with pytest.raises(InsufficientSpaceError, match=r"need 1024\.0 TiB, have "):
-        ChunkWriter(storage, "a", size=2**50, chunk_size=2**30)
+        ChunkWriter.open(storage, "a", size=2**50, chunk_size=2**30)
     assert leftovers(storage) == []
 
 
 def test_a_file_of_absurdly_many_chunks_is_refused(storage: Path) -> None:
     with pytest.raises(InvalidInput, match="use larger chunks"):
-        ChunkWriter(storage, "a", size=2**50, chunk_size=CHUNK)
+        ChunkWriter.open(storage, "a", size=2**50, chunk_size=CHUNK)
     assert leftovers(storage) == []
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     with small_mount(tmp_path, megabytes=2) as full:
-        writer = ChunkWriter(full, "first", size=1_500_000, chunk_size=CHUNK)
+        writer = ChunkWriter.open(full, "first", size=1_500_000, chunk_size=CHUNK)
         # The space of the first file is reserved, though nothing was written yet.
         with pytest.raises(InsufficientSpaceError):
-            ChunkWriter(full, "second", size=1_500_000, chunk_size=CHUNK)
+            ChunkWriter.open(full, "second", size=1_500_000, chunk_size=CHUNK)
         writer.abandon()
         assert leftovers(full) == []
 
 
 def test_a_file_that_changes_is_noticed(storage: Path) -> None:
     make_file(storage / "source", 2 * CHUNK)
-    reader = ChunkReader(storage / "source", chunk_size=CHUNK)
+    reader = ChunkReader(open_owned(storage / "source"), chunk_size=CHUNK)
     assert reader.check_unchanged()
     os.utime(storage / "source", ns=(1, 1))
     assert not reader.check_unchanged()
@@ -210,13 +213,13 @@ def test_a_reader_refuses_what_is_no_file(tmp_path: Path) -> None:
         (".", "directory"),
     ]:
         with pytest.raises(InvalidInput, match=reason):
-            ChunkReader(tmp_path / name, chunk_size=CHUNK)
+            ChunkReader(open_owned(tmp_path / name), chunk_size=CHUNK)
 
 
 def test_a_file_in_use_is_closed_by_its_last_user(tmp_path: Path) -> None:
     """Or a thread that hung would write into whatever gets the number next."""
     with Folder.open(tmp_path) as folder:
-        part = PartFile(folder, "name")
+        part = PartFile.create(folder, "name")
         with part.use() as fd:
             with part.use():
                 part.discard()

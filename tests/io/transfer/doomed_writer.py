@@ -12,6 +12,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from sleap_rtc.io.storage.folder import open_owned
 from sleap_rtc.io.transfer.chunk_files import ChunkReader, ChunkWriter
 
 THREADS = 2
@@ -22,8 +23,8 @@ def say(text: str) -> None:
 
 
 def write_missing(source: Path, target: Path, chunk_size: int) -> None:
-    reader = ChunkReader(source, chunk_size=chunk_size)
-    writer = ChunkWriter(
+    reader = ChunkReader(open_owned(source), chunk_size=chunk_size)
+    writer = ChunkWriter.open(
         target.parent, target.name, size=reader.size, chunk_size=chunk_size
     )
 

@@ -10,6 +10,7 @@ import trio
 
 from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
+from sleap_rtc.io.storage.folder import open_owned
 from sleap_rtc.io.transfer.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.io.transfer.transfers import TransferError, Transfers
 from sleap_rtc.proto.messages import FileOffer, Message, OfferedFile
@@ -83,10 +84,12 @@ class Job:
 
     def sink(self) -> ChunkWriter:
         size = self.offer.size
-        return ChunkWriter(self.root, self.offer.name, size=size, chunk_size=CHUNK_SIZE)
+        return ChunkWriter.open(
+            self.root, self.offer.name, size=size, chunk_size=CHUNK_SIZE
+        )
 
     async def send(self, side: Side, transfer_id: int = 1) -> None:
-        source = ChunkReader(self.source_path, chunk_size=CHUNK_SIZE)
+        source = ChunkReader(open_owned(self.source_path), chunk_size=CHUNK_SIZE)
         try:
             await side.transfers.send_file(
                 transfer_id, self.offer, source, on_progress=self._note_sent

@@ -43,7 +43,7 @@ def chunk_of(index: int, data: bytes = DATA) -> bytes:
 
 
 def open_writer(root: Path, size: int = SIZE, chunk_size: int = CHUNK) -> ChunkWriter:
-    return ChunkWriter(root, "a", size=size, chunk_size=chunk_size)
+    return ChunkWriter.open(root, "a", size=size, chunk_size=chunk_size)
 
 
 def write(writer: ChunkWriter, indexes: set[int]) -> None:
@@ -137,7 +137,7 @@ def test_the_check_of_a_part_file_can_be_watched_and_stopped(tmp_path: Path) -> 
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        ChunkWriter(
+        ChunkWriter.open(
             tmp_path,
             "a",
             size=SIZE,
@@ -291,10 +291,10 @@ def test_a_journal_that_goes_before_it_is_locked_is_made_again(tmp_path: Path) -
         Folder.open(tmp_path) as folder,
         FolderOfAnEndingWriter.open(tmp_path) as racing_folder,
     ):
-        ending = Journal(folder, "j", size=SIZE, chunk_size=CHUNK)
-        racing = Journal(racing_folder, "j", size=SIZE, chunk_size=CHUNK)
+        ending = Journal.open(folder, "j", size=SIZE, chunk_size=CHUNK)
+        racing = Journal.open(racing_folder, "j", size=SIZE, chunk_size=CHUNK)
         with pytest.raises(BlockingIOError):
-            Journal(folder, "j", size=SIZE, chunk_size=CHUNK)
+            Journal.open(folder, "j", size=SIZE, chunk_size=CHUNK)
         racing.remove()
     assert os.listdir(tmp_path) == []
 
@@ -431,7 +431,7 @@ def test_a_part_file_of_another_file_is_not_gone_on_with(tmp_path: Path) -> None
         (SIZE, CHUNK, "job_12345678"),
     ):
         make_kept(tmp_path)
-        writer = ChunkWriter(
+        writer = ChunkWriter.open(
             tmp_path, "a", size=size, chunk_size=chunk_size, origin=origin
         )
         assert writer.chunk_map.bytes_there == 0

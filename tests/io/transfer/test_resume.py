@@ -9,6 +9,7 @@ import trio
 import trio.testing
 
 from sleap_rtc.io.link.link import LinkClosedError
+from sleap_rtc.io.storage.folder import open_owned
 from sleap_rtc.io.transfer.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.proto.transfer.frames import Frame
 from tests.io.link.memory import MemoryLink
@@ -76,7 +77,7 @@ async def test_a_whole_part_is_verified_and_nothing_is_sent_again(
     """A new sender hashes the chunks that it never sent."""
     job = Job(tmp_path, 100 * CHUNK_SIZE)
     sink = job.sink()
-    source = ChunkReader(job.source_path, chunk_size=CHUNK_SIZE)
+    source = ChunkReader(open_owned(job.source_path), chunk_size=CHUNK_SIZE)
     for index in range(100):
         assert sink.write(index, *source.read(index))
     source.close()
@@ -145,7 +146,7 @@ async def test_a_link_that_is_lost_during_the_fsync_changes_nothing(
     tmp_path: Path,
 ) -> None:
     job = Job(tmp_path, 3 * CHUNK_SIZE)
-    sink = _SlowDisk(
+    sink = _SlowDisk.open(
         job.root, job.offer.name, size=job.offer.size, chunk_size=CHUNK_SIZE
     )
     async with two_sides() as (sender, receiver), trio.open_nursery() as nursery:

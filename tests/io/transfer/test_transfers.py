@@ -12,7 +12,7 @@ from sleap_rtc.io.link.link import LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.quic.driver import dial_quic, open_quic_listener
 from sleap_rtc.io.storage.files import Buffer
-from sleap_rtc.io.storage.folder import StorageError
+from sleap_rtc.io.storage.folder import StorageError, open_owned
 from sleap_rtc.io.transfer.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.io.transfer.transfers import Transfers
 from sleap_rtc.proto.messages import (
@@ -147,7 +147,9 @@ class FullDisk(ChunkWriter):
 
 async def test_a_failed_write_tells_both_sides_why(tmp_path: Path) -> None:
     job = Job(tmp_path, 50 * CHUNK_SIZE)
-    sink = FullDisk(job.root, "job.zip", size=job.offer.size, chunk_size=CHUNK_SIZE)
+    sink = FullDisk.open(
+        job.root, "job.zip", size=job.offer.size, chunk_size=CHUNK_SIZE
+    )
     async with two_sides() as (sender, receiver), trio.open_nursery() as nursery:
         nursery.start_soon(job.send, sender)
         nursery.start_soon(job.receive, receiver, 1, sink)
@@ -227,7 +229,9 @@ async def test_a_lost_link_ends_both_sides_and_keeps_the_part_if_wanted(
         await send_and_receive(job, sender, receiver, keep_part=keep_part)
         with pytest.raises(LinkClosedError):
             await sender.transfers.send_file(
-                2, job.offer, ChunkReader(job.source_path, chunk_size=CHUNK_SIZE)
+                2,
+                job.offer,
+                ChunkReader(open_owned(job.source_path), chunk_size=CHUNK_SIZE),
             )
     for side in ("sender", "receiver"):
         assert isinstance(job.errors[side], LinkClosedError)

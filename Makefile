@@ -18,7 +18,7 @@ help:
 	@echo "make test    run the linters, then the tests (PYTEST_ARGS=... for pytest)"
 	@echo "make bench   measure every route beside other ways to move a file (256 MiB)"
 	@echo "make bench-full  the same with 5 GiB, which takes half an hour"
-	@echo "                 (BENCH_ARGS=... for bench/compare.py, BENCH_OUT=DIR)"
+	@echo "                 (BENCH_ARGS=... for bench.compare, BENCH_OUT=DIR)"
 	@echo "make lint    run the linters"
 	@echo "make format  format the code and apply the safe fixes of the linter"
 	@echo "make clean   remove .venv and all caches"
@@ -44,11 +44,11 @@ test: lint
 
 bench: $(READY)
 	@mkdir -p $(BENCH_OUT)
-	@$(BIN)/python bench/compare.py $(BENCH_FILES) $(BENCH_ARGS)
+	@$(BIN)/python -m bench.compare $(BENCH_FILES) $(BENCH_ARGS)
 
 bench-full: $(READY)
 	@mkdir -p $(BENCH_OUT)
-	@$(BIN)/python bench/compare.py --size 5GiB --quic-size 128MiB \
+	@$(BIN)/python -m bench.compare --size 5GiB --quic-size 128MiB \
 	  $(BENCH_FILES) $(BENCH_ARGS)
 
 lint: $(READY)

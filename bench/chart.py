@@ -2,8 +2,8 @@
 
 from html import escape
 
-from measures import Report, Row, Section, spread_of
-from report import heading, measured, number
+from bench.measures import Report, Row, Section, spread_of
+from bench.report import heading, measured, number
 
 WIDTH, LEFT, RIGHT = 900, 250, 170
 LINE, BAR, HEAD = 22, 14, 40

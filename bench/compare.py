@@ -1,6 +1,6 @@
 """Measure how fast a file reaches a worker, beside other ways to move it.
 
-    python bench/compare.py --size 256MiB --rounds 3
+    python -m bench.compare --size 256MiB --rounds 3
 
 Everything runs on this machine, and takes turns: the product with a real worker and a
 real `send`; `cp`, `dd`, `rsync` and `shutil.copy2` on the same storage; a bare TLS
@@ -20,14 +20,15 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
-from chart import draw
-from files import MEMORY
-from machine import describe_machine
-from measures import BenchError, Report, parse_size
-from report import show
 from rich.console import Console
-from sections import SECTIONS, Settings
-from targets import judge
+
+from bench.chart import draw
+from bench.files import MEMORY
+from bench.machine import describe_machine
+from bench.measures import BenchError, Report, parse_size
+from bench.report import show
+from bench.sections import SECTIONS, Settings
+from bench.targets import judge
 
 
 def main() -> int:

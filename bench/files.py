@@ -12,7 +12,8 @@ from pathlib import Path
 
 import psutil
 from blake3 import blake3
-from measures import GIBIBYTE, MEBIBYTE, BenchError, Load
+
+from bench.measures import GIBIBYTE, MEBIBYTE, BenchError, Load
 
 PROGRAM = "ln"
 """What the job of a package runs: the worker forgets a package once its job is done, so

@@ -1,6 +1,6 @@
 """Measure links on paths with delay and loss.
 
-    python bench/impaired.py --kinds tcp,quic --rtt 0,20,50,100 --loss 0,0.1,1
+    python -m bench.impaired --kinds tcp,quic --rtt 0,20,50,100 --loss 0,0.1,1
 
 Two processes have a link through a third one, `proxy.py`, which delays and loses. A
 file of no end goes over the link in verified chunks, from memory to nowhere. Congestion
@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import IO
 
 import msgspec
-from line import Conditions
-from link_end import LOOPBACK, Received, Sent, Span, Task, Where
-from proxy import Kind, open_proxy
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench.line import Conditions
+from bench.link_end import LOOPBACK, Received, Sent, Span, Task, Where
+from bench.processes import python_module
+from bench.proxy import Kind, open_proxy
 from sleap_rtc.io.link.link import LinkKind
 
 START_TIMEOUT = 30.0
@@ -44,7 +45,7 @@ large chunks would arrive in the time."""
 FAILURES = (OSError, subprocess.SubprocessError, msgspec.DecodeError)
 """What `measure` raises."""
 
-LINK_END = Path(__file__).with_name("link_end.py")
+LINK_END = python_module("bench.link_end")
 
 console = Console(highlight=False)
 
@@ -142,7 +143,7 @@ def measure(way: Way, conditions: Conditions, seconds: float, warm: float) -> Ce
     """
     carrier: Kind = "udp" if way.kind == "quic" else "tcp"
     span = msgspec.json.encode(Span(seconds, warm)).decode()
-    with _started(LINK_END, "receive", span) as receiver:
+    with _started(*LINK_END, "receive", span) as receiver:
         where = msgspec.json.decode(_output(receiver).readline(), type=Where)
         with open_proxy((LOOPBACK, where.port), conditions, carrier) as proxy:
             task = Task(
@@ -152,9 +153,8 @@ def measure(way: Way, conditions: Conditions, seconds: float, warm: float) -> Ce
                 way.congestion,
                 SMALL_CHUNK_SIZE if way.congestion else CHUNK_SIZE,
             )
-            command = [sys.executable, str(LINK_END), "send"]
             done = subprocess.run(
-                [*command, msgspec.json.encode(task).decode()],
+                [*LINK_END, "send", msgspec.json.encode(task).decode()],
                 stdout=subprocess.PIPE,
                 timeout=seconds + START_TIMEOUT,
                 check=True,
@@ -228,10 +228,8 @@ def _rate_of(cells: list[Cell], way: Way, rtt: float, loss: float) -> float | No
 
 
 @contextmanager
-def _started(script: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(
-        [sys.executable, str(script), *arguments], stdout=subprocess.PIPE
-    ) as process:
+def _started(*command: str) -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         try:
             yield process
         finally:

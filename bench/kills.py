@@ -1,6 +1,6 @@
 """Kill either side of a transfer again and again, and see whether it arrives.
 
-    python bench/kills.py --size 1GiB --kills 100 --json report.json
+    python -m bench.kills --size 1GiB --kills 100 --json report.json
 
 A worker daemon and `sleap-rtc send` move a package of random bytes. At random moments
 one of the two gets SIGKILL. A worker is started again; a client is typed again, with
@@ -30,8 +30,9 @@ from typing import Any
 
 import msgspec
 from blake3 import blake3
-from measures import MEBIBYTE, BenchError, parse_size
 from rich.console import Console
+
+from bench.measures import MEBIBYTE, BenchError, parse_size
 
 SLEAP_RTC = (sys.executable, "-m", "sleap_rtc")
 PROGRAM = "ln"

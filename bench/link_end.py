@@ -1,7 +1,7 @@
 """One end of a link that carries a file from memory to nowhere.
 
-    python bench/link_end.py receive '{"seconds": 6, "warm": 2}'
-    python bench/link_end.py send '{"address": ...}'
+    python -m bench.link_end receive '{"seconds": 6, "warm": 2}'
+    python -m bench.link_end send '{"address": ...}'
 
 `impaired.py` starts both. Each prints one line of JSON at its end; the receiver prints
 `Where` first. The file goes in verified chunks, as every file does; no disk takes part.

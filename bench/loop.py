@@ -1,6 +1,6 @@
 """Watch the event loops of a worker and a client: does anything block them?
 
-    python bench/loop.py --size 256MiB --json report.json
+    python -m bench.loop --size 256MiB --json report.json
 
 A worker and a client are two processes that run the product's own functions,
 `run_worker` and `submit`, with an instrument of Trio's. The table shows for how long
@@ -24,12 +24,18 @@ from typing import IO
 
 import msgspec
 import trio
-from loop_watch import LIMIT, Findings, LoopWatch
-from measures import MEBIBYTE, BenchError, parse_size
-from processes import last_line_of, patience, started, wait_for_text
 from rich.console import Console
 from rich.table import Table
 
+from bench.loop_watch import LIMIT, Findings, LoopWatch
+from bench.measures import MEBIBYTE, BenchError, parse_size
+from bench.processes import (
+    last_line_of,
+    patience,
+    python_module,
+    started,
+    wait_for_text,
+)
 from sleap_rtc import client, worker
 from sleap_rtc.proto.route.routes import RoutePreference
 
@@ -202,7 +208,7 @@ def _started(
         "SLEAP_RTC_CONFIG": str(config),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    command = [sys.executable, __file__, "--end", end, "--route", WAYS[way]]
+    command = [*python_module("bench.loop"), "--end", end, "--route", WAYS[way]]
     return started(
         [*command, "--directory", str(directory)],
         env=environment,

@@ -10,7 +10,8 @@ import subprocess
 from pathlib import Path
 
 import psutil
-from measures import Machine
+
+from bench.measures import Machine
 
 _LIBRARIES = ("sleap-rtc", "aioquic", "blake3", "cryptography", "trio")
 

@@ -79,10 +79,12 @@ class Contestant(msgspec.Struct, frozen=True):
     Args:
         name: What it is called in the table.
         measure: Does it once; raises `BenchError` if it fails.
+        warms_memory: True if it warms the memory itself, once its processes run.
     """
 
     name: str
     measure: Callable[[], Sample]
+    warms_memory: bool = False
 
 
 class Absent(msgspec.Struct, frozen=True):

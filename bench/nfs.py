@@ -1,7 +1,7 @@
 """Measure shared storage: any mounted directory, such as your own NFS.
 
-    python bench/nfs.py /mnt/lab --size 1GiB --json report.json
-    python bench/nfs.py /mnt/lab --second /mnt/lab-again
+    python -m bench.nfs /mnt/lab --size 1GiB --json report.json
+    python -m bench.nfs /mnt/lab --second /mnt/lab-again
 
 A file is copied from `--source` (by default the folder of temporary files) by each way
 that sleap-rtc knows and by common tools, in turns, each time until it is on the disk
@@ -29,12 +29,12 @@ from pathlib import Path
 
 import msgspec
 import trio
-from direct import copy_directly
-from measures import MEBIBYTE, BenchError, parse_size
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench.direct import copy_directly
+from bench.measures import MEBIBYTE, BenchError, parse_size
 from sleap_rtc.io.storage.copy import copy_file
 from sleap_rtc.io.storage.copy_ladder import LADDER, Rung
 from sleap_rtc.io.storage.folder import StorageError

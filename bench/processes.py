@@ -3,8 +3,8 @@
 import os
 import re
 import signal
-import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import IO
 
 import psutil
-from measures import BenchError, Usage
+
+from bench.measures import BenchError, Usage
 
 END_TIMEOUT = 20.0
 """Seconds in which a process has to end when it is asked to."""
@@ -28,6 +29,11 @@ _LOOK = 0.01
 def patience(size: int) -> float:
     """Return the seconds after which a transfer of so many bytes is given up."""
     return 60.0 + size / SLOWEST_RATE
+
+
+def python_module(name: str, python: str = sys.executable) -> tuple[str, ...]:
+    """Return the command that runs a module as a program."""
+    return (python, "-m", name)
 
 
 def run_tool(
@@ -134,15 +140,6 @@ def last_line_of(said: str) -> str:
     # The frame around an exception group says nothing.
     lines = [text for line in said.splitlines() if (text := line.strip(" |+-"))]
     return lines[-1] if lines else "it said nothing"
-
-
-def free_port() -> int:
-    """Return a TCP port of loopback that was free a moment ago.
-
-    It is for servers that do not tell which port they took by themselves.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 class Meter:

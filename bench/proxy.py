@@ -1,12 +1,12 @@
 """A path with delay, jitter, loss and a limited rate, as a process of its own.
 
-    python bench/proxy.py 127.0.0.1:5000 --delay 0.025 --loss 0.001
+    python -m bench.proxy 127.0.0.1:5000 --delay 0.025 --loss 0.001
 
 What is sent to the UDP port that it prints goes on to the target, and the answers go
 back; with `--kind tcp` it is a TCP port. It ends with its standard input, and prints
 what has become of all datagrams.
 
-    python bench/proxy.py --ceiling
+    python -m bench.proxy --ceiling
 
 prints how much it can forward on this machine.
 
@@ -28,8 +28,10 @@ from contextlib import contextmanager
 from typing import Literal, NamedTuple, get_args
 
 import msgspec
-from line import Conditions, Line, Totals
-from relay import Address, TcpRelay
+
+from bench.line import Conditions, Line, Totals
+from bench.processes import python_module
+from bench.relay import Address, TcpRelay
 
 LOOPBACK = "127.0.0.1"
 BUFFER_SIZE = 32 * 1024 * 1024
@@ -266,7 +268,7 @@ def open_proxy(
         kind: What is forwarded.
     """
     with subprocess.Popen(
-        [sys.executable, __file__, *_as_arguments(target, conditions, kind)],
+        [*python_module("bench.proxy"), *_as_arguments(target, conditions, kind)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -11,8 +11,9 @@ import socket
 import time
 from collections import deque
 
-from line import Conditions, Line, Totals
 from msgspec.structs import replace
+
+from bench.line import Conditions, Line, Totals
 
 WINDOW = 64 * 1024 * 1024
 """Bytes on the way at most in one direction of a connection without a rate."""

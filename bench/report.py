@@ -2,10 +2,20 @@
 
 from collections.abc import Callable
 
-from measures import GIBIBYTE, MEBIBYTE, Report, Row, Section, Usage, Verdict, spread_of
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from bench.measures import (
+    GIBIBYTE,
+    MEBIBYTE,
+    Report,
+    Row,
+    Section,
+    Usage,
+    Verdict,
+    spread_of,
+)
 
 LEGEND = (
     "Medians of all rounds. 1 MB is 10^6 bytes. CPU: seconds of processor time for a "

@@ -6,8 +6,8 @@ is measured once in each round, and each round begins with another way.
 
 from collections.abc import Callable, Sequence
 
-from files import warm_memory
-from measures import Absent, BenchError, Contestant, Row, Sample, Section
+from bench.files import warm_memory
+from bench.measures import Absent, BenchError, Contestant, Row, Sample, Section
 
 
 def take_turns(
@@ -42,7 +42,8 @@ def take_turns(
             if row.failure:
                 continue
             say(f"{section.title}, round {number + 1} of {rounds}: {row.name}")
-            warm_memory(section.size or 0)
+            if not one.warms_memory:
+                warm_memory(section.size or 0)
             try:
                 row.samples.append(one.measure())
             except BenchError as error:

@@ -5,10 +5,11 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import msgspec
-from contestants import copies, ends, paths, product, ssh, wormhole
-from contestants.product import Way
-from files import file_system_of, fresh_directory, loop_mount, make_load
-from measures import (
+
+from bench.contestants import copies, ends, paths, product, ssh, wormhole
+from bench.contestants.product import Way
+from bench.files import file_system_of, fresh_directory, loop_mount, make_load
+from bench.measures import (
     GIBIBYTE,
     KIBIBYTE,
     MEBIBYTE,
@@ -19,7 +20,7 @@ from measures import (
     Row,
     Section,
 )
-from rounds import take_turns
+from bench.rounds import take_turns
 
 INTERNET_DATAGRAM, JUMBO_DATAGRAM = 1350, 8900
 """Bytes of a QUIC datagram that pass through most tunnels, and of a large one."""

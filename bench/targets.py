@@ -8,7 +8,8 @@ import statistics
 from typing import assert_never
 
 import msgspec
-from measures import MEBIBYTE, Row, Section, Verdict
+
+from bench.measures import MEBIBYTE, Row, Section, Verdict
 
 PEAK = 150
 """MiB that a side may have resident, however long the file is."""

@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from files import take_away
-from measures import MEBIBYTE, Absent, Contestant, Load, Sample, Usage
-from processes import patience, run_tool
+from bench.files import take_away
+from bench.measures import MEBIBYTE, Absent, Contestant, Load, Sample, Usage
+from bench.processes import patience, run_tool
 
 
 def copies(load: Load) -> list[Contestant | Absent]:

@@ -1,18 +1,20 @@
 """Pairs of small programs that move bytes in another way: bare TLS, aiortc, aioquic."""
 
 import json
+import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
-from files import take_away
-from measures import Absent, BenchError, Contestant, Load, Sample, Usage
-from processes import killed_after, last_line_of, patience, started
 
-ENDS = Path(__file__).parents[1] / "ends"
+from bench.files import take_away
+from bench.measures import Absent, BenchError, Contestant, Load, Sample, Usage
+from bench.processes import killed_after, last_line_of, patience, python_module, started
+
+ROOT = Path(__file__).parents[2]
+"""Folder that the package `bench` lies in."""
 
 Process = subprocess.Popen[str]
 
@@ -20,7 +22,7 @@ Process = subprocess.Popen[str]
 def tls_stream(load: Load) -> Contestant:
     """Make a contestant of a bare TLS stream between two processes."""
     certificate = load.path.parent / "certificate.der"
-    script = (sys.executable, str(ENDS / "tls.py"))
+    script = python_module("bench.ends.tls")
     common = (str(certificate), str(load.size))
 
     def measure() -> Sample:
@@ -46,12 +48,15 @@ def data_channel(load: Load, python: str | None) -> Contestant | Absent:
         return Absent(name, "no Python that has aiortc was named (--peers-python)")
     if subprocess.run([python, "-c", "import aiortc"], capture_output=True).returncode:
         return Absent(name, f"{python} has no aiortc")
-    script = (python, str(ENDS / "webrtc.py"))
+    script = python_module("bench.ends.webrtc", python)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
 
     def measure() -> Sample:
         with (
-            _end(load, *script, "send", str(load.path)) as sender,
-            _end(load, *script, "receive", str(load.arrived)) as receiver,
+            _end(load, *script, "send", str(load.path), env=environment) as sender,
+            _end(
+                load, *script, "receive", str(load.arrived), env=environment
+            ) as receiver,
         ):
             _tell(receiver, _line_of(sender))
             _tell(sender, _line_of(receiver))
@@ -63,7 +68,7 @@ def data_channel(load: Load, python: str | None) -> Contestant | Absent:
 
 def engine_in_memory(load: Load, datagram_size: int) -> Contestant:
     """Make a contestant of aioquic's engine, both ends in one process."""
-    script = (sys.executable, str(ENDS / "engine.py"))
+    script = python_module("bench.ends.engine")
 
     def measure() -> Sample:
         with _end(load, *script, str(load.size), str(datagram_size)) as both:
@@ -73,11 +78,13 @@ def engine_in_memory(load: Load, datagram_size: int) -> Contestant:
 
 
 @contextmanager
-def _end(load: Load, *command: str) -> Iterator[Process]:
+def _end(
+    load: Load, *command: str, env: dict[str, str] | None = None
+) -> Iterator[Process]:
     """Run a program, and kill it if the load takes it too long."""
     pipe = subprocess.PIPE
     with (
-        started(command, stdin=pipe, stdout=pipe, stderr=pipe) as process,
+        started(command, env=env, stdin=pipe, stdout=pipe, stderr=pipe) as process,
         killed_after(patience(load.size), process),
     ):
         yield process

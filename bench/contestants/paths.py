@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-import impaired
-from line import Conditions
-from measures import BenchError, Contestant, Sample
+from bench import impaired
+from bench.line import Conditions
+from bench.measures import BenchError, Contestant, Sample
 
 SECONDS, WARM = 6.0, 2.0
 """How long is sent, and how much of it does not count: congestion control begins

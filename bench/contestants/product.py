@@ -17,18 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from files import PROGRAM, fresh_directory, take_away, warm_memory
-from measures import BenchError, Contestant, Load, Sample
-from processes import (
+
+from bench.files import PROGRAM, fresh_directory, take_away, warm_memory
+from bench.measures import BenchError, Contestant, Load, Sample
+from bench.processes import (
     Meter,
     killed_after,
     last_line_of,
     patience,
+    python_module,
     started,
     wait_for_text,
 )
-
-ENDS = Path(__file__).parents[1] / "ends"
 
 START_TIMEOUT = 60.0
 """Seconds in which a worker has to be ready."""
@@ -53,13 +53,16 @@ class Way(msgspec.Struct, frozen=True):
         """Return the command line of `sleap-rtc` with arguments."""
         if self.datagram_size is None:
             return [sys.executable, "-m", "sleap_rtc", *arguments]
-        capped = str(ENDS / "capped.py")
-        return [sys.executable, capped, str(self.datagram_size), *arguments]
+        capped = python_module("bench.ends.capped")
+        return [*capped, str(self.datagram_size), *arguments]
 
 
 def deliveries(load: Load, ways: list[Way]) -> list[Contestant]:
     """Make contestants that send a package to a fresh worker."""
-    return [Contestant(way.name, partial(_deliver, load, way)) for way in ways]
+    return [
+        Contestant(way.name, partial(_deliver, load, way), warms_memory=True)
+        for way in ways
+    ]
 
 
 def starts(load: Load, ways: list[Way]) -> list[Contestant]:
@@ -68,7 +71,10 @@ def starts(load: Load, ways: list[Way]) -> list[Contestant]:
     The time runs from the start of the process of `send`, whose worker is ready, until
     the worker says that the job is running.
     """
-    return [Contestant(way.name, partial(_start, load, way)) for way in ways]
+    return [
+        Contestant(way.name, partial(_start, load, way), warms_memory=True)
+        for way in ways
+    ]
 
 
 def _deliver(load: Load, way: Way) -> Sample:

@@ -16,12 +16,20 @@ from functools import partial
 from pathlib import Path
 
 import psutil
-from files import take_away
-from measures import BenchError, Contestant, Load, Sample, Usage, without_connecting
-from processes import (
+
+from bench.files import take_away
+from bench.measures import (
+    BenchError,
+    Contestant,
+    Load,
+    Sample,
+    Usage,
+    without_connecting,
+)
+from bench.ports import reserved_port
+from bench.processes import (
     END_TIMEOUT,
     Meter,
-    free_port,
     patience,
     run_tool,
     started,
@@ -71,8 +79,7 @@ def open_server(directory: Path) -> Iterator[int]:
     Raises:
         BenchError: If it does not start.
     """
-    with _separated():
-        port = free_port()
+    with _separated(), reserved_port() as port:
         _write_settings(directory, port)
         log = directory / "log"
         # It insists on its full path.

@@ -11,11 +11,12 @@ from functools import partial
 from pathlib import Path
 
 import msgspec
-from files import take_away
-from measures import Contestant, Load, Sample, without_connecting
-from processes import (
+
+from bench.files import take_away
+from bench.measures import Contestant, Load, Sample, without_connecting
+from bench.ports import reserved_port
+from bench.processes import (
     END_TIMEOUT,
-    free_port,
     killed_after,
     patience,
     run_tool,
@@ -54,13 +55,16 @@ def open_servers(program: Path, directory: Path) -> Iterator[Servers]:
     Raises:
         BenchError: If they do not start.
     """
-    mailbox, relay = free_port(), free_port()
     database = str(directory / "mailbox.sqlite")
-    plugins = {
-        "mailbox": ("wormhole-mailbox", _endpoint(mailbox), "--channel-db", database),
-        "relay": ("transitrelay", _endpoint(relay)),
-    }
     with ExitStack() as stack:
+        mailbox, relay = (stack.enter_context(reserved_port()) for _ in range(2))
+        plugins = {
+            "mailbox": (
+                *("wormhole-mailbox", _endpoint(mailbox)),
+                *("--channel-db", database),
+            ),
+            "relay": ("transitrelay", _endpoint(relay)),
+        }
         for name, arguments in plugins.items():
             log = directory / f"{name}.log"
             file = stack.enter_context(log.open("w"))

@@ -1,6 +1,6 @@
 """A `sleap-rtc` command whose QUIC datagrams grow to a given size and no more.
 
-python bench/ends/capped.py DATAGRAM_SIZE COMMAND...
+python -m bench.ends.capped DATAGRAM_SIZE COMMAND...
 """
 
 import sys

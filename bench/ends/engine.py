@@ -1,6 +1,6 @@
 """Both ends of aioquic's own engine in one process: no socket, no file, no event loop.
 
-    python bench/ends/engine.py SIZE DATAGRAM_SIZE
+    python -m bench.ends.engine SIZE DATAGRAM_SIZE
 
 The engine comes as it is, with windows that never stop it. The datagrams that one end
 has to send are given to the other at once, and what that one answers comes back.
@@ -13,8 +13,8 @@ from aioquic.quic.configuration import QuicConfiguration
 from aioquic.quic.connection import QuicConnection
 from aioquic.quic.events import QuicEvent, StreamDataReceived
 from cryptography import x509
-from usage import Stopwatch
 
+from bench.ends.usage import Stopwatch
 from sleap_rtc.io.link.certificates import (
     SERVER_NAME,
     certificate_pem_untrusted,

@@ -1,7 +1,7 @@
 """One end of a bare TLS stream: nothing but Trio, no file, no check.
 
-    python bench/ends/tls.py receive CERTIFICATE SIZE
-    python bench/ends/tls.py send CERTIFICATE SIZE PORT
+    python -m bench.ends.tls receive CERTIFICATE SIZE
+    python -m bench.ends.tls send CERTIFICATE SIZE PORT
 
 The receiver writes its certificate, prints its port, takes the bytes, throws them away
 and answers with one byte. What it costs to move bytes this way is a floor: what a
@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import trio
-from usage import Stopwatch
 
+from bench.ends.usage import Stopwatch
 from sleap_rtc.io.link.certificates import SERVER_NAME, make_certificate
 from sleap_rtc.io.tcp.tls import client_context_untrusted, server_context
 

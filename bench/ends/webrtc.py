@@ -1,7 +1,7 @@
 """One end of a WebRTC data channel, made with aiortc.
 
-    python bench/ends/webrtc.py send FILE
-    python bench/ends/webrtc.py receive FILE
+    python -m bench.ends.webrtc send FILE
+    python -m bench.ends.webrtc receive FILE
 
 It needs a Python that has aiortc, and nothing of this project. An offer or an answer is
 one line, on standard output and standard input.
@@ -18,7 +18,8 @@ from aiortc import (
     RTCPeerConnection,
     RTCSessionDescription,
 )
-from usage import Stopwatch
+
+from bench.ends.usage import Stopwatch
 
 PIECE = 16 * 1024
 """Bytes in one message, which every WebRTC peer takes."""

@@ -6,15 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from impaired import warm_rate
-from link_end import Span
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "impaired.py"
+from bench.impaired import warm_rate
+from bench.link_end import Span
+from bench.processes import python_module
+
+COMMAND = python_module("bench.impaired")
 DEADLINE = 240.0
 
 
 def sweep(*options: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, str(SCRIPT), *options]
+    command = [*COMMAND, *options]
     return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
 
 

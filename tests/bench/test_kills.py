@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kills import Kill, Run, Scene
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "kills.py"
+from bench.kills import Kill, Run, Scene
+from bench.processes import python_module
+
+COMMAND = python_module("bench.kills")
 DEADLINE = 60.0
 SIZE = 1024**2
 
@@ -20,7 +22,7 @@ SIZE = 1024**2
 def test_an_undisturbed_transfer_arrives(tmp_path: Path) -> None:
     folder, report = tmp_path / "files", tmp_path / "report.json"
     folder.mkdir()
-    command = [sys.executable, str(SCRIPT), "--size", "1MiB", "--kills", "0"]
+    command = [*COMMAND, "--size", "1MiB", "--kills", "0"]
     found = subprocess.run(
         [*command, "--directory", str(folder), "--json", str(report)],
         capture_output=True,

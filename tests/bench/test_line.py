@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
-from line import Conditions, Line
+
+from bench.line import Conditions, Line
 
 SIZE = 1350
 

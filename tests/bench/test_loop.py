@@ -12,14 +12,16 @@ from pathlib import Path
 import msgspec
 import pytest
 import trio
-from loop import Side
-from loop_watch import Findings, LoopWatch
+
+from bench.loop import Side
+from bench.loop_watch import Findings, LoopWatch
+from bench.processes import python_module
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="only Linux tells how long a thread waited"
 )
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "loop.py"
+COMMAND = python_module("bench.loop")
 DEADLINE = 60.0
 
 CHUNKS = 16
@@ -107,7 +109,7 @@ def test_no_call_that_blocks_sits_in_the_loops_of_a_transfer(
     report = tmp_path / "report.json"
     done = subprocess.run(
         [
-            *(sys.executable, str(SCRIPT), "--size", f"{CHUNKS}MiB", "--ways", way),
+            *(*COMMAND, "--size", f"{CHUNKS}MiB", "--ways", way),
             *("--directory", str(tmp_path), "--json", str(report)),
         ],
         capture_output=True,

@@ -4,19 +4,20 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "nfs.py"
+from bench.processes import python_module
+
+COMMAND = python_module("bench.nfs")
 DEADLINE = 60.0
 MEBIBYTE = 1024**2
 
 
 def command(*options: object) -> list[str]:
-    return [sys.executable, str(SCRIPT), *map(str, options)]
+    return [*COMMAND, *map(str, options)]
 
 
 def run(*options: object) -> "subprocess.CompletedProcess[str]":

@@ -8,20 +8,21 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from random import Random
 
 import msgspec
 import pytest
-from line import Conditions, Line, LineCounts, Totals
-from proxy import IS_LINUX, UDP_SEGMENT, ProxyProcess, open_proxy
+
+from bench.line import Conditions, Line, LineCounts, Totals
+from bench.processes import python_module
+from bench.proxy import IS_LINUX, UDP_SEGMENT, ProxyProcess, open_proxy
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="Windows has no recvmsg(2)"
 )
 
 DEADLINE = 20.0
-SCRIPT = Path(__file__).parents[2] / "bench" / "proxy.py"
+COMMAND = python_module("bench.proxy")
 
 
 @contextmanager
@@ -142,7 +143,7 @@ def test_the_proxy_ends_when_its_owner_fails() -> None:
 
 
 def test_the_command_says_where_it_listens_and_what_happened() -> None:
-    command = [sys.executable, str(SCRIPT), "127.0.0.1:9", "--delay", "0.01"]
+    command = [*COMMAND, "127.0.0.1:9", "--delay", "0.01"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -220,14 +221,14 @@ def test_a_client_that_breaks_off_ends_the_connection_of_the_target() -> None:
 
 @pytest.mark.parametrize("option", [["--loss=0.1"], ["--may-reorder"]])
 def test_a_relay_of_tcp_loses_nothing(option: list[str]) -> None:
-    command = [sys.executable, str(SCRIPT), "127.0.0.1:9", "--kind=tcp", *option]
+    command = [*COMMAND, "127.0.0.1:9", "--kind=tcp", *option]
     found = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
     assert found.returncode == 2
     assert "can neither lose nor reorder" in found.stderr
 
 
 def test_the_command_refuses_impossible_conditions() -> None:
-    command = [sys.executable, str(SCRIPT), "127.0.0.1:9", "--loss", "2"]
+    command = [*COMMAND, "127.0.0.1:9", "--loss", "2"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE)
     assert found.returncode == 2
     assert "a loss of 2.0" in found.stderr

@@ -5,20 +5,20 @@ its `Lab` closes, with all that the jobs have started.
 """
 
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import pytest
 
+from bench.ports import reserved_port
 from tests.e2e import actor
 
 DEADLINE = 90.0
@@ -215,7 +215,7 @@ class Lab:
             stdout=subprocess.DEVNULL,
         )
         self._started: list[Running] = []
-        self._reserved: list[socket.socket] = []
+        self._ports = ExitStack()
         (folder / "outputs").mkdir()
 
     def machine(self, name: str) -> Machine:
@@ -230,25 +230,8 @@ class Lab:
         return running
 
     def reserve_port(self) -> int:
-        """Return a TCP port of the loopback address for a server of this lab.
-
-        Linux gives it to no other program while the lab is open, because a socket here
-        is bound to it; a server that sets SO_REUSEADDR can listen on it all the same.
-        On other systems the port is one that they do not choose by themselves.
-        """
-        while True:
-            probe = socket.socket()
-            try:
-                if sys.platform == "linux":
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    probe.bind(("127.0.0.1", 0))
-                    self._reserved.append(probe)
-                    return int(probe.getsockname()[1])
-                with probe:
-                    probe.bind(("127.0.0.1", random.randrange(20_000, 32_000)))
-                    return int(probe.getsockname()[1])
-            except OSError:
-                probe.close()
+        """Return a port for a server of this lab; no other program gets it."""
+        return self._ports.enter_context(reserved_port())
 
     def fifo(self, name: str = "fifo") -> Path:
         """Make a FIFO for `act wait`."""
@@ -283,8 +266,7 @@ class Lab:
                 process.kill()
             except psutil.NoSuchProcess:
                 pass  # it has ended by itself
-        for probe in self._reserved:
-            probe.close()
+        self._ports.close()
 
 
 class Town:

@@ -11,16 +11,17 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+from bench.processes import python_module
 from tests.e2e.harness import DEADLINE, END_TO_END
 
 pytestmark = END_TO_END
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "compare.py"
+COMMAND = python_module("bench.compare")
 MEBIBYTE = 1024**2
 
 
 def bench(folder: Path, *options: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, str(SCRIPT), *options]
+    command = [*COMMAND, *options]
     command += ["--directory", str(folder), "--memory", str(folder)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -90,7 +91,7 @@ def test_what_is_not_installed_is_left_out_and_named(tmp_path: Path) -> None:
         (tools / name).symlink_to(str(shutil.which(name)))
     folder, report = tmp_path / "files", tmp_path / "json"
     folder.mkdir()
-    command = [sys.executable, str(SCRIPT), "--size", "1MiB", "--rounds", "1"]
+    command = [*COMMAND, "--size", "1MiB", "--rounds", "1"]
     command += ["--sections", "disk", "--directory", str(folder), "--json", str(report)]
     environ = {**os.environ, "PATH": str(tools)}
     done = subprocess.run(

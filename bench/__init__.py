@@ -1,0 +1,1 @@
+"""Measurements of the product, beside other ways to do the same."""

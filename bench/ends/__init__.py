@@ -1,0 +1,1 @@
+"""Programs that contestants run: the two ends of a transfer."""

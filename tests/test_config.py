@@ -23,9 +23,6 @@ from sleap_rtc.config import (
 get_root = SharedStorageConfig.get_shared_storage_root
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
-not_root = pytest.mark.skipif(
-    sys.platform == "win32" or os.geteuid() == 0, reason="root may do everything"
-)
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +169,8 @@ def test_the_error_says_which_setting_was_wrong(
         get_root()
 
 
-@not_root
+@posix
+@pytest.mark.unprivileged
 @pytest.mark.parametrize("mode", [0o500, 0o300, 0o600])
 def test_a_root_without_permission_is_refused(
     mode: int, roots: dict[str, Path]

@@ -15,11 +15,6 @@ from sleap_rtc.filesystem import (
     to_relative_path,
     validate_path_in_root,
 )
-from tests.io.storage.places import ignores_permissions
-
-as_user = pytest.mark.skipif(
-    ignores_permissions(), reason="NOT TESTED: root may write everywhere"
-)
 
 
 def test_a_copy_has_the_content_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -71,7 +66,7 @@ def test_a_failed_copy_says_why(
     assert sorted(os.listdir(tmp_path)) == ["a", "folder", "pipe"]
 
 
-@as_user
+@pytest.mark.unprivileged
 def test_a_forbidden_copy_says_so(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"")
     (tmp_path / "closed").mkdir(mode=0o500)

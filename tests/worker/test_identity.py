@@ -12,7 +12,6 @@ from structlog.testing import capture_logs
 
 from sleap_rtc.config import ConfigError
 from sleap_rtc.worker.identity import take_identity
-from tests.io.storage.places import ignores_permissions
 
 HOLDER = """
 import sys
@@ -141,7 +140,7 @@ def test_a_state_directory_that_is_a_file_is_refused_in_words(tmp_path: Path) ->
         take_identity(path, "gpu-box")
 
 
-@pytest.mark.skipif(ignores_permissions(), reason="this user may write everything")
+@pytest.mark.unprivileged
 def test_a_folder_that_cannot_be_written_is_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "workers").mkdir(mode=0o500)
     with pytest.raises(ConfigError, match="Permission denied"):

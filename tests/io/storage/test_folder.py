@@ -18,7 +18,7 @@ from sleap_rtc.io.storage.folder import (
     remove_tree_beneath,
 )
 from sleap_rtc.proto.errors import InvalidInput
-from tests.io.storage.places import busy_file, ignores_permissions, memory_folder
+from tests.io.storage.places import busy_file, memory_folder
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -109,7 +109,7 @@ def test_a_file_on_the_way_is_no_directory(root: Path) -> None:
             call(root, "a/b")
 
 
-@pytest.mark.skipif(ignores_permissions(), reason="NOT TESTED: root reads all")
+@pytest.mark.unprivileged
 def test_a_forbidden_file_is_named_as_such(root: Path) -> None:
     (root / "file").write_bytes(b"")
     (root / "file").chmod(0)

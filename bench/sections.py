@@ -12,7 +12,6 @@ from bench.files import file_system_of, fresh_directory, loop_mount, make_load
 from bench.measures import (
     GIBIBYTE,
     KIBIBYTE,
-    MEBIBYTE,
     Absent,
     BenchError,
     Contestant,
@@ -30,9 +29,6 @@ REFLINKED = 5 * GIBIBYTE
 
 LONG = GIBIBYTE
 """Bytes of a file that is long enough to show that memory does not grow with it."""
-
-LANED = 256 * MEBIBYTE
-"""Bytes of a file that is large enough for several lanes."""
 
 SHARED = Way("shared", "shared")
 TCP = Way("tcp", "tcp")
@@ -106,20 +102,6 @@ def over_quic(settings: Settings) -> Section:
         return _measure(settings, section, load, ways)
 
 
-def with_lanes(settings: Settings) -> Section:
-    """One file over several connections at once; small ones take a single one."""
-    place = settings.memory or settings.disk
-    with fresh_directory(place) as directory:
-        load = make_load(directory, max(LANED, settings.quic_size))
-        ways = [
-            Way(f"{kind}, {count} {noun}", kind, ("--lanes", str(count)))
-            for kind in ("tcp", "quic")
-            for count, noun in ((1, "lane"), (2, "lanes"), (4, "lanes"))
-        ]
-        section = Section("lanes", "over several lanes", "", load.size)
-        return _measure(settings, section, load, [*product.deliveries(load, ways)])
-
-
 def over_a_path(settings: Settings) -> Section:
     """Links through a proxy that delays and loses; see `impaired.py` for more of it."""
     section = Section("path", "on a path, once warm", "", settings.quic_size)
@@ -170,7 +152,6 @@ SECTIONS: dict[str, Callable[[Settings], Section]] = {
     "memory": shared_in_memory,
     "tcp": over_tcp,
     "quic": over_quic,
-    "lanes": with_lanes,
     "path": over_a_path,
     "start": start_of_a_job,
     "reflink": shared_blocks,

@@ -12,7 +12,6 @@ from typing import Annotated
 import typer
 
 from sleap_rtc.cli.failures import reported_errors
-from sleap_rtc.proto.messages import MAX_LANES
 from sleap_rtc.proto.route.reconnection import PATIENCE
 
 Json = Annotated[
@@ -77,14 +76,6 @@ def send(
         float,
         typer.Option(min=0, help="Seconds to keep trying to reopen a lost connection."),
     ] = PATIENCE,
-    lanes: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            max=MAX_LANES,
-            help="Connections for a large transfer; default: as many as pay here.",
-        ),
-    ] = None,
     fresh: Annotated[
         bool,
         typer.Option(
@@ -107,7 +98,6 @@ def send(
             timeout=timeout,
             shared_storage_root=shared_storage_root,
             patience=patience,
-            lanes=lanes,
             fresh=fresh,
         )
         send_package(request, as_json=json)

@@ -69,7 +69,6 @@ class Reach:
         invite: The room.
         preference: The route that the user asked for.
         wanted: Id, name or host name of the worker; None chooses one.
-        lanes: Connections for a large transfer; None takes as many as pay.
         on_event: Is told who was chosen, and which link stands.
         because: Why it is the wanted one, if not because the user said so.
     """
@@ -79,7 +78,6 @@ class Reach:
         invite: Invite,
         preference: RoutePreference,
         wanted: str | None,
-        lanes: int | None,
         on_event: Callable[[WorkerChosen | LinkOpened], None],
         because: str = "",
     ) -> None:
@@ -88,7 +86,6 @@ class Reach:
         self._keys = RoomKeys.from_secret(invite.secret)
         self._preference = preference
         self._wanted = wanted
-        self._lanes = lanes
         self._tell = on_event
         self._because = because
 
@@ -178,7 +175,6 @@ class Reach:
                 certificate_der=answer.certificate,
                 auth=introduction.auth,
                 kinds=choice.kinds,
-                lanes=self._lanes,
             ) as (link, reason):
                 opened = link.statistics()
                 self._tell(

@@ -73,8 +73,6 @@ class JobRequest(msgspec.Struct, frozen=True):
             it from the settings.
         patience: Seconds for which a lost link is tried to be opened again. A worker
             whose process has evidently ended is given up after some seconds.
-        lanes: Connections for a large transfer, at most 4; None takes as many as pay
-            on this machine.
         fresh: Begin a new job, also if an earlier process has begun one with this
             package.
     """
@@ -86,7 +84,6 @@ class JobRequest(msgspec.Struct, frozen=True):
     timeout: float | None = None
     shared_storage_root: Path | None = None
     patience: float = PATIENCE
-    lanes: int | None = None
     fresh: bool = False
 
 
@@ -221,7 +218,6 @@ class _Submission:
             invite,
             self._request.route,
             wanted,
-            self._request.lanes,
             self._tell,
             because,
         )

@@ -49,14 +49,6 @@ Number = Annotated[int, Meta(ge=0, le=2**53)]
 WirePath = Annotated[str, Meta(min_length=1, max_length=4096)]
 """A relative POSIX path; `sleap_rtc.proto.paths` decides whether it is harmless."""
 
-Port = Annotated[int, Meta(ge=0, le=2**16 - 1)]
-"""A UDP or TCP port; 0 where it says so."""
-
-MAX_LANES = 4
-"""Connections of one link, the first one included. Each may take some 10 MiB of memory
-on both sides, and four processes that encrypt fill a line of a gigabit."""
-
-LaneCount = Annotated[int, Meta(ge=1, le=MAX_LANES - 1)]
 FileName = Annotated[str, Meta(min_length=1, max_length=255)]
 Text = str
 Route = Literal["shared", "channel"]
@@ -174,29 +166,6 @@ class Error(Message, frozen=True):
     """Both sides: the link ends, and why."""
 
     reason: Text
-
-
-class LaneRequest(Message, frozen=True):
-    """Client to worker: it would use so many lanes beside the link.
-
-    ``port`` is ``any``, or ``same`` if the client reaches no other port of the worker
-    than that of the link.
-    """
-
-    count: LaneCount
-    port: Literal["any", "same"]
-
-
-class LaneTicket(Message, frozen=True):
-    """Worker to client: the proof of one lane, good for one connection, and soon.
-
-    The lane is opened like a link, at this port, and `Auth` carries the proof; port 0
-    is that of the link.
-    """
-
-    session: Nonce
-    proof: Hash
-    port: Port
 
 
 # ----------------------------------------------------------------- shared storage
@@ -436,10 +405,10 @@ _EitherMessage = (
     Hello | Error | FileOffer | ChunkGrant | FileReceived | FileVerified | FileError
 )
 
-WorkerMessage = WorkerJobMessage | LaneTicket | _EitherMessage | Unknown
+WorkerMessage = WorkerJobMessage | _EitherMessage | Unknown
 """Messages that a worker sends."""
 
-ClientMessage = ClientJobMessage | Auth | LaneRequest | _EitherMessage | Unknown
+ClientMessage = ClientJobMessage | Auth | _EitherMessage | Unknown
 """Messages that a client sends."""
 
 # ----------------------------------------------------------------------- the table
@@ -448,8 +417,6 @@ TABLE: dict[str, type[Message]] = {
     "AUTH": Auth,
     "HELLO": Hello,
     "ERROR": Error,
-    "LANE_REQUEST": LaneRequest,
-    "LANE_TICKET": LaneTicket,
     "JOB_ID": JobIdentity,
     "MOUNT_PROBE": MountProbe,
     "MOUNT_PROBED": MountProbed,

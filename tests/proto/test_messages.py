@@ -48,8 +48,6 @@ GOOD = {
     "AUTH": f"AUTH::{NONCE}::{DIGEST}",
     "HELLO": f"HELLO::{GREETING}",
     "ERROR": "ERROR::the daemon stops",
-    "LANE_REQUEST": "LANE_REQUEST::3::any",
-    "LANE_TICKET": f"LANE_TICKET::{NONCE}::{DIGEST}::0",
     "JOB_ID": f"JOB_ID::{ID}",
     "MOUNT_PROBE": f"MOUNT_PROBE::{ID}::jobs/{ID}/probe",
     "MOUNT_PROBED": f"MOUNT_PROBED::{ID}::{DIGEST}",

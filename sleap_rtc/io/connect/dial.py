@@ -7,12 +7,6 @@ from typing import assert_never
 
 import trio
 
-from sleap_rtc.io.connect.lane_process import (
-    connect_quic_in_process,
-    default_lanes,
-    processes_pay,
-)
-from sleap_rtc.io.connect.lanes import DialedLink
 from sleap_rtc.io.link.addresses import describe_address
 from sleap_rtc.io.link.link import DialError, Link, LinkKind
 from sleap_rtc.io.nursery import open_background_nursery
@@ -42,11 +36,10 @@ class _Dialing:
         self.released = trio.Event()
         self.closed = trio.Event()
         self.link: Link | None = None
-        self.attempt: Attempt | None = None
         self.reason = ""
         self.failures: list[tuple[str, str]] = []
         self._race = race
-        self.certificate_der = certificate_der
+        self._certificate_der = certificate_der
         self._nursery = nursery
         self._links: dict[Attempt, Link] = {}
         self._scopes: dict[Attempt, trio.CancelScope] = {}
@@ -72,7 +65,6 @@ class _Dialing:
                     self._nursery.start_soon(self._try, attempt)
                 case KeepLink(attempt, reason):
                     self.link, self.reason = self._links[attempt], reason
-                    self.attempt = attempt
                     for other, scope in self._scopes.items():
                         if other != attempt:
                             scope.cancel(reason="another attempt won")
@@ -86,7 +78,7 @@ class _Dialing:
     async def _try(self, attempt: Attempt) -> None:
         with trio.CancelScope() as self._scopes[attempt]:
             try:
-                async with self.connect(attempt) as link:
+                async with self._connect(attempt) as link:
                     self._links[attempt] = link
                     self._race.attempt_opened(attempt, trio.current_time())
                     self._pump()
@@ -100,10 +92,12 @@ class _Dialing:
                 self._race.attempt_failed(attempt, reason, trio.current_time())
                 self._pump()
 
-    def connect(self, attempt: Attempt) -> AbstractAsyncContextManager[Link]:
+    def _connect(self, attempt: Attempt) -> AbstractAsyncContextManager[Link]:
         """Reach the peer once, without a proof yet."""
         connect = connect_tcp if attempt.kind == "tcp" else connect_quic
-        return connect(attempt.host, attempt.port, certificate_der=self.certificate_der)
+        return connect(
+            attempt.host, attempt.port, certificate_der=self._certificate_der
+        )
 
 
 @asynccontextmanager
@@ -113,7 +107,6 @@ async def dial(
     certificate_der: bytes,
     auth: Auth,
     kinds: Sequence[LinkKind] = LINK_KINDS,
-    lanes: int | None = None,
 ) -> AsyncIterator[tuple[Link, str]]:
     """Open a link to a peer, of whichever kind and at whichever address is best.
 
@@ -125,8 +118,6 @@ async def dial(
         certificate_der: The only certificate that the peer may show.
         auth: The proof, which can be used once.
         kinds: The kinds of link to try, the preferred one first.
-        lanes: Connections that the link may have, once there is much to transfer; None
-            for as many as pay.
 
     Yields:
         The link, and why it is this one.
@@ -139,32 +130,9 @@ async def dial(
         dialing = _Dialing(race, certificate_der, nursery)
         nursery.start_soon(dialing.run)
         await dialing.settled.wait()
-        if dialing.link is None or dialing.attempt is None:
+        if dialing.link is None:
             raise DialError(dialing.failures)
         await dialing.link.send_message(auth)
-        link = _with_lanes(dialing, dialing.link, dialing.attempt, lanes)
-        nursery.start_soon(link.open_lanes)
-        yield link, dialing.reason
-        link.lanes.drop_all("the link is done")
+        yield dialing.link, dialing.reason
         dialing.released.set()
         await dialing.closed.wait()
-
-
-def _with_lanes(
-    dialing: _Dialing, first: Link, attempt: Attempt, lanes: int | None
-) -> DialedLink:
-    """Let a link have lanes to where its first connection goes."""
-
-    def connect(port: int) -> AbstractAsyncContextManager[Link]:
-        if attempt.kind == "quic" and processes_pay():
-            return connect_quic_in_process(
-                attempt.host,
-                port or attempt.port,
-                certificate_der=dialing.certificate_der,
-            )
-        return dialing.connect(
-            Attempt(attempt.kind, attempt.host, port or attempt.port)
-        )
-
-    connections = default_lanes(attempt.kind) if lanes is None else lanes
-    return DialedLink(first, connections, connect)

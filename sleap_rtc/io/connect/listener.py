@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from sleap_rtc.io.connect.lanes import LaneDesk
 from sleap_rtc.io.link.certificates import Certificate
 from sleap_rtc.io.link.link import Link
 from sleap_rtc.io.link.session import IDLE_TIMEOUT
@@ -32,12 +31,10 @@ class Listener:
 
     Args:
         quic: The listener of one kind; it also knows the addresses.
-        desk: Tells links and their lanes apart.
     """
 
-    def __init__(self, quic: QuicListener, desk: LaneDesk) -> None:
+    def __init__(self, quic: QuicListener) -> None:
         self._quic = quic
-        self._desk = desk
         # Without a bound: each link in it has used up a proof of its own.
         self._ready, self._accepted = trio.open_memory_channel[Link](math.inf)
 
@@ -53,16 +50,14 @@ class Listener:
     async def accept(self) -> Link:
         """Wait for the next client that has proved itself; `Link.peer` names it.
 
-        The link lives at most as long as the listener. Lanes come by themselves.
+        The link lives at most as long as the listener.
         """
         return await self._accepted.receive()
 
     async def collect(self, accept: Callable[[], Awaitable[Link]]) -> None:
         """Take the links of one kind, for ever."""
         while True:
-            link = self._desk.admit(await accept())
-            if link is not None:
-                self._ready.send_nowait(link)
+            self._ready.send_nowait(await accept())
 
 
 @asynccontextmanager
@@ -90,20 +85,19 @@ async def open_listener(
     """
     udp, tcp = _bind_both(host, port)
     with udp, tcp:
-        async with open_background_nursery() as nursery:
-            desk = LaneDesk(host, certificate, authenticate, nursery)
-            async with (
-                serve_quic(
-                    udp, certificate, desk.authenticate, idle_timeout=idle_timeout
-                ) as quic_links,
-                serve_tcp(
-                    tcp, certificate, desk.authenticate, idle_timeout=idle_timeout
-                ) as tcp_links,
-            ):
-                listener = Listener(quic_links, desk)
-                nursery.start_soon(listener.collect, quic_links.accept)
-                nursery.start_soon(listener.collect, tcp_links.accept)
-                yield listener
+        async with (
+            open_background_nursery() as nursery,
+            serve_quic(
+                udp, certificate, authenticate, idle_timeout=idle_timeout
+            ) as quic_links,
+            serve_tcp(
+                tcp, certificate, authenticate, idle_timeout=idle_timeout
+            ) as tcp_links,
+        ):
+            listener = Listener(quic_links)
+            nursery.start_soon(listener.collect, quic_links.accept)
+            nursery.start_soon(listener.collect, tcp_links.accept)
+            yield listener
 
 
 def _bind_both(host: str, port: int) -> tuple[UdpSocket, socket.socket]:

@@ -1,11 +1,9 @@
 """One interface over every kind of link."""
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Sequence
 
 import msgspec
-import trio
 
 from sleap_rtc.proto.messages import Message
 from sleap_rtc.proto.route.kinds import LinkKindName
@@ -78,11 +76,9 @@ class Link(ABC):
 
     Attributes:
         peer: The name under which the peer proved itself; empty on its own side.
-        lanes: Its further connections; None if it can have no more than one.
     """
 
     peer: str = ""
-    lanes: "Lanes | None" = None
 
     @abstractmethod
     async def send_message(self, message: Message) -> None:
@@ -132,60 +128,3 @@ class Link(ABC):
     @abstractmethod
     def close_now(self, reason: str = "") -> None:
         """End it without waiting for what is on its way."""
-
-
-class Lanes:
-    """The further connections of a link, its lanes.
-
-    A lane carries frames, and the grants of what goes over it. Who opens lanes gives
-    them to `add`, and keeps each until `wait_dropped` returns; who uses them takes them
-    with `next`, and gives each to `drop` when it has ended.
-    """
-
-    def __init__(self) -> None:
-        self._wanted = trio.Event()
-        self._waiting: deque[Link] = deque()
-        self._alive: dict[Link, trio.Event] = {}
-        self._news = trio.Event()
-
-    @property
-    def alive(self) -> tuple[Link, ...]:
-        """The lanes that were added and not dropped."""
-        return tuple(self._alive)
-
-    def want(self) -> None:
-        """Say that there is more to transfer than one connection moves quickly."""
-        self._wanted.set()
-
-    async def wait_wanted(self) -> None:
-        """Wait until somebody wants lanes."""
-        await self._wanted.wait()
-
-    async def next(self) -> Link:
-        """Wait for a lane that nobody uses yet."""
-        while not self._waiting:
-            self._news = trio.Event()
-            await self._news.wait()
-        return self._waiting.popleft()
-
-    def add(self, lane: Link) -> None:
-        """Let a connection be used as a lane."""
-        self._alive[lane] = trio.Event()
-        self._waiting.append(lane)
-        self._news.set()
-
-    def drop(self, lane: Link, reason: str = "") -> None:
-        """End a lane, if it has not ended by itself."""
-        if lane in self._alive:
-            self._alive.pop(lane).set()
-            lane.close_now(reason)
-
-    def drop_all(self, reason: str) -> None:
-        """End all lanes, because the link has ended."""
-        for lane in self.alive:
-            self.drop(lane, reason)
-
-    async def wait_dropped(self, lane: Link) -> None:
-        """Wait until a lane was dropped."""
-        if (dropped := self._alive.get(lane)) is not None:
-            await dropped.wait()

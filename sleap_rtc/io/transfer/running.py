@@ -1,7 +1,7 @@
 """One file on its way over a link: a task that carries out what its machine wants."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol, assert_never
 
@@ -10,7 +10,7 @@ import trio
 from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.messages import ChunkGrant, FileOffer, OfferedFile
+from sleap_rtc.proto.messages import FileOffer, OfferedFile
 from sleap_rtc.proto.transfer.chunk_map import ChunkMap
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
 from sleap_rtc.proto.transfer.machine import (
@@ -91,12 +91,11 @@ class RunningTransfer(ABC):
 
     def __init__(
         self,
-        lanes: Mapping[int, Link],
+        link: Link,
         machine: Receiver | Sender,
         on_progress: Progress,
     ) -> None:
-        self._link = lanes[0]
-        self._lanes = lanes
+        self._link = link
         self._machine = machine
         self._on_progress = on_progress
         self._reported = 0
@@ -113,21 +112,8 @@ class RunningTransfer(ABC):
         self._woken.set()
 
     @abstractmethod
-    def receive_grant(self, grant: ChunkGrant, lane: int) -> None:
-        """Take a grant of this transfer that came over a lane."""
-
-    @abstractmethod
     def receive_frame(self, frame: Frame) -> bool:
         """Take a bulk frame of this transfer, or return False if nobody wants it."""
-
-    @abstractmethod
-    def lane_opened(self, lane: int) -> None:
-        """Use one more lane."""
-
-    def lane_lost(self, lane: int) -> None:
-        """Do without a lane from now on; all that arrived over it was taken."""
-        self._machine.lane_lost(lane)
-        self._woken.set()
 
     def link_lost(self, error: LinkClosedError) -> None:
         """End, because nothing comes or goes any more."""
@@ -188,26 +174,21 @@ class ReceivingFile(RunningTransfer):
 
     def __init__(
         self,
-        lanes: Mapping[int, Link],
+        link: Link,
         receiver: Receiver,
         sink: ChunkSink,
         on_progress: Progress,
     ) -> None:
-        super().__init__(lanes, receiver, on_progress)
+        super().__init__(link, receiver, on_progress)
         self._receiver = receiver
         self._sink = sink
         self._payloads: dict[int, Buffer] = {}
         self._writers = trio.CapacityLimiter(WRITERS)
         self._path = Path()
-        self._uses_lanes = False
 
-    async def receive(self, *, uses_lanes: bool) -> Path:
+    async def receive(self) -> Path:
         """Take the whole file, and return where it is."""
         self._receiver.start()
-        self._uses_lanes = uses_lanes
-        for lane in self._lanes:
-            if lane != 0:
-                self.lane_opened(lane)
         self._report(self._receiver.chunk_map.bytes_there)
         await self._run()
         return self._path
@@ -223,24 +204,12 @@ class ReceivingFile(RunningTransfer):
         self._woken.set()
         return is_wanted
 
-    def receive_grant(self, grant: ChunkGrant, lane: int) -> None:
-        """Take a grant, which is wrong over whatever connection."""
-        self.receive_message(grant)
-
-    def lane_opened(self, lane: int) -> None:
-        """Grant chunks over one more lane, if the file is large enough for lanes."""
-        if self._uses_lanes:
-            self._receiver.lane_opened(lane)
-            self._woken.set()
-
     async def _carry_out_next(self, nursery: trio.Nursery) -> bool:
         match self._receiver.next_output():
             case None:
                 return False
-            case SendMessage(message=message, lane=0):
+            case SendMessage(message=message):
                 await self._link.send_message(message)
-            case SendMessage(message=message, lane=lane):
-                await self._grant_over(lane, message)
             case Store(index=index, digest=digest):
                 payload = self._payloads.pop(index)
                 nursery.start_soon(self._store, index, payload, digest)
@@ -255,12 +224,6 @@ class ReceivingFile(RunningTransfer):
             case output:
                 assert_never(output)
         return True
-
-    async def _grant_over(self, lane: int, grant: TransferMessage) -> None:
-        try:
-            await self._lanes[lane].send_message(grant)
-        except LinkClosedError:
-            pass  # whoever serves the lane notices, too, and it is granted elsewhere
 
     async def _store(self, index: int, payload: Buffer, digest: bytes) -> None:
         try:
@@ -292,12 +255,12 @@ class SendingFile(RunningTransfer):
 
     def __init__(
         self,
-        lanes: Mapping[int, Link],
+        link: Link,
         sender: Sender,
         source: ChunkSource,
         on_progress: Progress,
     ) -> None:
-        super().__init__(lanes, sender, on_progress)
+        super().__init__(link, sender, on_progress)
         self._sender = sender
         self._source = source
 
@@ -310,25 +273,14 @@ class SendingFile(RunningTransfer):
         """Take no frame: the peer is the one who receives."""
         return False
 
-    def receive_grant(self, grant: ChunkGrant, lane: int) -> None:
-        """Send over a lane what was granted over it."""
-        try:
-            self._sender.receive_grant(grant, lane)
-        except RemoteProtocolError:
-            pass  # the machine has failed, and its outputs say why
-        self._woken.set()
-
-    def lane_opened(self, lane: int) -> None:
-        """Wait for grants: the receiver uses it as it likes."""
-
     async def _carry_out_next(self, nursery: trio.Nursery) -> bool:
         match self._sender.next_output():
             case None:
                 return False
             case SendMessage(message=message):
                 await self._link.send_message(message)
-            case ReadAndSend(index=index, lane=lane):
-                nursery.start_soon(self._send_chunk, index, lane, self._lanes[lane])
+            case ReadAndSend(index=index):
+                nursery.start_soon(self._send_chunk, index)
             case HashMissing(first=first, count=count):
                 nursery.start_soon(self._hash, range(first, first + count))
             case SenderDone():
@@ -339,7 +291,7 @@ class SendingFile(RunningTransfer):
                 assert_never(output)
         return True
 
-    async def _send_chunk(self, index: int, lane: int, connection: Link) -> None:
+    async def _send_chunk(self, index: int) -> None:
         try:
             chunk = await trio.to_thread.run_sync(self._read, index)
             if chunk is None:
@@ -349,16 +301,14 @@ class SendingFile(RunningTransfer):
                 header = ChunkHeader(
                     self._sender.transfer_id, index, len(payload), digest
                 )
-                await connection.send_frame(Frame(header, payload))
+                await self._link.send_frame(Frame(header, payload))
                 if not self._has_ended:
-                    self._sender.chunk_sent(index, digest, lane)
+                    self._sender.chunk_sent(index, digest)
                     self._report(self._sender.bytes_known)
         except StorageError as error:
             self._sender.source_failed(str(error))
         except LinkClosedError as error:
-            # Whoever serves another lane notices its end, too.
-            if lane == 0:
-                self.link_lost(error)
+            self.link_lost(error)
         self._woken.set()
 
     async def _hash(self, indexes: range) -> None:

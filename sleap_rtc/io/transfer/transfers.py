@@ -1,13 +1,12 @@
 """Files over a link: the chunks go from the storage to the network and back."""
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import trio
 
-from sleap_rtc.io.link.link import Lanes, Link, LinkClosedError
+from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.io.transfer.running import (
     Buffer,
@@ -43,10 +42,6 @@ __all__ = [
 MAX_REFUSALS = 64
 """Refusals of unknown transfers that wait to be sent; what is over is not refused."""
 
-LANES_FROM = 256 * 1024 * 1024
-"""Bytes of a file from which on it uses lanes. Lane processes take about a second to
-start, in which one QUIC connection may move 150 MB."""
-
 _UNKNOWN = "there is no such transfer here; it ended, or was never begun"
 
 
@@ -67,7 +62,6 @@ class Transfers:
 
     def __init__(self, link: Link) -> None:
         self._link = link
-        self._lanes = {0: link}
         self._active: dict[int, RunningTransfer] = {}
         self._refuse, self._refused = trio.open_memory_channel[int](MAX_REFUSALS)
         self._frames_dropped = 0
@@ -86,8 +80,6 @@ class Transfers:
         """Route what arrives until the link ends; then every transfer ends too."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._send_refusals)
-            if self._link.lanes is not None:
-                nursery.start_soon(self._take_lanes, self._link.lanes)
             try:
                 while True:
                     self._route_frame(await self._link.receive_frame())
@@ -141,9 +133,8 @@ class Transfers:
             LinkClosedError: If the link ended first.
         """
         sender = Sender(transfer_id, offer.size, offer.chunk_size)
-        sending = SendingFile(self._lanes, sender, source, on_progress)
+        sending = SendingFile(self._link, sender, source, on_progress)
         with self._registered(transfer_id, sending):
-            self._want_lanes(offer)
             await sending.send(offer)
 
     async def receive_file(
@@ -186,9 +177,9 @@ class Transfers:
         leave = sink.keep if keep_part else sink.abandon
         try:
             receiver = Receiver(transfer_id, offer, chunk_map=sink.chunk_map)
-            receiving = ReceivingFile(self._lanes, receiver, sink, on_progress)
+            receiving = ReceivingFile(self._link, receiver, sink, on_progress)
             with self._registered(transfer_id, receiving):
-                return await receiving.receive(uses_lanes=self._want_lanes(offer))
+                return await receiving.receive()
         except TransferError:
             leave = sink.abandon
             raise
@@ -211,45 +202,6 @@ class Transfers:
             yield
         finally:
             del self._active[transfer_id]
-
-    def _want_lanes(self, offer: OfferedFile) -> bool:
-        """Tell whether a file is large enough for lanes, and ask for them if it is."""
-        if offer.size < LANES_FROM:
-            return False
-        if self._link.lanes is not None:
-            self._link.lanes.want()
-        return True
-
-    async def _take_lanes(self, lanes: Lanes) -> None:
-        async with trio.open_nursery() as nursery:
-            for number in itertools.count(1):
-                nursery.start_soon(self._serve_lane, lanes, number, await lanes.next())
-
-    async def _serve_lane(self, lanes: Lanes, number: int, lane: Link) -> None:
-        self._lanes[number] = lane
-        for active in self._active.values():
-            active.lane_opened(number)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._take_grants, number, lane)
-            try:
-                while True:
-                    self._route_frame(await lane.receive_frame())
-            except LinkClosedError:
-                nursery.cancel_scope.cancel()
-        del self._lanes[number]
-        for active in self._active.values():
-            active.lane_lost(number)
-        lanes.drop(lane)
-
-    async def _take_grants(self, number: int, lane: Link) -> None:
-        try:
-            while isinstance(message := await lane.receive_message(), ChunkGrant):
-                active = self._active.get(message.transfer_id)
-                if active is not None:
-                    active.receive_grant(message, number)
-            lane.close_now("a lane carries no other message than CHUNK_GRANT")
-        except LinkClosedError:
-            pass  # the frames that had arrived are taken first
 
     def _route_frame(self, frame: Frame) -> None:
         active = self._active.get(frame.header.transfer_id)

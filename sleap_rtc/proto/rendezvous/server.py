@@ -49,7 +49,7 @@ MESSAGES_PER_SECOND = 20.0
 """What a connection may send on average; a busy client sends a few in a minute."""
 
 MESSAGE_BURST = 40.0
-"""What it may send at once: a client that opens a link with all its lanes."""
+"""What it may send at once: some bursts of a busy client."""
 
 REGISTRATION_SECONDS = 10.0
 """For the WebSocket handshake and `Register`, ten round trips of a bad line."""

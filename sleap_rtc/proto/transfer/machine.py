@@ -1,7 +1,7 @@
 """One file on its way in chunks: the receiver, the sender, and their credits.
 
 The receiver owns the truth, its `ChunkMap`. It grants the chunks that it can take, and
-the sender sends exactly those, in any order and over any lane. When all are stored the
+the sender sends exactly those, in any order. When all are stored the
 receiver names the hash over the chunk hashes; the sender compares it with its own and
 answers, and only then the file appears under its name::
 
@@ -16,12 +16,6 @@ answers, and only then the file appears under its name::
 
 FILE_ERROR ends a transfer from either side at any time. Nothing here depends on time: a
 peer that is gone is noticed by the link, and a slow one is the owner's to judge.
-
-Lane 0 is the link itself. A grant may also go over another lane, and then its frames
-come back over that lane. So when a lane ends, the receiver knows by itself which chunks
-will not come: what was granted over it and is not there. It grants them again over
-others, and the sender forgets them. Each side numbers its lanes as it likes, and gives
-no number twice.
 """
 
 from abc import ABC, abstractmethod
@@ -47,10 +41,9 @@ TransferMessage = ChunkGrant | FileReceived | FileVerified | FileError
 
 
 class SendMessage(msgspec.Struct, frozen=True):
-    """Effect: send this to the peer over this lane, in the order of the outputs."""
+    """Effect: send this to the peer, in the order of the outputs."""
 
     message: TransferMessage
-    lane: int = 0
 
 
 class Store(msgspec.Struct, frozen=True):
@@ -82,10 +75,9 @@ class TransferFailed(msgspec.Struct, frozen=True):
 
 
 class ReadAndSend(msgspec.Struct, frozen=True):
-    """Effect: read this chunk, send it over this lane, answer `Sender.chunk_sent`."""
+    """Effect: read this chunk, send it, answer `Sender.chunk_sent`."""
 
     index: int
-    lane: int = 0
 
 
 class HashMissing(msgspec.Struct, frozen=True):
@@ -189,8 +181,8 @@ class Machine(ABC, Generic[StateT, OutputT]):
                 f"transfer {self.transfer_id} was given what is of {transfer_id}"
             )
 
-    def _send(self, message: TransferMessage, lane: int = 0) -> None:
-        self._outputs.append(SendMessage(message, lane))
+    def _send(self, message: TransferMessage) -> None:
+        self._outputs.append(SendMessage(message))
 
     @abstractmethod
     def _fail(self, reason: str, *, tell_peer: bool = True) -> None:

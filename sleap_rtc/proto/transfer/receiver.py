@@ -30,8 +30,8 @@ from sleap_rtc.proto.transfer.machine import (
 )
 
 MAX_WINDOW_BYTES = 64 * 1024 * 1024
-"""What a receiver grants at most, whatever the size of the chunks and the number of
-lanes: it may have to hold it."""
+"""What a receiver grants at most, whatever the size of the chunks: it may have to hold
+it."""
 
 MAX_DAMAGES = 5
 """Times that one chunk may arrive damaged. The link has integrity checks of its own,
@@ -63,8 +63,6 @@ RECEIVER_TABLE = read_table(
     FILE_ERROR      FAILED     FAILED     FAILED      -           -     -
     wrong_message   peer's     peer's     peer's      peer's      -     -
     cancel          FAILED     FAILED     FAILED      FAILED      -     -
-    lane_opened     .          .          .           .           -     -
-    lane_lost       .          .          .           .           -     -
     link_lost       .          .          .           .           -     -
     link_restored   .          .          .           .           -     -
     """,
@@ -76,17 +74,15 @@ class Receiver(Machine[ReceiverState, ReceiverOutput]):
 
     Call `start` once, then give it what happens: `chunk_arrived` for the header of each
     frame of this transfer, `chunk_stored` or `chunk_damaged` for each `Store`,
-    `receive_message`, `published` after `Publish`, `lane_opened` and `lane_lost`,
-    `link_lost` and `link_restored`, and `cancel` if the owner or its storage gives up.
-    After each, drain `next_output`. A failed transfer takes late answers without
-    complaint.
+    `receive_message`, `published` after `Publish`, `link_lost` and `link_restored`, and
+    `cancel` if the owner or its storage gives up. After each, drain `next_output`. A
+    failed transfer takes late answers without complaint.
 
     Args:
         transfer_id: The number that the two sides use.
         file: What the sender offered.
         chunk_map: What is there already, to go on with an earlier transfer.
-        window: Chunks that may be granted over one lane and not yet stored; fewer if
-            they are large.
+        window: Chunks that may be granted and not yet stored; fewer if they are large.
 
     Raises:
         InvalidInput: If the offered file has too many chunks.
@@ -110,11 +106,10 @@ class Receiver(Machine[ReceiverState, ReceiverOutput]):
         elif (chunk_map.size, chunk_map.chunk_size) != (file.size, file.chunk_size):
             raise LocalProtocolError("the chunk map is that of another file")
         self._map = chunk_map
-        self._lanes = [0]  # none while there is no link
-        self._limit = min(MAX_WINDOW, max(1, MAX_WINDOW_BYTES // file.chunk_size))
-        self._window = min(window, self._limit)
-        self._granted: dict[int, int] = {}  # the lane of each chunk
-        self._storing: dict[int, tuple[bytes, int]] = {}  # the hash and the lane
+        self._has_link = True
+        self._window = min(window, max(1, MAX_WINDOW_BYTES // file.chunk_size))
+        self._granted: set[int] = set()
+        self._storing: dict[int, bytes] = {}  # the hash of each chunk
         self._again: set[int] = set()
         self._never_granted = chunk_map.next_missing(0)
         self._damages_of: dict[int, int] = {}  # of chunks that are not stored yet
@@ -170,7 +165,8 @@ class Receiver(Machine[ReceiverState, ReceiverOutput]):
         if index not in self._granted:
             self._duplicates += 1
             return False
-        self._storing[index] = (header.hash, self._granted.pop(index))
+        self._granted.remove(index)
+        self._storing[index] = header.hash
         self._outputs.append(Store(index, header.hash))
         return True
 
@@ -242,43 +238,19 @@ class Receiver(Machine[ReceiverState, ReceiverOutput]):
         if self._enter("cancel"):
             self._fail(reason)
 
-    def lane_opened(self, lane: int) -> None:
-        """Grant chunks over one more lane from now on.
-
-        Args:
-            lane: A number that no lane of this link had before.
-        """
-        if self._enter("lane_opened") and self._lanes:
-            self._lanes.append(lane)
-            self._grant()
-
-    def lane_lost(self, lane: int) -> None:
-        """Note that nothing more comes over a lane: its chunks go over the others.
-
-        Args:
-            lane: Any but 0, which is the link itself.
-        """
-        if self._enter("lane_lost") and lane in self._lanes:
-            self._lanes.remove(lane)
-            self._void_messages([lane])
-            lost = {index for index, over in self._granted.items() if over == lane}
-            self._again |= lost
-            for index in lost:
-                del self._granted[index]
-            self._grant()
-
     def link_lost(self) -> None:
         """Note that what was on the way will not come; what arrived is still stored."""
         if self._enter("link_lost"):
-            self._void_messages(self._lanes)
-            self._lanes = []
-            self._again.update(self._granted)
+            kept = [out for out in self._outputs if not isinstance(out, SendMessage)]
+            self._outputs = deque(kept)
+            self._has_link = False
+            self._again |= self._granted
             self._granted.clear()
 
     def link_restored(self) -> None:
         """Go on where the lost link stopped."""
-        if self._enter("link_restored") and not self._lanes:
-            self._lanes = [0]
+        if self._enter("link_restored") and not self._has_link:
+            self._has_link = True
             self._go_on()
 
     def next_output(self) -> ReceiverOutput | None:
@@ -288,8 +260,8 @@ class Receiver(Machine[ReceiverState, ReceiverOutput]):
     def _check_chunk_untrusted(self, header: ChunkHeader) -> None:
         """Blame the sender for a chunk that was never granted, or has a wrong length.
 
-        One that was granted before may come late: after a duplicate, or over a lane
-        that was slow when the link was lost.
+        One that was granted before may come late: after a duplicate, or over a
+        link that was slow to end.
         """
         index = header.index
         if index >= self._map.count:
@@ -306,43 +278,24 @@ class Receiver(Machine[ReceiverState, ReceiverOutput]):
         stored = self._storing.pop(index, None)
         if stored is None:
             raise LocalProtocolError(f"chunk {index} is not being stored")
-        return stored[0]
-
-    def _void_messages(self, lanes: Iterable[int]) -> None:
-        """Take back what was to be sent over lanes that are gone."""
-        kept = [
-            output
-            for output in self._outputs
-            if not (isinstance(output, SendMessage) and output.lane in lanes)
-        ]
-        self._outputs = deque(kept)
+        return stored
 
     def _go_on(self) -> None:
         """Grant more, or say that every chunk is stored."""
         if self.state is ReceiverState.RECEIVING and self._map.is_complete:
             self._enter("all_stored")
-        if self.state is ReceiverState.VERIFYING and self._lanes:
+        if self.state is ReceiverState.VERIFYING and self._has_link:
             self._send(FileReceived(self.transfer_id, self._map.root().hex()))
         self._grant()
 
     def _grant(self) -> None:
         """Grant again once half of a window is free: in few messages, and in time."""
-        if self.state is not ReceiverState.RECEIVING:
+        may_grant = self.state is ReceiverState.RECEIVING and self._has_link
+        if not may_grant or self.outstanding > self._window // 2:
             return
-        # The emptiest lane first: the last chunks of a file go where they come soonest.
-        for lane in sorted(self._lanes, key=self._outstanding_over):
-            outstanding = self._outstanding_over(lane)
-            if outstanding > self._window // 2:
-                break
-            room = min(self._window - outstanding, self._limit - self.outstanding)
-            for run in _runs(self._take(room)):
-                self._granted.update(dict.fromkeys(run, lane))
-                self._send(ChunkGrant(self.transfer_id, run.start, len(run)), lane)
-
-    def _outstanding_over(self, lane: int) -> int:
-        """Count the chunks that were granted over a lane and are not stored."""
-        arriving = sum(over == lane for over in self._granted.values())
-        return arriving + sum(over == lane for _, over in self._storing.values())
+        for run in _runs(self._take(self._window - self.outstanding)):
+            self._granted.update(run)
+            self._send(ChunkGrant(self.transfer_id, run.start, len(run)))
 
     def _take(self, room: int) -> list[int]:
         """Choose the chunks to grant next: the lost ones, then ones never granted."""
@@ -358,7 +311,7 @@ class Receiver(Machine[ReceiverState, ReceiverOutput]):
         self._granted.clear()
         self._storing.clear()
         self._outputs.clear()
-        if tell_peer and self._lanes:
+        if tell_peer and self._has_link:
             self._send(FileError(self.transfer_id, reason))
         self._outputs.extend((Discard(), TransferFailed(reason)))
 

@@ -26,7 +26,7 @@ from sleap_rtc.proto.transfer.machine import (
 )
 
 READ_AHEAD = 2
-"""Chunks that a sender handles at a time on a lane: one is read while one is sent."""
+"""Chunks that a sender handles at a time: one is read while one is sent."""
 
 HASH_BATCH = 64
 """Chunks in one `HashMissing`: few enough that a cancellation is felt soon."""
@@ -46,7 +46,6 @@ SENDER_TABLE = read_table(
     """
     in_state        SENDING    VERIFYING  DONE  FAILED
     CHUNK_GRANT     .          peer's     -     -
-    lane_grant      .          -          -     -
     chunk_sent      .          .          -     -
     FILE_RECEIVED   VERIFYING  peer's     -     -
     hashes_read     ours       .          -     -
@@ -56,7 +55,6 @@ SENDER_TABLE = read_table(
     source_changed  FAILED     FAILED     -     -
     source_failed   FAILED     FAILED     -     -
     cancel          FAILED     FAILED     -     -
-    lane_lost       .          .          -     -
     link_lost       SENDING    SENDING    -     -
     """,
 )
@@ -64,24 +62,14 @@ SENDER_TABLE = read_table(
 _CHANGED = "the file changed while it was sent; send it again"
 
 
-class _Lane:
-    """What was granted over one lane: to be sent yet, and being sent."""
-
-    def __init__(self) -> None:
-        self.queue: deque[int] = deque()
-        self.in_hand: list[int] = []
-
-
 class Sender(Machine[SenderState, SenderOutput]):
     """The sending side of one transfer, from the moment on that the file is offered.
 
-    Give it what happens: `receive_message`, `receive_grant` for what comes over another
-    lane, `chunk_sent` for each `ReadAndSend`, `hashes_read` for each `HashMissing`,
-    `source_changed`, `source_failed`, `cancel`, `lane_lost` and `link_lost`. After
-    each, drain `next_output`; it hands out at most `READ_AHEAD` chunks of a lane at a
-    time, so drain again after `chunk_sent`. After `link_lost` every effect that was
-    handed out is void and must not be answered, and after `lane_lost` every
-    `ReadAndSend` of that lane.
+    Give it what happens: `receive_message`, `chunk_sent` for each `ReadAndSend`,
+    `hashes_read` for each `HashMissing`, `source_changed`, `source_failed`, `cancel`
+    and `link_lost`. After each, drain `next_output`; it hands out at most `READ_AHEAD`
+    chunks at a time, so drain again after `chunk_sent`. After `link_lost` every effect
+    that was handed out is void and must not be answered.
 
     A new sender of the same file can take over at any time: the hashes that this one
     keeps are only a cache.
@@ -98,7 +86,8 @@ class Sender(Machine[SenderState, SenderOutput]):
     def __init__(self, transfer_id: int, size: int, chunk_size: int) -> None:
         super().__init__(transfer_id, SenderState.SENDING, SENDER_TABLE)
         self._hashes = ChunkMap(size, chunk_size)
-        self._lanes = {0: _Lane()}
+        self._queue: deque[int] = deque()
+        self._in_hand: list[int] = []
         self._hashing: HashMissing | None = None
         self._claimed_root = ""
 
@@ -119,11 +108,11 @@ class Sender(Machine[SenderState, SenderOutput]):
         match message:
             case ChunkGrant():
                 if self._enter("CHUNK_GRANT", "CHUNK_GRANT came after FILE_RECEIVED"):
-                    self._take_grant_untrusted(message, 0)
+                    self._take_grant_untrusted(message)
             case FileReceived(root=root):
                 if self._enter("FILE_RECEIVED", "FILE_RECEIVED came twice"):
                     self._claimed_root = root
-                    self._clear_queues()
+                    self._queue.clear()
                     self._verify()
             case FileError(reason=reason):
                 if self._enter("FILE_ERROR"):
@@ -133,39 +122,22 @@ class Sender(Machine[SenderState, SenderOutput]):
             case _:
                 assert_never(message)
 
-    def receive_grant(self, grant: ChunkGrant, lane: int) -> None:
-        """Take a grant that came over a lane other than the link itself.
-
-        One that was still on its way when the receiver gave its lane up may come after
-        FILE_RECEIVED, because lanes keep no order among each other.
-
-        Raises:
-            RemoteProtocolError: If it asks for what there is not, or for too much. The
-                transfer has failed then.
-            LocalProtocolError: If the grant is of another transfer.
-        """
-        self._check_id(grant.transfer_id)
-        if self._enter("lane_grant"):
-            self._take_grant_untrusted(grant, lane)
-
-    def chunk_sent(self, index: int, digest: bytes, lane: int = 0) -> None:
+    def chunk_sent(self, index: int, digest: bytes) -> None:
         """Note that a chunk is on its way.
 
         Args:
             index: The chunk of a `ReadAndSend`.
             digest: The BLAKE3 hash that it was sent with.
-            lane: The lane of that `ReadAndSend`.
 
         Raises:
             LocalProtocolError: If nobody asked for it.
         """
         if self._enter("chunk_sent"):
-            work = self._lanes.get(lane)
-            if work is None or index not in work.in_hand:
+            if index not in self._in_hand:
                 raise LocalProtocolError(f"chunk {index} was not to be sent")
             self._learn(index, digest)
             if self.state is not SenderState.FAILED:
-                work.in_hand.remove(index)
+                self._in_hand.remove(index)
                 self._verify()
 
     def hashes_read(self, digests: Sequence[bytes]) -> None:
@@ -209,49 +181,34 @@ class Sender(Machine[SenderState, SenderOutput]):
         if self._enter("cancel"):
             self._fail(reason)
 
-    def lane_lost(self, lane: int) -> None:
-        """Forget what was granted over a lane: the receiver grants it again elsewhere.
-
-        Args:
-            lane: Any but 0, which is the link itself.
-        """
-        if self._enter("lane_lost"):
-            self._lanes.pop(lane, None)
-            self._verify()
-
     def link_lost(self) -> None:
         """Forget every grant: the receiver grants again over the next link."""
         if self._enter("link_lost"):
             self._outputs.clear()
-            self._lanes = {0: _Lane()}
+            self._queue.clear()
+            self._in_hand.clear()
             self._hashing = None
 
     def next_output(self) -> SenderOutput | None:
         """Return what is to be done next, or None."""
         if self._outputs:
             return self._outputs.popleft()
-        for lane, work in self._lanes.items():
-            if work.queue and len(work.in_hand) < READ_AHEAD:
-                index = work.queue.popleft()
-                work.in_hand.append(index)
-                return ReadAndSend(index, lane)
+        if self._queue and len(self._in_hand) < READ_AHEAD:
+            index = self._queue.popleft()
+            self._in_hand.append(index)
+            return ReadAndSend(index)
         return None
 
-    def _take_grant_untrusted(self, grant: ChunkGrant, lane: int) -> None:
+    def _take_grant_untrusted(self, grant: ChunkGrant) -> None:
         first, count = grant.first, grant.count
         if first + count > self._hashes.count:
             self._blame_peer(
                 f"chunks {first} to {first + count - 1} were asked for, of a file of "
                 f"{self._hashes.count}"
             )
-        queue = self._lanes.setdefault(lane, _Lane()).queue
-        if len(queue) + count > MAX_WINDOW:
+        if len(self._queue) + count > MAX_WINDOW:
             self._blame_peer(f"more than {MAX_WINDOW} chunks were asked for at once")
-        queue.extend(range(first, first + count))
-
-    def _clear_queues(self) -> None:
-        for work in self._lanes.values():
-            work.queue.clear()
+        self._queue.extend(range(first, first + count))
 
     def _learn(self, index: int, digest: bytes) -> None:
         """Note a hash; a chunk that had another one before means a changed file."""
@@ -262,14 +219,8 @@ class Sender(Machine[SenderState, SenderOutput]):
 
     def _verify(self) -> None:
         """Compare the root that the receiver claims, as soon as our own is known."""
-        # A frame that is still in hand is about to tell its hash. But one whose chunk
-        # has gone over another lane meanwhile may wait for a lane that is stuck.
-        is_busy = self._hashing or any(
-            not self._hashes.has(index)
-            for work in self._lanes.values()
-            for index in work.in_hand
-        )
-        if self.state is not SenderState.VERIFYING or is_busy:
+        # The hash of a chunk in hand becomes known when it has been sent.
+        if self.state is not SenderState.VERIFYING or self._hashing or self._in_hand:
             return
         if not self._hashes.is_complete:
             run = next(self._hashes.missing())
@@ -284,7 +235,7 @@ class Sender(Machine[SenderState, SenderOutput]):
 
     def _fail(self, reason: str, *, tell_peer: bool = True) -> None:
         self.state = SenderState.FAILED
-        self._clear_queues()
+        self._queue.clear()
         self._outputs.clear()
         if tell_peer:
             self._send(FileError(self.transfer_id, reason))

@@ -484,9 +484,10 @@ async def test_garbage_on_one_link_leaves_the_others_alone(
 async def test_unknown_messages_are_skipped(kind: Kind, listener: AnyListener) -> None:
     async with pair(kind, listener) as (client, worker):
         client._core._queue_message(b"NEWER::yes")
+        client._core._queue_message(b"LANE_REQUEST::3::any")  # of an older client
         await client.send_message(CANCEL)
         assert await worker.receive_message() == CANCEL
-        assert worker.statistics().ignored_messages == 1
+        assert worker.statistics().ignored_messages == 2
 
 
 # ----------------------------------------------------------------------- cancellation

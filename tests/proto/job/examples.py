@@ -19,8 +19,6 @@ _ALL: list[m.Message] = [
     m.Auth("0" * 32, CONTENT),
     m.Hello(m.Greeting(1, "1.0", "worker")),
     m.Error("no more room"),
-    m.LaneRequest(2, "any"),
-    m.LaneTicket("0" * 32, CONTENT, 0),
     m.JobIdentity(JOB),
     m.MountProbe(JOB, f"jobs/{JOB}/.probe"),
     m.MountProbed(JOB, CONTENT),

@@ -100,8 +100,6 @@ RECEIVER_INPUTS: dict[str, Callable[[Receiver], object]] = {
     "FILE_RECEIVED": lambda r: r.receive_message(FileReceived(TRANSFER_ID, root())),
     "published": Receiver.published,
     "cancel": lambda r: r.cancel("enough"),
-    "lane_opened": lambda r: r.lane_opened(1),
-    "lane_lost": lambda r: r.lane_lost(1),
     "link_lost": Receiver.link_lost,
     "link_restored": Receiver.link_restored,
 }
@@ -120,8 +118,6 @@ RECEIVER_EXPECTED = {
     "FILE_RECEIVED": "!!!!==",
     "published": "LLLDL=",
     "cancel": "FFFF==",
-    "lane_opened": "NRVP==",
-    "lane_lost": "NRVP==",
     "link_lost": "NRVP==",
     "link_restored": "NRVP==",
 }
@@ -243,7 +239,7 @@ def test_a_receiver_without_a_link_says_nothing_until_it_has_one() -> None:
     receiver.start()
     assert outputs_of(receiver) == []
     receiver.link_restored()
-    receiver.link_restored()  # a second lane says so too
+    receiver.link_restored()  # it counts once
     assert outputs_of(receiver) == [SendMessage(ChunkGrant(TRANSFER_ID, 0, COUNT))]
 
 
@@ -283,61 +279,10 @@ def test_a_receiver_that_gives_up_without_a_link_tells_only_its_owner() -> None:
     assert outputs_of(receiver) == [Discard(), TransferFailed("enough")]
 
 
-def test_chunks_of_a_lost_lane_are_granted_over_the_others() -> None:
-    receiver = Receiver(TRANSFER_ID, file_of(8 * CHUNK_SIZE), window=4)
-    receiver.start()
-    receiver.lane_opened(1)
-    assert outputs_of(receiver) == [
-        SendMessage(ChunkGrant(TRANSFER_ID, 0, 4)),
-        SendMessage(ChunkGrant(TRANSFER_ID, 4, 4), 1),
-    ]
-    for index in (0, 1, 4):
-        receiver.chunk_arrived(ChunkHeader(TRANSFER_ID, index, CHUNK_SIZE, bytes(32)))
-        receiver.chunk_stored(index)
-    outputs_of(receiver)
-    receiver.lane_lost(1)
-    assert outputs_of(receiver) == [SendMessage(ChunkGrant(TRANSFER_ID, 5, 2))]
-    receiver.lane_lost(1)  # its sending end notices, too
-    receiver.lane_opened(2)
-    assert outputs_of(receiver) == [SendMessage(ChunkGrant(TRANSFER_ID, 7, 1), 2)]
-
-
-def test_a_chunk_of_a_lost_lane_that_comes_after_all_is_not_asked_for_again() -> None:
-    receiver = Receiver(TRANSFER_ID, file_of(2 * CHUNK_SIZE), window=1)
-    receiver.start()
-    receiver.lane_opened(1)
-    late = ChunkHeader(TRANSFER_ID, 1, CHUNK_SIZE, bytes(32))
-    assert receiver.chunk_arrived(late)
-    receiver.lane_lost(1)
-    receiver.chunk_stored(1)
-    assert not receiver.chunk_arrived(late)
-    assert receiver.outstanding == 1
-    assert receiver.duplicates == 1
-
-
-def test_a_grant_that_was_not_taken_dies_with_its_lane() -> None:
-    receiver = Receiver(TRANSFER_ID, file_of(2 * CHUNK_SIZE), window=1)
-    receiver.start()
-    receiver.lane_opened(1)
-    receiver.lane_lost(1)
-    assert outputs_of(receiver) == [SendMessage(ChunkGrant(TRANSFER_ID, 0, 1))]
-
-
-def test_a_lane_without_a_link_is_of_no_use() -> None:
-    receiver = receiver_in(ReceiverState.RECEIVING)
-    receiver.link_lost()
-    receiver.lane_opened(1)
-    receiver.link_restored()
-    outputs = outputs_of(receiver)
-    assert outputs == [SendMessage(ChunkGrant(TRANSFER_ID, 1, 2))]
-
-
-def test_all_lanes_together_get_no_more_than_the_limit() -> None:
+def test_large_chunks_get_no_more_than_the_limit() -> None:
     chunk_size = 16 * 1024 * 1024
     offer = OfferedFile(name="a", size=100 * chunk_size, chunk_size=chunk_size)
-    receiver = Receiver(TRANSFER_ID, offer, window=3)
-    for lane in range(1, 4):
-        receiver.lane_opened(lane)
+    receiver = Receiver(TRANSFER_ID, offer, window=16)
     receiver.start()
     assert receiver.outstanding * chunk_size == MAX_WINDOW_BYTES
 
@@ -388,7 +333,6 @@ def sender_in(state: SenderState) -> Sender:
 
 SENDER_INPUTS: dict[str, Callable[[Sender], object]] = {
     "CHUNK_GRANT": lambda s: s.receive_message(ChunkGrant(TRANSFER_ID, 1, 1)),
-    "lane_grant": lambda s: s.receive_grant(ChunkGrant(TRANSFER_ID, 1, 1), 1),
     "FILE_RECEIVED": lambda s: s.receive_message(FileReceived(TRANSFER_ID, root())),
     "FILE_ERROR": lambda s: s.receive_message(FileError(TRANSFER_ID, "gone")),
     "FILE_VERIFIED": lambda s: s.receive_message(FileVerified(TRANSFER_ID)),
@@ -397,7 +341,6 @@ SENDER_INPUTS: dict[str, Callable[[Sender], object]] = {
     "source_changed": Sender.source_changed,
     "source_failed": lambda s: s.source_failed("the disk broke"),
     "cancel": lambda s: s.cancel("enough"),
-    "lane_lost": lambda s: s.lane_lost(1),
     "link_lost": Sender.link_lost,
 }
 
@@ -405,7 +348,6 @@ SENDER_INPUTS: dict[str, Callable[[Sender], object]] = {
 # test of a late `chunk_sent` below has the other case.
 SENDER_EXPECTED = {
     "CHUNK_GRANT": "S!==",
-    "lane_grant": "S===",
     "FILE_RECEIVED": "V!==",
     "FILE_ERROR": "FF==",
     "FILE_VERIFIED": "!!==",
@@ -414,7 +356,6 @@ SENDER_EXPECTED = {
     "source_changed": "FF==",
     "source_failed": "FF==",
     "cancel": "FF==",
-    "lane_lost": "S===",
     "link_lost": "SS==",
 }
 
@@ -521,54 +462,22 @@ def test_a_grant_of_more_than_the_largest_window_ends_the_transfer() -> None:
     assert sender.state is SenderState.FAILED
 
 
-def test_each_lane_has_chunks_in_hand_and_loses_only_its_own() -> None:
+def test_a_sender_hands_out_few_chunks_at_a_time() -> None:
     sender = Sender(TRANSFER_ID, 9 * CHUNK_SIZE, CHUNK_SIZE)
     sender.receive_message(ChunkGrant(TRANSFER_ID, 0, 3))
-    sender.receive_grant(ChunkGrant(TRANSFER_ID, 3, 3), 1)
-    assert outputs_of(sender) == [
-        ReadAndSend(0),
-        ReadAndSend(1),
-        ReadAndSend(3, 1),
-        ReadAndSend(4, 1),
-    ]
-    sender.lane_lost(1)
-    sender.lane_lost(1)
-    assert outputs_of(sender) == []
-    with pytest.raises(LocalProtocolError, match="was not to be sent"):
-        sender.chunk_sent(3, bytes(32), 1)
+    assert outputs_of(sender) == [ReadAndSend(0), ReadAndSend(1)]
     sender.chunk_sent(0, bytes(32))
     assert outputs_of(sender) == [ReadAndSend(2)]
 
 
-def test_the_verdict_does_not_wait_for_a_lane_that_is_lost() -> None:
+def test_the_verdict_waits_for_the_chunks_in_hand() -> None:
     sender = Sender(TRANSFER_ID, len(CONTENT), CHUNK_SIZE)
-    sender.receive_grant(ChunkGrant(TRANSFER_ID, 0, 1), 1)
-    assert outputs_of(sender) == [ReadAndSend(0, 1)]
+    sender.receive_message(ChunkGrant(TRANSFER_ID, 0, 1))
+    assert outputs_of(sender) == [ReadAndSend(0)]
     sender.receive_message(FileReceived(TRANSFER_ID, root()))
     assert outputs_of(sender) == []
-    sender.lane_lost(1)
-    assert outputs_of(sender) == [HashMissing(0, COUNT)]
-
-
-def test_the_verdict_does_not_wait_for_a_lane_that_is_stuck() -> None:
-    sender = Sender(TRANSFER_ID, len(CONTENT), CHUNK_SIZE)
-    sender.receive_grant(ChunkGrant(TRANSFER_ID, 0, 1), 1)
-    assert outputs_of(sender) == [ReadAndSend(0, 1)]
-    sender.receive_message(ChunkGrant(TRANSFER_ID, 0, 3))  # the receiver gave it up
-    for header in HEADERS:
-        outputs_of(sender)
-        sender.chunk_sent(header.index, header.hash)
-    sender.receive_message(FileReceived(TRANSFER_ID, root()))
-    assert sender.state is SenderState.DONE
-    sender.chunk_sent(0, HEADERS[0].hash, 1)  # too late to matter
-
-
-def test_a_grant_of_another_transfer_is_refused_on_a_lane_too() -> None:
-    sender = sender_in(SenderState.SENDING)
-    with pytest.raises(LocalProtocolError, match="of 8"):
-        sender.receive_grant(ChunkGrant(8, 0, 1), 1)
-    with pytest.raises(RemoteProtocolError, match="of a file of 3"):
-        sender.receive_grant(ChunkGrant(TRANSFER_ID, 3, 1), 1)
+    sender.chunk_sent(0, HEADERS[0].hash)
+    assert outputs_of(sender) == [HashMissing(1, COUNT - 1)]
 
 
 def test_another_root_means_a_changed_file() -> None:

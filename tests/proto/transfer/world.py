@@ -1,15 +1,13 @@
 """Two transfer machines joined in memory by a network that is as bad as asked."""
 
 from collections.abc import Callable
-from functools import partial
 from random import Random
 
 from blake3 import blake3
 
-from sleap_rtc.proto.messages import ChunkGrant, OfferedFile
+from sleap_rtc.proto.messages import OfferedFile
 from sleap_rtc.proto.transfer.frames import ChunkHeader
 from sleap_rtc.proto.transfer.machine import (
-    MAX_WINDOW,
     Discard,
     HashMissing,
     Publish,
@@ -39,20 +37,6 @@ def header_of(content: bytes, index: int) -> ChunkHeader:
     return ChunkHeader(TRANSFER_ID, index, len(payload), blake3(payload).digest())
 
 
-class Lane:
-    """One more connection: grants on their way over it, in order, and its frames.
-
-    After `breaks` each end goes on until it notices, as with a real connection: the
-    sender may still read grants, and frames that were on their way may arrive.
-    """
-
-    def __init__(self) -> None:
-        self.grants: list[ChunkGrant] = []
-        self.is_broken = False
-        self.receiver_knows = False
-        self.sender_knows = False
-
-
 class World:
     """A sender, a receiver, their storage, and everything that is on the way.
 
@@ -71,9 +55,7 @@ class World:
         self.receiver = Receiver(TRANSFER_ID, self.file, window=window)
         self.to_sender: list[TransferMessage] = []
         self.to_receiver: list[TransferMessage] = []
-        self.lanes: dict[int, Lane] = {}
-        self.lanes_opened = 0
-        self.frames: list[tuple[int, ChunkHeader, bytes]] = []
+        self.frames: list[tuple[ChunkHeader, bytes]] = []
         self.reads: list[ReadAndSend | HashMissing] = []
         self.writes: list[tuple[int, bytes, bytes]] = []
         self.publishing = False
@@ -102,13 +84,6 @@ class World:
         choices += [self.finish_read] * bool(self.reads)
         choices += [self.finish_write] * bool(self.writes)
         choices += [self.finish_publishing] * self.publishing
-        for number, lane in self.lanes.items():
-            if lane.grants and not lane.sender_knows:
-                choices.append(partial(self.deliver_grant, number))
-            if lane.is_broken and not lane.sender_knows:
-                choices.append(partial(self.sender_notices, number))
-            if lane.is_broken and not lane.receiver_knows:
-                choices.append(partial(self.receiver_notices, number))
         if not choices:
             return False
         self.random.choice(choices)()
@@ -130,7 +105,7 @@ class World:
 
     def deliver_frame(self) -> None:
         place = self.random.randrange(len(self.frames))
-        _, header, payload = self.frames[place]
+        header, payload = self.frames[place]
         if self.random.random() >= self.duplicate_chance:
             del self.frames[place]
         if self.receiver.chunk_arrived(header):
@@ -147,11 +122,9 @@ class World:
         header = ChunkHeader(TRANSFER_ID, effect.index, len(payload), digest)
         if self.random.random() < self.damage_chance:
             payload = payload[:-1] + bytes([payload[-1] ^ 1])
-        lane = self.lanes.get(effect.lane)
-        if lane is None or not lane.is_broken:
-            self.frames.append((effect.lane, header, payload))
+        self.frames.append((header, payload))
         self.frames_sent += 1
-        self.sender.chunk_sent(effect.index, digest, effect.lane)
+        self.sender.chunk_sent(effect.index, digest)
 
     def read(self, index: int) -> tuple[bytes, bytes]:
         payload = self.source[index * CHUNK_SIZE : (index + 1) * CHUNK_SIZE]
@@ -171,57 +144,6 @@ class World:
     def finish_publishing(self) -> None:
         self.publishing = False
         self.receiver.published()
-
-    # ----------------------------------------------------------------------- lanes
-
-    def open_lane(self) -> int:
-        """Open one more lane; the receiver may use it from now on."""
-        self.lanes_opened += 1
-        self.lanes[self.lanes_opened] = Lane()
-        self.receiver.lane_opened(self.lanes_opened)
-        self.drain()
-        return self.lanes_opened
-
-    def break_lane(self, number: int) -> None:
-        """Lose some of the frames that are on their way, and all that come later."""
-        lane = self.lanes[number]
-        lane.is_broken = True
-        del lane.grants[self.random.randrange(len(lane.grants) + 1) :]
-        if not lane.receiver_knows:
-            granted = self.receiver.outstanding
-            self.in_flight_when_broken += granted
-        self.frames = [
-            frame
-            for frame in self.frames
-            if frame[0] != number or self.random.random() < 0.5
-        ]
-
-    def break_a_lane(self) -> None:
-        intact = [n for n, lane in self.lanes.items() if not lane.is_broken]
-        if intact:
-            self.break_lane(self.random.choice(intact))
-
-    def deliver_grant(self, number: int) -> None:
-        self.sender.receive_grant(self.lanes[number].grants.pop(0), number)
-
-    def sender_notices(self, number: int) -> None:
-        """Tell the sender that a broken lane is gone."""
-        self.lanes[number].sender_knows = True
-        self.reads = [
-            read
-            for read in self.reads
-            if isinstance(read, HashMissing) or read.lane != number
-        ]
-        self.sender.lane_lost(number)
-
-    def receiver_notices(self, number: int) -> None:
-        """Tell the receiver, which reads first what had arrived."""
-        for frame in [frame for frame in self.frames if frame[0] == number]:
-            self.frames.remove(frame)
-            if self.receiver.chunk_arrived(frame[1]):
-                self.payloads[frame[1].index] = frame[2]
-        self.lanes[number].receiver_knows = True
-        self.receiver.lane_lost(number)
 
     # ----------------------------------------------------------------- what breaks
 
@@ -267,7 +189,6 @@ class World:
         self.in_flight_when_broken += self.receiver.outstanding
         self.to_sender.clear()
         self.to_receiver.clear()
-        self.lanes.clear()
         self.frames.clear()
         self.reads.clear()
 
@@ -277,19 +198,13 @@ class World:
         """Take every output of both machines, and check the credits."""
         self._drain_receiver()
         self._drain_sender()
-        # What came over a lane that is gone may still wait to be written.
-        limit = min(MAX_WINDOW, self.window * (1 + self.lanes_opened))
-        assert self.receiver.outstanding <= limit
-        assert len(self.writes) <= limit
-        reads = [read.lane for read in self.reads if isinstance(read, ReadAndSend)]
-        assert all(reads.count(lane) <= READ_AHEAD for lane in reads)
+        assert self.receiver.outstanding <= self.window
+        assert len(self.writes) <= self.window
+        assert sum(isinstance(r, ReadAndSend) for r in self.reads) <= READ_AHEAD
 
     def _drain_receiver(self) -> None:
         while (output := self.receiver.next_output()) is not None:
             match output:
-                case SendMessage(message=ChunkGrant() as grant, lane=lane) if lane:
-                    if not self.lanes[lane].is_broken:
-                        self.lanes[lane].grants.append(grant)
                 case SendMessage(message=message):
                     self.to_sender.append(message)
                 case Store(index=index, digest=digest):

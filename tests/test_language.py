@@ -50,7 +50,7 @@ NOT_YET = {
     "sleap_rtc/__init__.py",
     "sleap_rtc/__main__.py",
     "tests/client",
-    "tests/test_cli.py",
+    "tests/cli",
     "tests/test_config.py",
     "tests/test_filesystem.py",
     # worker
@@ -89,7 +89,6 @@ NOT_YET = {
     "sleap_rtc/io/hardware.py",
     "sleap_rtc/io/nursery.py",
     "sleap_rtc/io/signals.py",
-    "sleap_rtc/io/threads.py",
     "tests/io/test_alarm.py",
     "tests/io/test_hardware.py",
     "tests/io/test_nursery.py",
@@ -239,7 +238,7 @@ RULES = [
         "no sentence opens with a free what-clause",
         SENTENCES,
         re.compile(
-            r"(?:\A|(?<=[.!?;:|*-]\s))\s*(?:What|Whatever|Who|Whose|Whoever)\s"
+            r"(?:\A|(?<=[.!?;:|*-]\s))\s*(?:What|Whatever|Who|Whose|Whoever)\s(?!to\s)"
             r"(?![^.!?]*\?)"
         ),
         "It ends. What it wrote stays.",
@@ -450,10 +449,6 @@ def test_every_text_is_plain_english() -> None:
     clean = [str(path) for path in files() if not is_in(path, NOT_YET)]
     found = sorted(set(search(clean)))
     assert not found, "\n" + "\n".join(map(str, found))
-
-
-def test_a_place_that_is_not_clean_yet_exists() -> None:
-    assert not [place for place in NOT_YET if not (ROOT / place).exists()]
 
 
 def broken(kind: str, prose: str) -> list[str]:

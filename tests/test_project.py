@@ -185,6 +185,52 @@ def test_the_protocol_document_has_a_row_for_every_signal() -> None:
             assert f"`{field.encode_name}`" in documented[name], name
 
 
+PATHS = re.compile(r"(?<![\w./-])(?:sleap_rtc|tests|bench|docs|examples)/[\w./-]*\w")
+MODULES = re.compile(
+    r"(?<![\w./-])(?:sleap_rtc|tests|bench)(?:\.[a-zA-Z_]\w*)+(?!\w*/)"
+)
+
+
+def texts() -> Iterator[tuple[Path, str]]:
+    """Yield the files whose names of other files must be right, and their text."""
+    for path in our_files():
+        relative = path.relative_to(ROOT)
+        is_text = relative.suffix in {".py", ".md", ".toml", ".yml", ""}
+        is_kept = "archive" in relative.parts or relative.name == "test_language.py"
+        if is_text and relative.name[0] != "." and not is_kept:
+            yield relative, path.read_text(encoding="utf-8")
+
+
+def test_every_path_that_is_named_exists() -> None:
+    missing = {
+        f"{path}: {named}"
+        for path, text in texts()
+        for named in PATHS.findall(text)
+        if not (ROOT / named).exists()
+    }
+    assert not missing
+
+
+def exists(name: str) -> bool:
+    """Return whether a dotted name is a package, a module, or something in one."""
+    path, parts = ROOT, name.split(".")
+    while parts and (path / parts[0]).is_dir():
+        path /= parts.pop(0)
+    module = (path / parts[0]).with_suffix(".py") if parts else path
+    if module.is_file():
+        del parts[0]
+    else:
+        module = path / "__init__.py"
+    source = module.read_text(encoding="utf-8")
+    return all(re.search(rf"\b{part}\b", source) for part in parts)
+
+
+def test_every_module_that_is_named_exists() -> None:
+    named = {(path, name) for path, text in texts() for name in MODULES.findall(text)}
+    known = {name: exists(name) for name in {name for _, name in named}}
+    assert not {f"{path}: {name}" for path, name in named if not known[name]}
+
+
 def test_the_example_configuration_is_valid_and_complete(tmp_path: Path) -> None:
     text = (ROOT / "config.example.toml").read_text(encoding="utf-8")
     assert tomllib.loads(text) == {}, "it must change nothing as it is"

@@ -12,7 +12,11 @@ from sleap_rtc.errors import NoWorkerError, RefusedError
 from sleap_rtc.io.connect.dial import dial
 from sleap_rtc.io.link.link import DialError, Link
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.signaling.client import RegistrationRefusedError, Room, open_room
+from sleap_rtc.io.signaling.client import (
+    RegistrationRefusedError,
+    RoomConnection,
+    open_room,
+)
 from sleap_rtc.proto.rendezvous.invite import Invite, RoomKeys
 from sleap_rtc.proto.rendezvous.messages import Metadata
 from sleap_rtc.proto.rendezvous.workers import (
@@ -138,7 +142,9 @@ class Reach:
                 raise WorkerGoneError(f"The worker {self.worker_id} is not there.")
             raise NoWorkerError(f"{self._invite.url} does not answer.")
 
-    async def _be_introduced(self, room: Room, worker: Candidate) -> Introduction:
+    async def _be_introduced(
+        self, room: RoomConnection, worker: Candidate
+    ) -> Introduction:
         with trio.move_on_after(ANSWER_TIMEOUT):
             kinds = asked_kinds(self._preference)
             return await ask_worker(room, self._keys, worker, kinds)
@@ -148,7 +154,7 @@ class Reach:
             "invite, and clocks that differ by less than two minutes.",
         )
 
-    async def _choose_worker(self, room: Room) -> Choice | NoChoice:
+    async def _choose_worker(self, room: RoomConnection) -> Choice | NoChoice:
         """Choose a worker; behind a server that was away, wait for one to come back."""
         choice = choose_worker(await discover(room), self._wanted)
         if room.trouble:
@@ -189,7 +195,7 @@ class Reach:
             ) from None
 
 
-async def discover(room: Room) -> list[Candidate]:
+async def discover(room: RoomConnection) -> list[Candidate]:
     """List the workers of a room."""
     peers = await room.discover(role="worker")
     return [
@@ -200,7 +206,7 @@ async def discover(room: Room) -> list[Candidate]:
 @asynccontextmanager
 async def enter_room(
     invite: Invite, keys: RoomKeys, timeout: float
-) -> AsyncIterator[Room]:
+) -> AsyncIterator[RoomConnection]:
     """Be in the room for as long as the body runs.
 
     Raises:
@@ -221,7 +227,7 @@ async def enter_room(
 
 
 @asynccontextmanager
-async def _open_room(invite: Invite, keys: RoomKeys) -> AsyncIterator[Room]:
+async def _open_room(invite: Invite, keys: RoomKeys) -> AsyncIterator[RoomConnection]:
     async with open_room(
         invite.url,
         keys,
@@ -233,7 +239,7 @@ async def _open_room(invite: Invite, keys: RoomKeys) -> AsyncIterator[Room]:
         yield room
 
 
-async def _registered(room: Room, invite: Invite) -> None:
+async def _registered(room: RoomConnection, invite: Invite) -> None:
     try:
         await room.wait_registered()
     except RegistrationRefusedError as error:
@@ -244,7 +250,7 @@ async def _registered(room: Room, invite: Invite) -> None:
         ) from None
 
 
-async def _first_attempt(room: Room, invite: Invite) -> None:
+async def _first_attempt(room: RoomConnection, invite: Invite) -> None:
     """Wait until the room is entered, or could not be at the first attempt.
 
     Raises:

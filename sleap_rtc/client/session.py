@@ -247,7 +247,7 @@ class ClientSession:
                 except (NoWorkerError, LinkClosedError) as error:
                     is_gone = isinstance(error, WorkerGoneError)
                 match policy.attempt_failed(
-                    trio.current_time(), is_gone, random.random()
+                    is_gone, random.random(), trio.current_time()
                 ):
                     case TryAgain(at=at):
                         await trio.sleep_until(at)

@@ -2,9 +2,10 @@
 
 A machine gets input from the world (`receive_message`, `handle_timeout`, the state of
 its connection) and commands of its owner. After each of them the driver drains
-`next_output` until it returns None, and then reads `deadline`.
+`next_output` until it returns None, and then reads `deadline`. The protocols below
+name these verbs; tests/proto/test_machine.py lists which machine follows which one.
 
-The transitions of a machine stand in one `Table`: states down, triggers across. A
+The transitions of a machine are one `Table`: states down, triggers across. A
 trigger is a message class or the member of an enumeration; where a message can lead to
 several states, a guard in code picks the trigger. A pair that is not in the table is a
 mistake: the caller's (`move`), or the peer's (`move_untrusted`).
@@ -46,14 +47,23 @@ class Machine(Protocol[MessageT, OutputT]):
         """Remove and return the oldest effect or event; None if none is left."""
 
 
-class TimedMachine(Machine[MessageT, OutputT], Protocol[MessageT, OutputT]):
-    """A machine that depends on time as well."""
+class TimedPolicy(Protocol[OutputT]):
+    """A machine that depends on its commands and on time, and gets no messages."""
 
     def handle_timeout(self, now: float) -> None:
         """Do what is due at `now`; nothing happens before `deadline`."""
 
+    def next_output(self) -> OutputT | None:
+        """Remove and return the oldest effect or event; None if none is left."""
+
     def deadline(self) -> float | None:
         """Return when `handle_timeout` has something to do; None if never."""
+
+
+class TimedMachine(
+    Machine[MessageT, OutputT], TimedPolicy[OutputT], Protocol[MessageT, OutputT]
+):
+    """A machine that depends on time as well."""
 
 
 class ConnectedMachine(Machine[MessageT, OutputT], Protocol[MessageT, OutputT]):
@@ -76,6 +86,46 @@ class ConnectedMachine(Machine[MessageT, OutputT], Protocol[MessageT, OutputT]):
         Raises:
             LocalProtocolError: If the connection was not lost.
         """
+
+
+class ReconnectingMachine(TimedMachine[MessageT, OutputT], Protocol[MessageT, OutputT]):
+    """A machine that decides itself when to connect: an output asks for it."""
+
+    def connected(self, now: float) -> None:
+        """Handle the connection that the machine asked for.
+
+        Raises:
+            LocalProtocolError: If it did not ask for one.
+        """
+
+    def connect_failed(self, reason: str, now: float) -> None:
+        """Handle the failure to connect; the reason is for people.
+
+        Raises:
+            LocalProtocolError: If the machine did not ask for a connection.
+        """
+
+    def connection_lost(self, reason: str, now: float) -> None:
+        """Handle the end of the connection; the reason is for people.
+
+        Raises:
+            LocalProtocolError: If there was no connection.
+        """
+
+
+class ServerMachine(TimedPolicy[OutputT], Protocol[MessageT, OutputT]):
+    """A machine that serves many connections, so each input names one of them.
+
+    The driver numbers the connections and never uses a number twice. Input for a
+    connection that the machine has dropped is ignored. A fault of a peer is an output
+    and not an exception: the other connections must not notice it.
+    """
+
+    def receive_message(self, connection: int, message: MessageT, now: float) -> None:
+        """Handle a message that came over this connection."""
+
+    def connection_lost(self, connection: int, reason: str) -> None:
+        """Handle the end of this connection; the reason is for people."""
 
 
 def move(table: Table[StateT], state: StateT, trigger: Trigger) -> StateT:

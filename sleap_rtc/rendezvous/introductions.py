@@ -12,7 +12,7 @@ import msgspec
 import structlog
 
 from sleap_rtc.errors import NoWorkerError, RefusedError
-from sleap_rtc.io.signaling.client import PeerUnreachableError, Room
+from sleap_rtc.io.signaling.client import PeerUnreachableError, RoomConnection
 from sleap_rtc.proto.errors import InvalidInput, RemoteProtocolError
 from sleap_rtc.proto.messages import Auth
 from sleap_rtc.proto.rendezvous.envelope import (
@@ -43,7 +43,7 @@ class Introduction(msgspec.Struct, frozen=True):
 
 
 async def ask_worker(
-    room: Room,
+    room: RoomConnection,
     keys: RoomKeys,
     worker: Candidate,
     kinds: tuple[LinkKindName, ...] = LINK_KINDS,
@@ -133,7 +133,7 @@ class Doorkeeper:
         self._ledger = OfferLedger(keys, peer_id, certificate)
 
     async def answer_offers(
-        self, room: Room, addresses: Callable[[], tuple[Address, ...]]
+        self, room: RoomConnection, addresses: Callable[[], tuple[Address, ...]]
     ) -> None:
         """Answer every good offer until cancelled; the others are noted and dropped.
 

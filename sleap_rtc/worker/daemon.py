@@ -26,7 +26,11 @@ from sleap_rtc.io.connect.listener import Listener, open_listener
 from sleap_rtc.io.hardware import MachineInfo, describe_machine
 from sleap_rtc.io.link.certificates import make_certificate
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.signaling.client import RegistrationRefusedError, Room, open_room
+from sleap_rtc.io.signaling.client import (
+    RegistrationRefusedError,
+    RoomConnection,
+    open_room,
+)
 from sleap_rtc.io.signals import end_on_signal
 from sleap_rtc.proto.job.script import DEFAULT_PROGRAMS
 from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting
@@ -305,7 +309,7 @@ class Worker:
             nonce=doorkeeper.nonce.hex(),
         )
 
-    async def _tell_room(self, room: Room, doorkeeper: Doorkeeper) -> None:
+    async def _tell_room(self, room: RoomConnection, doorkeeper: Doorkeeper) -> None:
         """Keep what the room knows of this worker true."""
         while True:
             with trio.move_on_after(STATUS_INTERVAL):

@@ -1,11 +1,26 @@
-"""Transitions are looked up in a table; what is not there is somebody's fault."""
+"""The table of a machine, and the verbs that all machines share."""
 
 from enum import Enum, auto
 
 import pytest
 
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.machine import Table, move, move_untrusted
+from sleap_rtc.proto.machine import ReconnectingMachine, Table, move, move_untrusted
+from sleap_rtc.proto.rendezvous.member import RoomMember
+from sleap_rtc.proto.rendezvous.member_outputs import MemberOutput
+from sleap_rtc.proto.rendezvous.messages import Signal
+
+# ------------------------------------------------------- which machine has which verbs
+
+
+def check_types(
+    member: RoomMember,
+) -> tuple[ReconnectingMachine[Signal, MemberOutput]]:
+    """Let mypy check each machine against its protocol. This function never runs."""
+    return (member,)
+
+
+# --------------------------------------------------------------------------- tables
 
 
 class State(Enum):
@@ -32,7 +47,7 @@ def test_a_trigger_of_the_table_leads_to_its_state() -> None:
     assert move_untrusted(TABLE, State.OPEN, Goodbye) is State.CLOSED
 
 
-def test_any_other_trigger_is_the_fault_of_the_responsible_side() -> None:
+def test_any_other_trigger_is_a_fault_of_the_responsible_side() -> None:
     with pytest.raises(LocalProtocolError, match="CLOSE is not expected in"):
         move(TABLE, State.CLOSED, Trigger.CLOSE)
     with pytest.raises(RemoteProtocolError, match="CLOSE is not expected in"):

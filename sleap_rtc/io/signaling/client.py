@@ -1,7 +1,7 @@
-"""A peer in its room, over real sockets.
+"""A peer of a room, over real sockets.
 
-What happens is decided by `sleap_rtc.proto.rendezvous.member`; this module moves texts
-and time.
+`sleap_rtc.proto.rendezvous.member` decides what happens; this module moves texts and
+time.
 """
 
 import random
@@ -13,6 +13,7 @@ import trio
 from msgspec import UNSET
 from structlog.typing import FilteringBoundLogger
 
+from sleap_rtc.io.alarm import Alarm
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.signaling.websocket import (
     CloseCode,
@@ -23,7 +24,12 @@ from sleap_rtc.io.signaling.websocket import (
 from sleap_rtc.proto.errors import InvalidInput, RemoteProtocolError
 from sleap_rtc.proto.rendezvous.envelope import session_untrusted
 from sleap_rtc.proto.rendezvous.invite import RoomKeys
-from sleap_rtc.proto.rendezvous.member import Backoff, MemberState, RoomMember
+from sleap_rtc.proto.rendezvous.member import (
+    LIMITS,
+    MemberLimits,
+    MemberState,
+    RoomMember,
+)
 from sleap_rtc.proto.rendezvous.member_outputs import (
     AnswerReceived,
     Close,
@@ -40,15 +46,15 @@ from sleap_rtc.proto.rendezvous.member_outputs import (
 )
 from sleap_rtc.proto.rendezvous.messages import (
     MAX_LIST_BYTES,
-    Condition,
     Filters,
     Metadata,
     PeerInfo,
     Property,
+    decode_signal_untrusted,
 )
 
 MAX_WAITING_OFFERS = 64
-"""Offers that the owner of a room has not taken yet; one more is dropped, and its
+"""Offers that wait until the worker reads them; a further one is dropped, and its
 client asks again."""
 
 
@@ -56,7 +62,7 @@ class RegistrationRefusedError(Exception):
     """The signaling server does not let this peer into the room.
 
     Args:
-        reason: What the server said.
+        reason: The reason that the server sent.
     """
 
     def __init__(self, reason: str) -> None:
@@ -69,7 +75,7 @@ class PeerUnreachableError(Exception):
 
     Args:
         target: The peer.
-        reason: What happened.
+        reason: Why it can't be reached.
     """
 
     def __init__(self, target: str, reason: str) -> None:
@@ -78,18 +84,19 @@ class PeerUnreachableError(Exception):
         self.reason = reason
 
 
-class Room:
-    """A peer's place in its room; it comes back by itself when the server does.
+class RoomConnection:
+    """The connection of a peer to its room, which reconnects by itself.
 
-    Made by `open_room`. Every method that waits does so until the caller's deadline.
+    Made by `open_room`. A method that waits has no time limit of its own: the caller
+    sets one, and a call that is cancelled leaves nothing behind.
 
     Attributes:
         peer_id: The name of this peer.
         offers: The sealed offers that arrive, as pairs of sender and text. It ends if
             the server refuses the registration.
         trouble: Why the last connection failed or ended; empty if none did.
-        is_refused: Whether the server's host said that nobody listens there.
-        failed: Is set once a connection has failed or ended.
+        is_refused: True if the host of the server refused the last connection.
+        failed: Set once a connection has failed or ended.
     """
 
     def __init__(
@@ -102,6 +109,8 @@ class Room:
         self._url = url
         self._member = member
         self._log = log
+        self._alarm = Alarm()
+        self._connect_wanted = trio.Event()
         self._socket: WebSocket | None = None
         self._registered = trio.Event()
         self._refusal: str | None = None
@@ -117,32 +126,23 @@ class Room:
         """Wait until this peer is in its room.
 
         Raises:
-            RegistrationRefusedError: If it never will be.
+            RegistrationRefusedError: If the server does not let this peer in.
         """
         while self._member.state is not MemberState.REGISTERED:
             if self._refusal is not None:
                 raise RegistrationRefusedError(self._refusal)
             await self._registered.wait()
 
-    async def discover(
-        self,
-        *,
-        role: str | None = None,
-        tags: tuple[str, ...] = (),
-        properties: Mapping[str, Condition] | None = None,
-    ) -> list[PeerInfo]:
-        """List the other peers of the room; asks again if the connection is lost.
+    async def discover(self, role: str | None = None) -> list[PeerInfo]:
+        """Return the other peers of the room; ask again if the connection is lost.
 
         Args:
-            role: Only peers of this role.
-            tags: Only peers with any of these tags.
-            properties: Only peers whose properties have these values.
+            role: Only peers of this role; None for all peers.
 
         Raises:
             RegistrationRefusedError: If the server does not let this peer in.
         """
-        wanted = UNSET if role is None else role
-        filters = Filters(wanted, tags, dict(properties or {}))
+        filters = Filters(UNSET if role is None else role)
         while True:
             await self.wait_registered()
             request = self._member.discover(filters)
@@ -157,7 +157,7 @@ class Room:
                 self._lists.pop(request, None)
 
     async def exchange(self, target: str, sealed: str) -> str:
-        """Send a sealed offer and wait for its sealed answer.
+        """Send a sealed offer and return its sealed answer.
 
         Args:
             target: The peer to ask.
@@ -187,7 +187,7 @@ class Room:
         return reply
 
     async def answer(self, target: str, sealed: str) -> None:
-        """Send a sealed answer, as soon as this peer is in its room.
+        """Send a sealed answer as soon as this peer is in its room.
 
         Raises:
             RegistrationRefusedError: If the server does not let this peer in.
@@ -197,85 +197,82 @@ class Room:
         self._drain()
 
     async def update_metadata(self, properties: Mapping[str, Property]) -> None:
-        """Change what the room knows of this peer, now and after every reconnection.
+        """Change the metadata of this peer, now and after every reconnection.
 
         Args:
-            properties: The changed ones; the others stay.
+            properties: The changed properties; the others stay.
 
         Raises:
-            LocalProtocolError: If they are too many.
+            LocalProtocolError: If they are too large.
         """
         await trio.lowlevel.checkpoint()
         self._member.update_metadata(properties)
         self._drain()
 
-    # ---------------------------------------------------------- what the socket says
+    # ------------------------------------------------------------ input of the socket
 
     def received_text(self, text: str) -> None:
-        """Pass a message of the server on (for the socket)."""
+        """Handle a message of the server (for the socket)."""
         try:
-            self._member.receive_text_untrusted(text, trio.current_time())
+            signal = decode_signal_untrusted(text, MAX_LIST_BYTES)
+            self._member.receive_message(signal, trio.current_time())
         except RemoteProtocolError as error:
             if self._socket is not None:
                 self._socket.close(error.reason, CloseCode.PROTOCOL_ERROR)
         self._drain()
 
     def heard(self) -> None:
-        """Pass a sign of life on (for the socket)."""
+        """Record a sign of life of the server (for the socket)."""
         self._member.heard_from(trio.current_time())
+        self._drain()
 
     # --------------------------------------------------------------------- the driver
 
     async def run(self) -> None:
-        """Keep the connection up until cancelled or refused (for `open_room`)."""
-        self._drain()
-        while self._member.state is not MemberState.ENDED:
-            if self._member.state is MemberState.CONNECTING:
+        """Connect whenever the machine asks for it, until cancelled or refused."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._serve_deadlines)
+            self._drain()
+            while self._member.state is not MemberState.ENDED:
+                await self._connect_wanted.wait()
+                self._connect_wanted = trio.Event()
                 await self._connect()
-            else:
-                await self._wait_for_deadline()
+            nursery.cancel_scope.cancel(reason="the registration was refused")
 
     async def _connect(self) -> None:
-        """Serve one connection, if it can be had."""
+        """Connect once, and serve the connection until it ends."""
         try:
             socket = await connect_websocket(self._url, MAX_LIST_BYTES)
         except WebSocketConnectError as error:
             self.is_refused = error.is_refused
-            self._member.connect_failed(trio.current_time(), str(error))
+            self._member.connect_failed(str(error), trio.current_time())
             self._drain()
             return
         self._socket, self.is_refused = socket, False
         self._member.connected(trio.current_time())
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._watch_deadlines)
-            reason = await socket.run(self)
-            nursery.cancel_scope.cancel(reason="the connection has ended")
+        self._drain()
+        reason = await socket.run(self)
         self._socket = None
         if self._member.is_connected:
-            self._member.connection_lost(trio.current_time(), reason)
+            self._member.connection_lost(reason, trio.current_time())
         self._drain()
 
-    async def _watch_deadlines(self) -> None:
-        while self._member.is_connected:
-            await self._wait_for_deadline()
-
-    async def _wait_for_deadline(self) -> None:
-        """Sleep once; while a connection lasts, its deadlines only move away."""
-        deadline = self._member.deadline()
-        await trio.sleep_until(float("inf") if deadline is None else deadline)
-        self._member.handle_timeout(trio.current_time())
-        self._drain()
+    async def _serve_deadlines(self) -> None:
+        while True:
+            await self._alarm.wait()
+            self._member.handle_timeout(trio.current_time())
+            self._drain()
 
     def _drain(self) -> None:
-        """Do all that the machine asks for; nothing here waits."""
+        """Run all outputs of the machine, without waiting."""
         while (output := self._member.next_output()) is not None:
-            self._do(output)
+            self._run_output(output)
+        self._alarm.set(self._member.deadline())
 
-    def _do(self, output: MemberOutput) -> None:
+    def _run_output(self, output: MemberOutput) -> None:
         match output:
             case Connect():
-                # `run` connects: it sees the state.
-                pass
+                self._connect_wanted.set()
             case SendText(text=text):
                 if self._socket is not None:
                     self._socket.send_text(text)
@@ -291,31 +288,33 @@ class Room:
                 self._log.warning(
                     "no signaling server", reason=reason, retry_in=round(delay, 1)
                 )
-                self._leave()
+                if self._registered.is_set():
+                    self._registered = trio.Event()
+                self._end_requests()
             case RegistrationRefused(reason=reason):
                 self._log.error("registration refused", reason=reason)
                 self._refusal = reason
-                self._leave()
+                self._end_requests()
                 self._registered.set()
                 self._offers_in.close()
             case PeersListed(request=request, peers=peers):
                 if (waiting := self._lists.pop(request, None)) is not None:
                     waiting.send_nowait(peers)
             case OfferReceived(sender=sender, sealed=sealed):
-                self._take_offer(sender, sealed)
+                self._queue_offer(sender, sealed)
             case AnswerReceived(sender=sender, sealed=sealed):
-                self._take_answer(sender, sealed)
+                self._deliver_answer(sender, sealed)
             case PeerUnreachable(target=target):
                 self._fail_answers(target)
             case ServerComplained(code=code, reason=reason):
-                self._log.warning("the server complains", code=code, reason=reason)
+                self._log.warning(
+                    "the server reports an error", code=code, reason=reason
+                )
             case _:
                 assert_never(output)
 
-    def _leave(self) -> None:
-        """Tell everybody who waits that the connection is gone."""
-        if self._registered.is_set():
-            self._registered = trio.Event()
+    def _end_requests(self) -> None:
+        """Wake the callers that wait for a list or an answer of this connection."""
         for lists in self._lists.values():
             lists.close()
         for answers in self._answers.values():
@@ -323,16 +322,13 @@ class Room:
         self._lists.clear()
         self._answers.clear()
 
-    def _take_offer(self, sender: str, sealed: str) -> None:
+    def _queue_offer(self, sender: str, sealed: str) -> None:
         try:
             self._offers_in.send_nowait((sender, sealed))
         except trio.WouldBlock:
             self._log.warning("offer dropped: too many at once", peer=sender)
-        except trio.BrokenResourceError:
-            # Nobody listens for offers here.
-            pass
 
-    def _take_answer(self, sender: str, sealed: str) -> None:
+    def _deliver_answer(self, sender: str, sealed: str) -> None:
         try:
             key = (sender, session_untrusted(sealed))
         except InvalidInput:
@@ -356,26 +352,26 @@ async def open_room(
     metadata: Metadata,
     *,
     log: FilteringBoundLogger,
-    backoff: Backoff = Backoff(),  # noqa: B008 - it is frozen
-) -> AsyncIterator[Room]:
+    limits: MemberLimits = LIMITS,
+) -> AsyncIterator[RoomConnection]:
     """Enter a room, and stay in it whatever happens to the connection.
 
-    It does not wait for the registration: see `Room.wait_registered`.
+    It does not wait for the registration: see `RoomConnection.wait_registered`.
 
     Args:
         url: The signaling server of the invite.
         keys: The keys of the invite.
         peer_id: A name that no other peer of the room uses.
         role: Such as ``worker`` or ``client``.
-        metadata: What the others shall know.
-        log: Where connection and reconnection are noted.
-        backoff: How long to wait between attempts to connect.
+        metadata: Metadata that the other peers of the room can read.
+        log: Log of connections and reconnections.
+        limits: Time limits.
 
     Raises:
         LocalProtocolError: If the metadata is too large.
     """
-    member = RoomMember(keys, peer_id, role, metadata, random.SystemRandom(), backoff)
-    room = Room(url, member, peer_id, log)
+    member = RoomMember(keys, peer_id, role, metadata, random.SystemRandom(), limits)
+    room = RoomConnection(url, member, peer_id, log)
     async with open_background_nursery() as nursery:
         nursery.start_soon(room.run)
         yield room

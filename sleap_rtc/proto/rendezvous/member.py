@@ -1,4 +1,4 @@
-"""One peer's side of the signaling server, as a pure machine that reconnects."""
+"""A peer of a room, as a pure machine that reconnects to the signaling server."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -7,7 +7,9 @@ from typing import Protocol
 
 import msgspec
 
+from sleap_rtc.proto.backoff import Backoff
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+from sleap_rtc.proto.machine import Table, Trigger, move, move_untrusted
 from sleap_rtc.proto.rendezvous.invite import RoomKeys
 from sleap_rtc.proto.rendezvous.member_outputs import (
     AnswerReceived,
@@ -24,7 +26,6 @@ from sleap_rtc.proto.rendezvous.member_outputs import (
     ServerComplained,
 )
 from sleap_rtc.proto.rendezvous.messages import (
-    MAX_LIST_BYTES,
     MAX_METADATA_BYTES,
     AnswerSignal,
     Challenge,
@@ -41,59 +42,46 @@ from sleap_rtc.proto.rendezvous.messages import (
     RegisteredAuth,
     Signal,
     UpdateMetadata,
-    decode_signal_untrusted,
     encode_signal,
     metadata_fits,
 )
 from sleap_rtc.proto.terminal import printable
 
-REGISTRATION_SECONDS = 10.0
-"""From the connection to the end of the registration; the server allows the same."""
 
-SILENCE_SECONDS = 60.0
-"""Three pings of the server that did not come: the connection is dead."""
-
-STABLE_SECONDS = 30.0
-"""A registration that lasted this long starts the next backoff from the beginning.
-Two processes that use the same peer id push each other out, but ever more slowly."""
-
-
-class Backoff(msgspec.Struct, frozen=True):
-    """How long to wait between attempts to connect, in seconds.
+class MemberLimits(msgspec.Struct, frozen=True):
+    """Time limits of a `RoomMember`, in seconds.
 
     Args:
-        first: After the first failure; it doubles with each one that follows.
-        longest: At most this.
+        registration_timeout: From the connection to the end of the registration; the
+            server allows as much.
+        silence_timeout: Without a sign of life of the server, after which the
+            connection counts as dead: three of its pings did not come.
+        stable_after: A registration that lasted this long resets the backoff. So two
+            processes that use one peer id push each other out ever more slowly.
+        backoff: Between two attempts to connect.
     """
 
-    first: float = 0.5
-    longest: float = 30.0
+    registration_timeout: float = 10.0
+    silence_timeout: float = 60.0
+    stable_after: float = 30.0
+    backoff: Backoff = Backoff(first=0.5, longest=30.0)
 
-    def delay(self, failures: int, fraction: float) -> float:
-        """Say how long to wait after so many failures.
 
-        Args:
-            failures: From 1.
-            fraction: A random number in [0, 1). It spreads the peers of a server that
-                went away over the upper half of the delay.
-        """
-        # No delay doubles more than 32 times: a greater power would overflow.
-        whole = min(self.longest, self.first * 2.0 ** min(failures - 1, 32))
-        return whole * (0.5 + fraction / 2)
+LIMITS = MemberLimits()
 
 
 class RandomSource(Protocol):
-    """Such as `random.Random`."""
+    """A source of random numbers, such as `random.Random`."""
 
     def random(self) -> float:
-        """Give a number in [0, 1)."""
+        """Return a number in [0, 1)."""
 
 
 # -------------------------------------------------------------- states, transitions
 
 
 class MemberState(Enum):
-    """Where a member stands."""
+    """State of a member."""
 
     CONNECTING = auto()
     """The driver connects."""
@@ -111,63 +99,57 @@ class MemberState(Enum):
     """Not connected; the next attempt comes with the deadline."""
 
     ENDED = auto()
-    """Closed by the owner, or refused by the server: nothing more happens."""
+    """Refused by the server: nothing more happens."""
 
 
-class _Trigger(Enum):
-    CONNECTED = "connected"
-    FAILED = "connect_failed"
-    CHALLENGED = "a challenge"
-    ACCEPTED = "a registration"
-    REFUSED = "a refusal"
-    LOST = "connection_lost"
-    TIMEOUT = "a timeout"
-    CLOSED = "close"
+class MemberTrigger(Enum):
+    """Triggers that are not simply the arrival of a message."""
+
+    CONNECTED = auto()
+    CONNECT_FAILED = auto()
+    REFUSED = auto()
+    """An `ErrorSignal` that ends the registration for good."""
+
+    CONNECTION_LOST = auto()
+    TIMEOUT = auto()
 
 
-_S, _T = MemberState, _Trigger
+_S, _T = MemberState, MemberTrigger
 
-TRANSITIONS: dict[MemberState, dict[_Trigger, MemberState]] = {
+TRANSITIONS: Table[MemberState] = {
     _S.CONNECTING: {
         _T.CONNECTED: _S.OPENING,
-        _T.FAILED: _S.WAITING,
-        _T.CLOSED: _S.ENDED,
+        _T.CONNECT_FAILED: _S.WAITING,
     },
     _S.OPENING: {
-        _T.CHALLENGED: _S.REGISTERING,
+        Challenge: _S.REGISTERING,
         _T.REFUSED: _S.ENDED,
-        _T.LOST: _S.WAITING,
+        _T.CONNECTION_LOST: _S.WAITING,
         _T.TIMEOUT: _S.WAITING,
-        _T.CLOSED: _S.ENDED,
     },
     _S.REGISTERING: {
-        _T.ACCEPTED: _S.REGISTERED,
+        RegisteredAuth: _S.REGISTERED,
         _T.REFUSED: _S.ENDED,
-        _T.LOST: _S.WAITING,
+        _T.CONNECTION_LOST: _S.WAITING,
         _T.TIMEOUT: _S.WAITING,
-        _T.CLOSED: _S.ENDED,
     },
     _S.REGISTERED: {
-        _T.LOST: _S.WAITING,
+        _T.CONNECTION_LOST: _S.WAITING,
         _T.TIMEOUT: _S.WAITING,
-        _T.CLOSED: _S.ENDED,
     },
     _S.WAITING: {
         _T.TIMEOUT: _S.CONNECTING,
-        _T.CLOSED: _S.ENDED,
     },
-    _S.ENDED: {
-        _T.CLOSED: _S.ENDED,
-    },
+    _S.ENDED: {},
 }
-"""States down, what happens across; anything else is somebody's mistake."""
+"""The transitions of `RoomMember`; messages that are not named change no state."""
 
 _CONNECTED = frozenset({_S.OPENING, _S.REGISTERING, _S.REGISTERED})
 
-_PASSING = frozenset(
+_TEMPORARY = frozenset(
     {ErrorCode.ROOM_FULL, ErrorCode.SERVER_FULL, ErrorCode.TOO_MANY_MESSAGES}
 )
-"""Refusals that time may heal; every other one is final."""
+"""Codes of refusals that may pass with time; every other refusal is final."""
 
 
 class RoomMember:
@@ -176,20 +158,20 @@ class RoomMember:
     It starts in `MemberState.CONNECTING`, with a `Connect` to drain. A driver reports
 
     * `connected` or `connect_failed` for each `Connect`;
-    * `receive_text_untrusted` for each message, `heard_from` for each ping;
-    * `connection_lost` when the socket is gone, unless the machine said `Close`;
+    * `receive_message` for each message, `heard_from` for each ping;
+    * `connection_lost` when the socket is gone, unless the machine returned `Close`;
     * `handle_timeout` at `deadline`,
 
     and after each of them, and after each command, drains `next_output`. ``now`` is a
     monotonic clock, seconds.
 
     Args:
-        keys: The room's.
-        peer_id: The name of this peer, its own in the whole room.
+        keys: Keys of the room.
+        peer_id: The name of this peer, unique in the room.
         role: Such as ``worker`` or ``client``.
-        metadata: What the others shall know.
-        random: For the jitter of the backoff.
-        backoff: How long to wait between attempts.
+        metadata: Metadata that the other peers of the room can read.
+        random: Source of the jitter of the backoff.
+        limits: Time limits.
 
     Raises:
         LocalProtocolError: If the metadata is too large.
@@ -202,7 +184,7 @@ class RoomMember:
         role: str,
         metadata: Metadata,
         random: RandomSource,
-        backoff: Backoff = Backoff(),  # noqa: B008 - it is frozen
+        limits: MemberLimits = LIMITS,
     ) -> None:
         _check_size(metadata)
         self._keys = keys
@@ -210,7 +192,7 @@ class RoomMember:
         self._role = role
         self._metadata = metadata
         self._random = random
-        self._backoff = backoff
+        self._limits = limits
         self._state = MemberState.CONNECTING
         self._outputs: deque[MemberOutput] = deque([Connect()])
         self._deadline: float | None = None
@@ -223,83 +205,84 @@ class RoomMember:
 
     @property
     def state(self) -> MemberState:
-        """Where the machine stands."""
+        """The state of the machine."""
         return self._state
 
     @property
     def is_connected(self) -> bool:
-        """True while the machine uses the connection that the driver gave it."""
+        """True while the machine uses the connection that the driver reported."""
         return self._state in _CONNECTED
 
     # ---------------------------------------------------------------------- inputs
 
     def connected(self, now: float) -> None:
-        """Take the connection that was asked for.
+        """Handle the connection that `Connect` asked for.
 
         Raises:
-            LocalProtocolError: If none was.
+            LocalProtocolError: If the machine did not ask for one.
         """
         self._move(_T.CONNECTED)
         self._complaint = ""
-        self._deadline = now + REGISTRATION_SECONDS
+        self._deadline = now + self._limits.registration_timeout
 
-    def connect_failed(self, now: float, reason: str) -> None:
-        """Note that there is no connection.
-
-        Raises:
-            LocalProtocolError: If none was asked for.
-        """
-        self._move(_T.FAILED)
-        self._wait(now, reason)
-
-    def connection_lost(self, now: float, reason: str) -> None:
-        """Note that the connection is gone.
+    def connect_failed(self, reason: str, now: float) -> None:
+        """Handle the failure of `Connect`.
 
         Raises:
-            LocalProtocolError: If there was none.
+            LocalProtocolError: If the machine did not ask for a connection.
         """
-        self._move(_T.LOST)
-        self._wait(now, self._complaint or reason)
+        self._move(_T.CONNECT_FAILED)
+        self._schedule_attempt(reason, now)
+
+    def connection_lost(self, reason: str, now: float) -> None:
+        """Handle the end of the connection.
+
+        Raises:
+            LocalProtocolError: If there was no connection.
+        """
+        self._move(_T.CONNECTION_LOST)
+        self._schedule_attempt(self._complaint or reason, now)
 
     def heard_from(self, now: float) -> None:
-        """Note a ping of the server."""
+        """Record a sign of life of the server, such as a ping."""
         if self._state is MemberState.REGISTERED:
-            self._deadline = now + SILENCE_SECONDS
+            self._deadline = now + self._limits.silence_timeout
 
-    def receive_text_untrusted(self, text: str, now: float) -> None:
+    def receive_message(self, message: Signal, now: float) -> None:
         """Handle a message of the server.
 
+        A message of a connection that the machine has given up is ignored.
+
         Raises:
-            RemoteProtocolError: If the server broke the protocol. The state is what it
-                was; the driver closes the connection and reports it as lost.
+            RemoteProtocolError: If the server broke the protocol. The state does not
+                change; the driver closes the connection and reports it as lost.
         """
         if not self.is_connected:
             return
-        signal = decode_signal_untrusted(text, MAX_LIST_BYTES)
         self.heard_from(now)
-        match signal:
+        match message:
             case Challenge(nonce=nonce):
-                self._move_untrusted(_T.CHALLENGED)
+                self._move_untrusted(Challenge)
                 self._register(nonce)
             case RegisteredAuth():
-                self._move_untrusted(_T.ACCEPTED)
-                self._enter(now)
+                self._move_untrusted(RegisteredAuth)
+                self._start_membership(now)
             case PeerList(peers=peers):
                 if not self._requests:
-                    raise RemoteProtocolError("a list of peers that nobody asked for")
+                    raise RemoteProtocolError("PeerList came without a request")
                 self._outputs.append(PeersListed(self._requests.popleft(), peers))
             case OfferSignal(sender=sender, sdp=sealed):
                 self._outputs.append(OfferReceived(sender, sealed))
             case AnswerSignal(sender=sender, sdp=sealed):
                 self._outputs.append(AnswerReceived(sender, sealed))
             case ErrorSignal():
-                self._receive_error(signal)
+                self._receive_error(message)
             case _:
-                # Of a newer version, or of no interest to this peer.
+                # A message of a newer version, or one that this peer does not need.
                 pass
 
     def handle_timeout(self, now: float) -> None:
-        """Do what it is time for; nothing happens before `deadline`."""
+        """Do what is due at `now`; nothing happens before `deadline`."""
         if self._deadline is None or now < self._deadline:
             return
         state = self._state
@@ -314,14 +297,16 @@ class RoomMember:
             else "the signaling server did not let us register in time"
         )
         self._outputs.append(Close(reason))
-        self._wait(now, reason)
+        self._schedule_attempt(reason, now)
 
     # -------------------------------------------------------------------- commands
 
     def discover(self, filters: Filters) -> int:
-        """Ask who is in the room; `PeersListed` with the returned number follows.
+        """Ask for the other peers of the room.
 
-        It does not follow if the connection is lost first.
+        Returns:
+            The number of the request. `PeersListed` with this number follows, unless
+            the connection is lost first.
 
         Raises:
             LocalProtocolError: Unless registered.
@@ -355,7 +340,7 @@ class RoomMember:
         """Change some properties, at any time; they are sent as soon as possible.
 
         Raises:
-            LocalProtocolError: If they are too many; nothing changed.
+            LocalProtocolError: If they are too large; nothing changed.
         """
         metadata = Metadata(
             self._metadata.tags, self._metadata.properties | dict(properties)
@@ -364,37 +349,23 @@ class RoomMember:
         self._metadata = metadata
         self._publish()
 
-    def close(self) -> None:
-        """End; it may be called at any time, and again."""
-        if self.is_connected:
-            self._outputs.append(Close("done"))
-        self._move(_T.CLOSED)
-        self._deadline = None
-
     # --------------------------------------------------------------------- outputs
 
     def deadline(self) -> float | None:
-        """When `handle_timeout` has something to do."""
+        """Return when `handle_timeout` has something to do; None if never."""
         return self._deadline
 
     def next_output(self) -> MemberOutput | None:
-        """Take the oldest effect or event, or None if there is none."""
+        """Remove and return the oldest effect or event; None if there is none."""
         return self._outputs.popleft() if self._outputs else None
 
     # -------------------------------------------------------------------- internals
 
-    def _move(self, trigger: _Trigger) -> None:
-        target = TRANSITIONS[self._state].get(trigger)
-        if target is None:
-            raise LocalProtocolError(f"no {trigger.value} in state {self._state.name}")
-        self._state = target
+    def _move(self, trigger: MemberTrigger) -> None:
+        self._state = move(TRANSITIONS, self._state, trigger)
 
-    def _move_untrusted(self, trigger: _Trigger) -> None:
-        if trigger not in TRANSITIONS[self._state]:
-            raise RemoteProtocolError(
-                f"the server sent {trigger.value} in state {self._state.name}"
-            )
-        self._move(trigger)
+    def _move_untrusted(self, trigger: Trigger) -> None:
+        self._state = move_untrusted(TRANSITIONS, self._state, trigger)
 
     def _send(self, signal: Signal) -> None:
         self._outputs.append(SendText(encode_signal(signal)))
@@ -416,14 +387,14 @@ class RoomMember:
             )
         )
 
-    def _enter(self, now: float) -> None:
+    def _start_membership(self, now: float) -> None:
         self._registered_at = now
-        self._deadline = now + SILENCE_SECONDS
+        self._deadline = now + self._limits.silence_timeout
         self._outputs.append(Registered())
         self._publish()
 
     def _publish(self) -> None:
-        """Send the metadata if the room knows an older one."""
+        """Send the metadata if it changed since the room got it."""
         if self._state is not MemberState.REGISTERED:
             return
         if self._metadata != self._sent_metadata:
@@ -437,7 +408,7 @@ class RoomMember:
             self._outputs.append(PeerUnreachable(error.target))
         elif self._state is MemberState.REGISTERED:
             self._outputs.append(ServerComplained(printable(error.code), reason))
-        elif error.code in _PASSING:
+        elif error.code in _TEMPORARY:
             self._complaint = reason
         else:
             self._move_untrusted(_T.REFUSED)
@@ -445,14 +416,14 @@ class RoomMember:
             self._outputs.append(Close(reason))
             self._outputs.append(RegistrationRefused(reason))
 
-    def _wait(self, now: float, reason: str) -> None:
-        """Arm the next attempt."""
+    def _schedule_attempt(self, reason: str, now: float) -> None:
+        """Set the time of the next attempt to connect."""
         since = self._registered_at
-        stable = since is not None and now - since >= STABLE_SECONDS
+        stable = since is not None and now - since >= self._limits.stable_after
         self._failures = 1 if stable else self._failures + 1
         self._registered_at = None
         self._requests.clear()
-        delay = self._backoff.delay(self._failures, self._random.random())
+        delay = self._limits.backoff.delay(self._failures, self._random.random())
         self._deadline = now + delay
         self._outputs.append(Reconnecting(delay, reason))
 

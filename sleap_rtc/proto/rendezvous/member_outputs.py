@@ -1,4 +1,4 @@
-"""What a member of a room asks of its driver (effects), and what happened (events)."""
+"""Outputs of a member of a room: effects for its driver, and events."""
 
 import msgspec
 
@@ -16,7 +16,7 @@ class SendText(msgspec.Struct, frozen=True):
 
 
 class Close(msgspec.Struct, frozen=True):
-    """Effect: close the connection, if there is one; don't report that it was lost."""
+    """Effect: close the connection, and do not report its end to the machine."""
 
     reason: str
 
@@ -32,7 +32,7 @@ class RegistrationRefused(msgspec.Struct, frozen=True):
 
 
 class Reconnecting(msgspec.Struct, frozen=True):
-    """Event: there is no connection; the next attempt follows after ``delay`` s."""
+    """Event: the connection is lost; the next attempt follows after ``delay`` s."""
 
     delay: float
     reason: str
@@ -46,14 +46,14 @@ class PeersListed(msgspec.Struct, frozen=True):
 
 
 class OfferReceived(msgspec.Struct, frozen=True):
-    """Event: a sealed offer came; the sender is what the server claims it to be."""
+    """Event: a sealed offer came; only the server vouches for the sender's name."""
 
     sender: str
     sealed: str
 
 
 class AnswerReceived(msgspec.Struct, frozen=True):
-    """Event: a sealed answer came; the sender is what the server claims it to be."""
+    """Event: a sealed answer came; only the server vouches for the sender's name."""
 
     sender: str
     sealed: str
@@ -66,7 +66,7 @@ class PeerUnreachable(msgspec.Struct, frozen=True):
 
 
 class ServerComplained(msgspec.Struct, frozen=True):
-    """Event: the server could not do something; the connection goes on."""
+    """Event: the server could not do something; the connection continues."""
 
     code: str
     reason: str

@@ -1,41 +1,40 @@
 """When to try again after a link was lost, and when to stop trying.
 
-A policy only: it is told how each attempt failed, and answers with what to do next. Two
-things can be wrong. The worker is *gone* if there is evidence that its process is not
-there: the signaling server answers and does not list it, or its host refuses the
-connection. It is *away* if nothing answers at all: then it may be the network that is
-missing, as in a laptop that has just woken up, and only patience helps.
+This module only decides: its owner reports how each attempt failed and gets the next
+step. Two things can be wrong. The worker is *gone* if there is evidence that its
+process has ended: the signaling server answers and does not list it, or its host
+refuses the connection. The worker is *away* if nothing answers at all. Then the network
+itself may be missing, as on a laptop that has just woken up, and only time helps.
 """
 
 import msgspec
 
+from sleap_rtc.proto.backoff import Backoff
 from sleap_rtc.proto.errors import LocalProtocolError
 
-FIRST_PAUSE = 0.25
-"""Seconds after the first failure; the pause doubles with each one that follows."""
+AWAY_BACKOFF = Backoff(first=0.25, longest=15.0)
+"""Seconds between attempts while the worker is away. The longest delay limits how long
+a network that is back stays unnoticed."""
 
-LONGEST_PAUSE = 15.0
-"""Seconds between two attempts at most: a network that is back is noticed by then."""
+GONE_BACKOFF = Backoff(first=0.25, longest=1.0)
+"""Seconds between attempts while the worker is gone, so that a restart is noticed
+quickly."""
 
-LONGEST_PAUSE_GONE = 1.0
-"""The same while the worker is gone: one that is started again is found quickly."""
-
-GONE_GRACE = 7.0
-"""Seconds that a worker may be gone. One that is started again needs a few of them."""
+GONE_TIMEOUT = 7.0
+"""Seconds from the last sign of life until a worker that is gone is given up. A restart
+of a worker takes a few of them."""
 
 GONE_ATTEMPTS = 2
-"""Attempts in a row that have to agree: a worker may register just after the first."""
+"""Attempts in a row that must find the worker gone: it may register just after one."""
 
-GONE_SECONDS = 3.0
-"""Seconds after the loss of the link that are waited through in any case. A link that
-was silent for a long time has used up the grace before anybody could look."""
+MIN_GONE_TIMEOUT = 3.0
+"""Seconds from the loss of the link before which a worker is never given up as gone. A
+link that was silent for long may have used up `GONE_TIMEOUT` before it was lost."""
+
 
 PATIENCE = 1800.0
 """Seconds for which a client tries to reopen a lost link, unless the user chooses
 otherwise: a train passes a long tunnel, a laptop is carried to another building."""
-
-_DOUBLINGS = 32
-"""More than any pause needs; a greater power of two would overflow one day."""
 
 
 class TryAgain(msgspec.Struct, frozen=True):
@@ -53,18 +52,18 @@ class GiveUp(msgspec.Struct, frozen=True):
 class Reconnection:
     """Decides after each failed attempt to open a lost link again.
 
-    The first attempt is made at once. After each one that fails the owner calls
-    `attempt_failed`, and does what it says; after one that succeeds it lets go of this
-    object. There is nothing to drain and no timer.
+    The first attempt is made at once. After each attempt that fails the owner calls
+    `attempt_failed` and follows the decision. The machine has neither outputs nor a
+    timer.
 
-    Gone counts from when the worker was last heard of. Once an attempt found it away,
-    nobody knows since when it has been gone, so the grace starts again with the next
-    attempt that finds it gone.
+    A worker counts as gone from its last sign of life. An attempt that finds it away
+    says nothing about its process, so `GONE_TIMEOUT` starts again with the next attempt
+    that finds it gone.
 
     Args:
         lost_at: When the link was found to be lost, in seconds.
-        silent_for: For how many seconds nothing had come from the worker by then.
-        patience: Seconds after the loss at which it gives up whatever is wrong.
+        silent_for: Seconds between the last sign of life of the worker and `lost_at`.
+        patience: Seconds from `lost_at` after which it gives up whatever is wrong.
     """
 
     def __init__(self, *, lost_at: float, silent_for: float, patience: float) -> None:
@@ -77,62 +76,50 @@ class Reconnection:
         self._has_given_up = False
 
     def attempt_failed(
-        self, now: float, is_gone: bool, jitter: float
+        self, is_gone: bool, jitter: float, now: float
     ) -> TryAgain | GiveUp:
         """Decide what follows a failed attempt.
 
         Args:
+            is_gone: True if the attempt found the worker gone, False if away.
+            jitter: A random number in [0, 1), see `Backoff.delay`.
             now: The time in seconds, when the attempt failed.
-            is_gone: Whether it found that the worker's process is not there.
-            jitter: A random number in [0, 1). It spreads the clients of a worker over
-                the upper half of the pause.
 
         Raises:
             LocalProtocolError: If the jitter is out of range, or it has given up.
         """
-        if not 0 <= jitter < 1:
-            raise LocalProtocolError(f"the jitter {jitter} is not in [0, 1)")
         if self._has_given_up:
             raise LocalProtocolError("an attempt was made after the last one")
-        pause = self._note_gone(now) if is_gone else self._note_away()
+        if is_gone:
+            delay = GONE_BACKOFF.delay(self._gone_in_a_row + 1, jitter)
+            self._gone_in_a_row += 1
+            if self._gone_since is None:
+                self._gone_since = now
+        else:
+            delay = AWAY_BACKOFF.delay(self._away + 1, jitter)
+            self._away += 1
+            self._gone_in_a_row = 0
+            self._gone_since = None
         reason = self._reason_to_stop(now)
         if reason:
             self._has_given_up = True
             return GiveUp(reason)
-        # The last attempt comes when patience ends, and not long before.
-        return TryAgain(min(now + pause * (0.5 + jitter / 2), self._give_up_at))
-
-    def _note_gone(self, now: float) -> float:
-        """Count an attempt, and say how long to wait at most."""
-        self._gone_in_a_row += 1
-        if self._gone_since is None:
-            self._gone_since = now
-        return _pause(self._gone_in_a_row, LONGEST_PAUSE_GONE)
-
-    def _note_away(self) -> float:
-        """Count an attempt, and say how long to wait at most."""
-        self._away += 1
-        self._gone_in_a_row = 0
-        self._gone_since = None
-        return _pause(self._away, LONGEST_PAUSE)
+        # The last attempt is made when patience ends, and not long before.
+        return TryAgain(min(now + delay, self._give_up_at))
 
     def _reason_to_stop(self, now: float) -> str:
-        """Say why to give up; empty if there is no reason to."""
+        """Return why to give up; empty to continue."""
         if (
             self._gone_since is not None
             and self._gone_in_a_row >= GONE_ATTEMPTS
-            and now >= self._gone_since + GONE_GRACE
-            and now >= self._lost_at + GONE_SECONDS
+            and now >= self._gone_since + GONE_TIMEOUT
+            and now >= self._lost_at + MIN_GONE_TIMEOUT
         ):
             return (
-                "the worker is not running any more: it was last heard of "
-                f"{now - self._last_heard:.0f} s ago, and has not come back"
+                "the worker is no longer running: it was last heard of "
+                f"{now - self._last_heard:.0f} s ago and has not come back"
             )
         if now >= self._give_up_at:
             waited = now - self._lost_at
             return f"the worker could not be reached again for {waited:.0f} s"
         return ""
-
-
-def _pause(failures: int, longest: float) -> float:
-    return min(longest, FIRST_PAUSE * 2.0 ** min(failures - 1, _DOUBLINGS))

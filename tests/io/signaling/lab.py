@@ -21,11 +21,12 @@ from wsproto.events import (
 )
 
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.signaling.client import Room, open_room
+from sleap_rtc.io.signaling.client import RoomConnection, open_room
 from sleap_rtc.io.signaling.server import serve_signaling
+from sleap_rtc.proto.backoff import Backoff
 from sleap_rtc.proto.rendezvous.envelope import Offer, seal_offer
 from sleap_rtc.proto.rendezvous.invite import RoomKeys
-from sleap_rtc.proto.rendezvous.member import Backoff
+from sleap_rtc.proto.rendezvous.member import MemberLimits
 from sleap_rtc.proto.rendezvous.messages import (
     Challenge,
     Metadata,
@@ -36,7 +37,7 @@ from sleap_rtc.proto.rendezvous.messages import (
 
 KEYS = RoomKeys.from_secret(b"k" * 32)
 LOG = structlog.get_logger()
-QUICK = Backoff(0.01, 0.05)
+QUICK = MemberLimits(backoff=Backoff(0.01, 0.05))
 DEADLINE = 20.0
 HOST = "127.0.0.1"
 
@@ -146,10 +147,8 @@ class Server:
         role: str = "client",
         metadata: Metadata = Metadata(),  # noqa: B008
         keys: RoomKeys = KEYS,
-    ) -> AbstractAsyncContextManager[Room]:
-        return open_room(
-            self.url, keys, peer_id, role, metadata, log=LOG, backoff=QUICK
-        )
+    ) -> AbstractAsyncContextManager[RoomConnection]:
+        return open_room(self.url, keys, peer_id, role, metadata, log=LOG, limits=QUICK)
 
     @asynccontextmanager
     async def socket(self) -> AsyncIterator[RawPeer]:

@@ -23,7 +23,7 @@ from sleap_rtc.io.signaling.client import open_room
 from sleap_rtc.io.signaling.websocket import (
     CLOSE_SECONDS,
 )
-from sleap_rtc.proto.rendezvous.member import SILENCE_SECONDS
+from sleap_rtc.proto.rendezvous.member import LIMITS
 from sleap_rtc.proto.rendezvous.messages import (
     MAX_SIGNAL_BYTES,
     Challenge,
@@ -376,7 +376,7 @@ async def test_a_server_that_falls_silent_is_left(mock_clock: MockClock) -> None
         ):
             await room.wait_registered()
             await trio.testing.wait_all_tasks_blocked(0.05)
-            await pass_time(mock_clock, SILENCE_SECONDS)
+            await pass_time(mock_clock, LIMITS.silence_timeout)
             await pass_time(mock_clock, CLOSE_SECONDS)
     events = [entry["event"] for entry in logs]
     assert events[:2] == ["registered", "no signaling server"]

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from queue import Queue
 
-from sleap_rtc.io.storage.copy_ladder import Steps
+from sleap_rtc.io.storage.copy_strategies import Steps
 
 BLOCK = 4 * 1024 * 1024
 ALIGNMENT = 4096

@@ -36,7 +36,7 @@ from rich.table import Table
 from bench.direct import copy_directly
 from bench.measures import MEBIBYTE, BenchError, parse_size
 from sleap_rtc.io.storage.copy import copy_file
-from sleap_rtc.io.storage.copy_ladder import LADDER, Rung
+from sleap_rtc.io.storage.copy_strategies import STRATEGIES, Strategy
 from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.io.storage.probe import probe_storage, read_probe, write_probe
 from sleap_rtc.proto.errors import InvalidInput
@@ -194,10 +194,10 @@ def take_turns(package: Path, there: Path, again: Path, rounds: int) -> list[Row
 def list_copies() -> dict[str, Copy]:
     """List the ways to copy a file; each returns when the copy is on the disk."""
     copies: dict[str, Copy] = {"sleap-rtc": _copy_by_product}
-    for name, rung in LADDER:
-        copies[f"  {name}"] = partial(_copy_by_rung, rung)
+    for name, strategy in STRATEGIES:
+        copies[f"  {name}"] = partial(_copy_by_strategy, strategy)
     if hasattr(os, "O_DIRECT"):
-        copies["O_DIRECT"] = partial(_copy_by_rung, copy_directly)
+        copies["O_DIRECT"] = partial(_copy_by_strategy, copy_directly)
     copies["shutil.copy2"] = _copy_by_python
     for tool, arguments in (
         ("cp", "{source} {target}"),
@@ -283,10 +283,10 @@ def _copy_by_product(source: Path, target: Path) -> None:
     )
 
 
-def _copy_by_rung(rung: Rung, source: Path, target: Path) -> None:
+def _copy_by_strategy(strategy: Strategy, source: Path, target: Path) -> None:
     with source.open("rb") as origin, target.open("xb") as copy:
         size, copied = os.fstat(origin.fileno()).st_size, 0
-        for so_far in rung(origin.fileno(), copy.fileno(), 0, size):
+        for so_far in strategy(origin.fileno(), copy.fileno(), 0, size):
             copied = so_far
         if copied != size:
             raise BenchError("not possible here")

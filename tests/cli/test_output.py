@@ -167,9 +167,9 @@ def test_progress_is_a_line_now_and_then_where_nothing_can_be_redrawn(
 
 def test_a_copy_tells_how_it_was_made(capsys: pytest.CaptureFixture[str]) -> None:
     with closing(TerminalWatch()) as watch:
-        watch(PackageCopied("parallel read/write", 3 * 2**30, 1.5))
+        watch(PackageCopied("read/write", 3 * 2**30, 1.5))
     shown = capsys.readouterr().err
-    assert shown == "Copied: 3.0 GiB in 1.5 s (parallel read/write)\n"
+    assert shown == "Copied: 3.0 GiB in 1.5 s (read/write)\n"
 
 
 def test_json_tells_each_event_on_a_line(capsys: pytest.CaptureFixture[str]) -> None:

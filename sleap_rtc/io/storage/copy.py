@@ -2,7 +2,7 @@
 
 A copy is published when all of its bytes are on the disk (fsync), it has the size of
 the source, and nobody changed the source meanwhile. Its content is not hashed:
-`sleap_rtc.io.storage.copy_ladder` says why, and who checks it instead.
+`sleap_rtc.io.storage.copy_strategies` says why, and who checks it instead.
 """
 
 import math
@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 import trio
 
-from sleap_rtc.io.storage.copy_ladder import LADDER
+from sleap_rtc.io.storage.copy_strategies import STRATEGIES
 from sleap_rtc.io.storage.files import PartFile, file_identity, start_part_file
 from sleap_rtc.io.storage.folder import (
     CopyTimeoutError,
@@ -47,7 +47,7 @@ class CopyReport(msgspec.Struct, frozen=True):
 
     Args:
         path: The copy.
-        method: How it was made, such as ``reflink`` or ``sendfile``.
+        method: How it was made, such as ``reflink`` or ``read/write``.
         size: Its bytes.
         seconds: How long it took until it was safe on the disk.
     """
@@ -238,9 +238,9 @@ def _fill(
     """
     copied, used = 0, []
     with part.use() as target:
-        for method, rung in LADDER:
+        for method, strategy in STRATEGIES:
             start = copied
-            with closing(rung(source, target, copied, size)) as steps:
+            with closing(strategy(source, target, copied, size)) as steps:
                 for copied in steps:
                     progress(copied)
                     check()

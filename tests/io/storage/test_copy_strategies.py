@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import pairwise
@@ -20,13 +19,11 @@ from sleap_rtc.io.storage.copy import (
     copy_file,
     copy_with_deadline,
 )
-from sleap_rtc.io.storage.copy_ladder import (
-    LADDER,
-    Rung,
+from sleap_rtc.io.storage.copy_strategies import (
+    STRATEGIES,
+    Strategy,
     copy_by_reflink,
-    copy_by_sendfile,
     copy_in_kernel,
-    copy_in_parallel,
     copy_plainly,
 )
 from sleap_rtc.io.storage.folder import (
@@ -50,13 +47,9 @@ needs_linux = pytest.mark.skipif(
     sys.platform != "linux", reason="NOT TESTED: Linux copies in the kernel"
 )
 
-by_any_way = pytest.mark.parametrize(
-    "rung",
-    [
-        pytest.param(copy_by_sendfile, marks=needs_linux),
-        copy_in_parallel,
-        copy_plainly,
-    ],
+each_strategy = pytest.mark.parametrize(
+    "strategy",
+    [pytest.param(copy_in_kernel, marks=needs_linux), copy_plainly],
 )
 
 
@@ -74,16 +67,6 @@ def memory() -> Iterator[Path]:
     """Give a directory that the kernel can't copy to from a disk (EXDEV)."""
     with memory_folder() as path:
         yield path
-
-
-@pytest.fixture(autouse=True)
-def no_thread_is_left() -> Iterator[None]:
-    """Check that a copy takes its helpers with it when it ends."""
-    before = threading.enumerate()
-    yield
-    # The event loop keeps idle threads of its own for the next blocking call.
-    added = set(threading.enumerate()) - set(before)
-    assert [thread for thread in added if "sleap" in thread.name] == []
 
 
 def make_file(path: Path, size: int) -> bytes:
@@ -109,39 +92,37 @@ def copy(source: Path, root: Path) -> CopyReport:
     )
 
 
-# ------------------------------------------------------------------- the rungs alone
+# -------------------------------------------------------------- each strategy alone
 
 
-@by_any_way
+@each_strategy
 @pytest.mark.parametrize("offset", [0, 5 * MEBIBYTE])
 @pytest.mark.parametrize("size", SIZES)
-def test_a_rung_copies_the_rest(
-    tmp_path: Path, rung: Rung, size: int, offset: int
+def test_a_strategy_copies_the_rest(
+    tmp_path: Path, strategy: Strategy, size: int, offset: int
 ) -> None:
     data = make_file(tmp_path / "a", size)
     (tmp_path / "b").write_bytes(data[:offset])
     offset = min(offset, size)
     with opened(tmp_path / "a", tmp_path / "b") as (source, target):
-        steps = list(rung(source, target, offset, size))
-    if rung is copy_in_parallel and size - offset <= BLOCK:
-        assert steps == []  # one block is not worth a thread
-        return
+        steps = list(strategy(source, target, offset, size))
     assert (tmp_path / "b").read_bytes() == data
     assert steps == sorted(steps)
     assert steps[-1:] == ([size] if size > offset else [])
 
 
-@by_any_way
-def test_a_rung_that_is_closed_writes_no_more(tmp_path: Path, rung: Rung) -> None:
+@each_strategy
+def test_a_strategy_that_is_closed_writes_no_more(
+    tmp_path: Path, strategy: Strategy
+) -> None:
     make_file(tmp_path / "a", 40 * MEBIBYTE)
     with opened(tmp_path / "a", tmp_path / "b") as (source, target):
-        with closing(rung(source, target, 0, 40 * MEBIBYTE)) as steps:
+        with closing(strategy(source, target, 0, 40 * MEBIBYTE)) as steps:
             next(steps)
         assert os.fstat(target).st_size < 40 * MEBIBYTE
 
 
-@by_any_way
-def test_a_rung_reports_a_full_disk(tmp_path: Path, rung: Rung) -> None:
+def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
     make_file(tmp_path / "a", 40 * MEBIBYTE)
     (tmp_path / "full").mkdir()
     with (
@@ -149,59 +130,48 @@ def test_a_rung_reports_a_full_disk(tmp_path: Path, rung: Rung) -> None:
         opened(tmp_path / "a", full / "b") as (source, target),
         pytest.raises(OSError) as caught,  # noqa: PT011 - the number is checked below
     ):
-        list(rung(source, target, 0, 40 * MEBIBYTE))
+        list(copy_plainly(source, target, 0, 40 * MEBIBYTE))
     assert caught.value.errno == errno.ENOSPC
 
 
-@by_any_way
-def test_a_rung_ends_where_the_source_ends(tmp_path: Path, rung: Rung) -> None:
+@each_strategy
+def test_a_strategy_ends_where_the_source_ends(
+    tmp_path: Path, strategy: Strategy
+) -> None:
     data = make_file(tmp_path / "a", 9 * MEBIBYTE)
     with opened(tmp_path / "a", tmp_path / "b") as (source, target):
-        steps = list(rung(source, target, 0, 30 * MEBIBYTE))
+        steps = list(strategy(source, target, 0, 30 * MEBIBYTE))
     assert steps[-1] == len(data)
     assert (tmp_path / "b").read_bytes() == data
 
 
-def test_a_failure_of_the_helper_is_raised(tmp_path: Path) -> None:
-    make_file(tmp_path / "a", 40 * MEBIBYTE)
-    with (
-        (tmp_path / "a").open("rb") as source,
-        (tmp_path / "a").open("rb") as target,  # nobody can write to it
-        pytest.raises(OSError, match="Bad file descriptor"),
-    ):
-        list(copy_in_parallel(source.fileno(), target.fileno(), 0, 40 * MEBIBYTE))
-
-
 @needs_linux
-@by_any_way
-def test_a_rung_goes_on_where_the_kernel_stopped(tmp_path: Path, rung: Rung) -> None:
+def test_reads_and_writes_go_on_where_the_kernel_stopped(tmp_path: Path) -> None:
     data = make_file(tmp_path / "a", 40 * MEBIBYTE)
     with opened(tmp_path / "a", tmp_path / "b") as (source, target):
         with closing(copy_in_kernel(source, target, 0, len(data))) as steps:
             copied = next(steps)
         assert 0 < copied < len(data)
         os.pwrite(target, b"kernel", 0)  # what was copied is not copied again
-        assert list(rung(source, target, copied, len(data)))
+        assert list(copy_plainly(source, target, copied, len(data)))
     assert (tmp_path / "b").read_bytes() == b"kernel" + data[6:]
 
 
 @needs_linux
-@pytest.mark.parametrize("rung", [copy_in_kernel, copy_by_sendfile])
 def test_nothing_is_added_to_a_file_that_the_kernel_can_only_append_to(
-    tmp_path: Path, rung: Rung
+    tmp_path: Path,
 ) -> None:
     make_file(tmp_path / "a", BLOCK)
     with (tmp_path / "a").open("rb") as source, (tmp_path / "b").open("ab") as target:
-        assert list(rung(source.fileno(), target.fileno(), 0, BLOCK)) == []
+        assert list(copy_in_kernel(source.fileno(), target.fileno(), 0, BLOCK)) == []
     assert (tmp_path / "b").read_bytes() == b""
 
 
 @needs_linux
-@pytest.mark.parametrize("rung", [copy_in_kernel, copy_by_sendfile])
-def test_a_stop_is_never_far(tmp_path: Path, rung: Rung) -> None:
+def test_a_stop_is_never_far(tmp_path: Path) -> None:
     make_file(tmp_path / "a", 40 * MEBIBYTE)
     with opened(tmp_path / "a", tmp_path / "b") as (source, target):
-        steps = [0, *rung(source, target, 0, 40 * MEBIBYTE)]
+        steps = [0, *copy_in_kernel(source, target, 0, 40 * MEBIBYTE)]
     # At the rate below which storage counts as hanging, each takes under a second.
     longest = max(end - begin for begin, end in pairwise(steps))
     assert longest < SLOWEST_RATE
@@ -223,7 +193,7 @@ def test_nothing_is_shared_with_a_file_that_has_content(tmp_path: Path) -> None:
         assert list(copy_by_reflink(source, target, 1, BLOCK)) == []
 
 
-# ----------------------------------------------------------------- the whole ladder
+# --------------------------------------------------------------- all in their order
 
 
 @pytest.mark.parametrize("size", [1, BLOCK + 1, 200 * MEBIBYTE])
@@ -260,27 +230,24 @@ def test_a_reflink_that_is_not_wanted_leaves_nothing(sharing_disk: Path) -> None
 
 @needs_linux
 @pytest.mark.parametrize("size", [1, 25 * MEBIBYTE + 3])
-def test_another_file_system_is_written_by_the_kernel(
+def test_another_file_system_is_written_with_reads_and_writes(
     tmp_path: Path, memory: Path, size: int
 ) -> None:
     data = make_file(tmp_path / "a", size)
     report = copy(tmp_path / "a", memory)
-    assert report.method == "sendfile"
+    assert report.method == "read/write"
     assert report.path.read_bytes() == data
     assert report.seconds > 0
 
 
-@pytest.mark.parametrize(
-    ("size", "method"), [(BLOCK, "read/write"), (BLOCK + 1, "parallel read/write")]
-)
 def test_without_the_kernel_a_file_goes_through_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, method: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sleap_rtc.io.storage.copy.LADDER", LADDER[-2:])
-    data = make_file(tmp_path / "a", size)
+    monkeypatch.setattr("sleap_rtc.io.storage.copy.STRATEGIES", STRATEGIES[-1:])
+    data = make_file(tmp_path / "a", BLOCK + 1)
     (tmp_path / "root").mkdir()
     report = copy(tmp_path / "a", tmp_path / "root")
-    assert report.method == method
+    assert report.method == "read/write"
     assert report.path.read_bytes() == data
 
 
@@ -318,7 +285,7 @@ def test_a_read_only_root_is_an_error(tmp_path: Path) -> None:
         copy(tmp_path / "a", root)
 
 
-async def test_a_full_disk_ends_both_threads(tmp_path: Path) -> None:
+async def test_a_full_disk_ends_the_copy(tmp_path: Path) -> None:
     make_file(tmp_path / "a", 40 * MEBIBYTE)
     (tmp_path / "full").mkdir()
     with small_mount(tmp_path / "full", megabytes=50) as root, trio.fail_after(20):
@@ -334,7 +301,7 @@ async def test_a_full_disk_ends_both_threads(tmp_path: Path) -> None:
         assert os.listdir(root) == ["filler"]
 
 
-async def test_cancellation_ends_both_threads(tmp_path: Path, memory: Path) -> None:
+async def test_cancellation_ends_the_copy(tmp_path: Path, memory: Path) -> None:
     with (tmp_path / "a").open("wb") as file:
         file.truncate(2**30)
     with trio.fail_after(20), trio.CancelScope() as scope:

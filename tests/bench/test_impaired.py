@@ -12,7 +12,7 @@ from bench.link_end import Span
 from bench.processes import python_module
 
 COMMAND = python_module("bench.impaired")
-DEADLINE = 240.0
+DEADLINE = 100.0
 
 
 def sweep(*options: str) -> "subprocess.CompletedProcess[str]":

@@ -48,7 +48,7 @@ def test_a_call_that_sleeps_is_found() -> None:
         time.sleep(0.05)  # noqa: ASYNC251
         await trio.lowlevel.checkpoint()
 
-    (step,) = watched(main).blocking()
+    step = watched(main).blocking()[0]
     assert step.slept > 0.04
     assert "test_loop.py" in step.place
     assert "main" in step.task
@@ -58,7 +58,7 @@ def test_a_call_that_computes_is_found() -> None:
     async def main() -> None:
         compute(0.03)
 
-    (step,) = watched(main).blocking()
+    step = watched(main).blocking()[0]
     assert step.computed >= 0.03
     assert "compute" in step.place
 

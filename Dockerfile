@@ -24,8 +24,8 @@ RUN python -m venv /opt/sleap-nn \
 
 FROM python:3.12-slim
 
-# The first ordinary user of most hosts has this number too, so that files on mounted
-# storage belong to somebody there.
+# The first ordinary user of most hosts has the same number, so files on mounted storage
+# belong to that user there.
 RUN useradd --uid 1000 --create-home --shell /usr/sbin/nologin sleap \
     && install --directory --owner sleap --group sleap --mode 0700 /var/lib/sleap-rtc \
     && install --directory --owner sleap --group sleap /mnt/shared /work

@@ -65,12 +65,12 @@ def _run(directory: Path) -> None:
         for route, root in (("shared", seen_by_client), ("channel", None)):
             console.rule(f"{PACKAGE.name} by the {route} route")
             results.append(_send(directory, environment, route, root))
-    console.rule("What took how long")
+    console.rule("Seconds of each phase")
     console.print(_table(results))
 
 
 def _environment(directory: Path) -> dict[str, str]:
-    """Keep out of the user's own rooms, and provide a trainer."""
+    """Return an environment apart from the user's own rooms, with a trainer."""
     environment = {
         name: value
         for name, value in os.environ.items()

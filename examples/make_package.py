@@ -31,7 +31,7 @@ def make_package(path: Path, *, megabytes: int, epochs: int) -> None:
     Args:
         path: The zip file to write.
         megabytes: Size of the labels, which do not compress.
-        epochs: How long the training shall go on.
+        epochs: Length of the training.
     """
     command = ["sleap-nn", "train", "--config-name", "single_instance.yaml"]
     command += ["--config-dir", ".", 'trainer_config.ckpt_dir="models"']
@@ -44,7 +44,7 @@ def make_package(path: Path, *, megabytes: int, epochs: int) -> None:
 
 
 def main() -> None:
-    """Do what the command line says."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Make a training package.")
     parser.add_argument("package", type=Path, help="the zip file to write")
     parser.add_argument("--megabytes", type=int, default=1, help="its size")

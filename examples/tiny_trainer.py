@@ -43,7 +43,7 @@ class Model:
         self.weights = weights or [[0.0] * (SIDE * SIDE + 1) for _ in range(2)]
 
     def predict(self, picture: Picture) -> Point:
-        """Say where the dot is, in pixels from the top left."""
+        """Return the position of the dot, in pixels from the top left."""
         x, y = (
             sum(w * p for w, p in zip(row, [*picture, 1.0], strict=True))
             for row in self.weights
@@ -51,7 +51,7 @@ class Model:
         return x, y
 
     def learn(self, picture: Picture, truth: Point) -> float:
-        """Take one step of gradient descent; return the loss before it."""
+        """Do one step of gradient descent; return the loss before it."""
         errors = [p - t for p, t in zip(self.predict(picture), truth, strict=True)]
         for row, error in zip(self.weights, errors, strict=True):
             for index, pixel in enumerate([*picture, 1.0]):
@@ -59,7 +59,7 @@ class Model:
         return sum(error * error for error in errors) / 2
 
     def loss(self, pictures: Sequence[tuple[Picture, Point]]) -> float:
-        """Give the mean squared error over pictures, in square pixels."""
+        """Return the mean squared error over pictures, in square pixels."""
         total = 0.0
         for picture, truth in pictures:
             total += math.dist(self.predict(picture), truth) ** 2 / 2
@@ -149,7 +149,7 @@ def draw_bar(epoch: int, step: int, steps: int, values: str) -> None:
 
 
 def save(model: Model, path: Path) -> None:
-    """Write a model so that nobody ever sees half of it."""
+    """Write a model as a whole; a reader never sees half of it."""
     part = path.with_suffix(".part")
     part.write_text(json.dumps({"trainer": "tiny", "weights": model.weights}))
     part.replace(path)
@@ -165,7 +165,7 @@ def setting(config: str, overrides: dict[str, str], name: str, default: str) -> 
 
 
 def first_labels(config: str, config_file: Path) -> str:
-    """Give the first labels file that a configuration names."""
+    """Return the first labels file that a configuration names."""
     found = re.search(r"train_labels_path:\s*-\s*(.+)", config)
     if found is None:
         raise SystemExit(f"{config_file} names no train_labels_path")
@@ -242,7 +242,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    """Do what the command line says."""
+    """Run the command line."""
     # Windows would encode the blocks of the bar by its code page.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")

@@ -9,7 +9,7 @@ _MAX_DOUBLINGS = 32
 
 
 class Backoff(msgspec.Struct, frozen=True):
-    """How long to wait between attempts, in seconds.
+    """Delays between attempts, in seconds.
 
     Args:
         first: The delay after the first failure. It doubles with each failure after it.

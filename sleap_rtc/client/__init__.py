@@ -10,24 +10,21 @@ Example:
     >>> result = trio.run(client.submit, request, print)
 """
 
-from sleap_rtc.client.reach import LinkOpened, WorkerChosen
-from sleap_rtc.client.session import (
+from sleap_rtc.client.events import (
+    Event,
     JobResumed,
     LinkLost,
+    LinkOpened,
+    NoteTrouble,
+    PackageChanged,
     PackageCopied,
     ResultsChosen,
     ResultsStored,
     TransferProgress,
+    WorkerChosen,
 )
-from sleap_rtc.client.submit import (
-    Event,
-    JobRequest,
-    JobResult,
-    NoteTrouble,
-    PackageChanged,
-    list_workers,
-    submit,
-)
+from sleap_rtc.client.request import JobRequest, JobResult
+from sleap_rtc.client.submit import list_workers, submit
 from sleap_rtc.proto.job.client import (
     LinePrinted,
     RouteChosen,

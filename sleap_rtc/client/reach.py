@@ -1,13 +1,13 @@
-"""How a client gets to a worker of its room, and back to it."""
+"""Opening links to a worker: the first one, and another one after a loss."""
 
 import secrets
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-import msgspec
 import structlog
 import trio
 
+from sleap_rtc.client.events import LinkOpened, WorkerChosen
 from sleap_rtc.errors import NoWorkerError, RefusedError
 from sleap_rtc.io.connect.dial import dial
 from sleap_rtc.io.link.link import DialError, Link
@@ -35,138 +35,112 @@ from sleap_rtc.proto.route.routes import (
 from sleap_rtc.rendezvous.introductions import Introduction, ask_worker
 
 FIND_TIMEOUT = 15.0
-"""Seconds to find a worker: a signaling server that restarts is back by then."""
+"""Seconds to find a worker. A signaling server that restarts is back by then."""
 
 RETURN_TIMEOUT = 15.0
 """Seconds for workers to come back to a signaling server that has restarted."""
 
 RETURN_INTERVAL = 0.5
-"""Seconds between two looks at who has come back."""
+"""Seconds between two discoveries of workers that have come back."""
 
 ANSWER_TIMEOUT = 10.0
 """Seconds for the worker to answer an offer."""
 
 
-class WorkerChosen(msgspec.Struct, frozen=True):
-    """Event: which worker the job goes to, and why."""
-
-    worker: Candidate
-    reason: str
-
-
-class LinkOpened(msgspec.Struct, frozen=True):
-    """Event: the connection to the worker stands, and why it is this one."""
-
-    kind: str
-    address: str
-    reason: str
-
-
 class WorkerGoneError(NoWorkerError):
-    """There is evidence that the process of the worker is not there."""
+    """There is evidence that the process of the worker no longer runs."""
 
 
 class Reach:
-    """The way to one worker: found once, and gone again whenever the link is lost.
+    """Opens links to workers of one room.
 
     Args:
         invite: The room.
         preference: The route that the user asked for.
-        wanted: Id, name or host name of the worker; None chooses one.
-        on_event: Is told who was chosen, and which link stands.
-        because: Why it is the wanted one, if not because the user said so.
+        on_event: Called when a worker was chosen, and when a link is open.
     """
 
     def __init__(
         self,
         invite: Invite,
         preference: RoutePreference,
-        wanted: str | None,
         on_event: Callable[[WorkerChosen | LinkOpened], None],
-        because: str = "",
     ) -> None:
-        self.worker_id = ""
         self._invite = invite
         self._keys = RoomKeys.from_secret(invite.secret)
         self._preference = preference
-        self._wanted = wanted
-        self._tell = on_event
-        self._because = because
+        self._on_event = on_event
 
     @asynccontextmanager
-    async def open_first(self) -> AsyncIterator[Link]:
+    async def open_first(
+        self, wanted: str | None, because: str = ""
+    ) -> AsyncIterator[tuple[str, Link]]:
         """Choose a worker, and open a link to it.
 
-        Raises:
-            NoWorkerError: If none was found or reached.
-            RefusedError: If the server or the worker refused.
-        """
-        introduction = await self._meet()
-        async with self._dial(introduction) as link:
-            yield link
+        Args:
+            wanted: Id, name or host name of the worker; None chooses one.
+            because: Why it is the wanted one, unless the user asked for it.
 
-    @asynccontextmanager
-    async def open_again(self) -> AsyncIterator[Link]:
-        """Open another link to the same worker; one attempt.
+        Yields:
+            The peer id of the worker, and the link.
 
         Raises:
-            WorkerGoneError: If it is not there.
-            NoWorkerError: If it was not reached.
+            NoWorkerError: If no worker was found or reached.
             RefusedError: If the server or the worker refused.
+            LinkClosedError: If the link was lost while it was opened.
         """
-        introduction = await self._meet_again()
-        async with self._dial(introduction) as link:
-            yield link
-
-    async def _meet(self) -> Introduction:
-        """Find a worker in the room, and be introduced to it."""
         async with enter_room(self._invite, self._keys, FIND_TIMEOUT) as room:
-            choice = await self._choose_worker(room)
+            choice = await _choose_worker(room, wanted)
             if isinstance(choice, NoChoice):
                 raise NoWorkerError(
                     f"Can't send the job: {choice.reason}.",
                     "Start a worker with `sleap-rtc daemon --role worker` on the GPU "
-                    "machine; `sleap-rtc workers` lists who is there.",
+                    "machine; `sleap-rtc workers` lists the workers of the room.",
                 )
-            self.worker_id = choice.worker.peer_id
-            self._tell(WorkerChosen(choice.worker, self._because or choice.reason))
-            return await self._be_introduced(room, choice.worker)
+            worker = choice.worker
+            self._on_event(WorkerChosen(worker, because or choice.reason))
+            introduction = await self._introduce(room, worker)
+        async with self._dial(introduction) as link:
+            yield worker.peer_id, link
 
-    async def _meet_again(self) -> Introduction:
+    @asynccontextmanager
+    async def open_again(self, worker_id: str) -> AsyncIterator[Link]:
+        """Open another link to a worker; one attempt.
+
+        Raises:
+            WorkerGoneError: If its process no longer runs.
+            NoWorkerError: If it was not reached.
+            RefusedError: If the server or the worker refused.
+            LinkClosedError: If the link was lost while it was opened.
+        """
+        introduction = await self._meet_again(worker_id)
+        async with self._dial(introduction) as link:
+            yield link
+
+    async def _meet_again(self, worker_id: str) -> Introduction:
         async with _open_room(self._invite, self._keys) as room:
             with trio.move_on_after(FIND_TIMEOUT):
                 await _first_attempt(room, self._invite)
                 for worker in await discover(room):
-                    if worker.peer_id == self.worker_id:
-                        return await self._be_introduced(room, worker)
-                raise WorkerGoneError(f"The worker {self.worker_id} is not there.")
+                    if worker.peer_id == worker_id:
+                        return await self._introduce(room, worker)
+                raise WorkerGoneError(f"The worker {worker_id} is not in the room.")
             raise NoWorkerError(f"{self._invite.url} does not answer.")
 
-    async def _be_introduced(
-        self, room: RoomConnection, worker: Candidate
-    ) -> Introduction:
+    async def _introduce(self, room: RoomConnection, worker: Candidate) -> Introduction:
+        """Exchange an offer and an answer with the worker."""
         with trio.move_on_after(ANSWER_TIMEOUT):
             kinds = asked_kinds(self._preference)
             return await ask_worker(room, self._keys, worker, kinds)
         raise NoWorkerError(
             f"The worker {worker.peer_id} did not answer for {ANSWER_TIMEOUT:.0f} s.",
-            "Its log says whether the offer was refused: both sides need the same "
+            "Its log says whether it refused the offer: both sides need the same "
             "invite, and clocks that differ by less than two minutes.",
         )
 
-    async def _choose_worker(self, room: RoomConnection) -> Choice | NoChoice:
-        """Choose a worker; behind a server that was away, wait for one to come back."""
-        choice = choose_worker(await discover(room), self._wanted)
-        if room.trouble:
-            with trio.move_on_after(RETURN_TIMEOUT):
-                while isinstance(choice, NoChoice):
-                    await trio.sleep(RETURN_INTERVAL)
-                    choice = choose_worker(await discover(room), self._wanted)
-        return choice
-
     @asynccontextmanager
     async def _dial(self, introduction: Introduction) -> AsyncIterator[Link]:
-        """Open the link, and tell why it is this one."""
+        """Open the link, and report which one it is."""
         answer = introduction.answer
         choice = choose_kinds(self._preference, answer.kinds)
         if isinstance(choice, GiveUp):
@@ -183,7 +157,7 @@ class Reach:
                 kinds=choice.kinds,
             ) as (link, reason):
                 opened = link.statistics()
-                self._tell(
+                self._on_event(
                     LinkOpened(opened.kind, opened.address, choice.reason or reason)
                 )
                 yield link
@@ -193,6 +167,17 @@ class Reach:
                 "Its port, TCP or UDP, must be open to this machine: see the "
                 "troubleshooting guide, or use a shared network or VPN.",
             ) from None
+
+
+async def _choose_worker(room: RoomConnection, wanted: str | None) -> Choice | NoChoice:
+    """Choose a worker; after trouble with the server, wait for workers to return."""
+    choice = choose_worker(await discover(room), wanted)
+    if room.trouble:
+        with trio.move_on_after(RETURN_TIMEOUT):
+            while isinstance(choice, NoChoice):
+                await trio.sleep(RETURN_INTERVAL)
+                choice = choose_worker(await discover(room), wanted)
+    return choice
 
 
 async def discover(room: RoomConnection) -> list[Candidate]:
@@ -207,11 +192,11 @@ async def discover(room: RoomConnection) -> list[Candidate]:
 async def enter_room(
     invite: Invite, keys: RoomKeys, timeout: float
 ) -> AsyncIterator[RoomConnection]:
-    """Be in the room for as long as the body runs.
+    """Stay in the room for as long as the body runs.
 
     Raises:
         NoWorkerError: If the signaling server can't be reached in time.
-        RefusedError: If it does not let this machine in.
+        RefusedError: If the server refuses this machine.
     """
     async with _open_room(invite, keys) as room:
         with trio.move_on_after(timeout) as scope:
@@ -251,13 +236,13 @@ async def _registered(room: RoomConnection, invite: Invite) -> None:
 
 
 async def _first_attempt(room: RoomConnection, invite: Invite) -> None:
-    """Wait until the room is entered, or could not be at the first attempt.
+    """Wait until the first attempt to enter the room has ended.
 
     Raises:
-        WorkerGoneError: If nobody listens there: a worker without a signaling server
-            is not to be found, and it may be the worker who runs it.
+        WorkerGoneError: If the connection is refused: no worker can be found without
+            a signaling server, and the worker itself may run it.
         NoWorkerError: If the server was not reached.
-        RefusedError: If it does not let this machine in.
+        RefusedError: If the server refuses this machine.
     """
     async with open_background_nursery() as nursery:
 

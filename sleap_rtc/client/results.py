@@ -1,45 +1,34 @@
-"""Bringing the results of a job home: once each, whatever happens to the link."""
+"""Fetching the results of a job: once each, over as many links as it takes."""
 
-import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Protocol
 
 import trio
 
+from sleap_rtc.client.connection import Connection
+from sleap_rtc.client.job_folder import JobFolder
 from sleap_rtc.filesystem import safe_mkdir
-from sleap_rtc.io.link.link import Link, LinkClosedError
+from sleap_rtc.io.link.link import LinkClosedError
 from sleap_rtc.io.storage.copy import copy_with_deadline
-from sleap_rtc.io.storage.folder import StorageError, open_beneath
-from sleap_rtc.io.storage.probe import call_in_time
+from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.io.transfer.chunk_files import ChunkWriter
-from sleap_rtc.io.transfer.transfers import TransferError, Transfers
+from sleap_rtc.io.transfer.transfers import TransferError
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import InvalidInput
 
 RESULTS_AT_ONCE = 4
 """Result files that are fetched side by side: most are small, and wait for replies."""
 
-STORAGE_TIMEOUT = 20.0
-"""Seconds for one look at the shared storage."""
-
 Fetch = Callable[[m.ResultFile, Callable[[int], None]], Awaitable[None]]
 
 
-class ResultLink(Protocol):
-    """The link over which results come at present."""
-
-    link: Link
-    transfers: Transfers
-
-
 class Results:
-    """The results of one job, on their way to where the user wants them.
+    """Fetches the results of one job into a directory.
 
     Args:
         job_id: The job.
-        directory: Where they go, if an earlier process has chosen that already.
-        on_progress: Is told how many bytes of how many have arrived.
+        directory: The directory, if an earlier process has chosen it already.
+        on_progress: Called with the bytes that have arrived, and those in all.
     """
 
     def __init__(
@@ -48,7 +37,7 @@ class Results:
         directory: Path | None,
         on_progress: Callable[[int, int], None],
     ) -> None:
-        self.directory = directory
+        self._directory = directory
         self._job_id = job_id
         self._on_progress = on_progress
         self._fetched: set[str] = set()
@@ -58,35 +47,43 @@ class Results:
     async def choose_directory(
         self, asked: Path | None, default: Path, files: tuple[m.ResultFile, ...]
     ) -> Path:
-        """Decide where the results go; it is the same whenever it is asked again.
+        """Choose and make the directory; later calls return the same one.
 
         Args:
             asked: The directory that the user named, if any.
-            default: The one to take otherwise, unless there is one of that name.
+            default: The directory otherwise, if it does not exist yet.
             files: The results.
 
         Raises:
             StorageError: If the directory can't be made.
         """
-        if self.directory is None:
-            self.directory = await trio.to_thread.run_sync(
+        if self._directory is None:
+            self._directory = await trio.to_thread.run_sync(
                 _free_directory, asked or default, asked is None, self._job_id, files
             )
         else:
-            await trio.to_thread.run_sync(safe_mkdir, self.directory)
-            # What an earlier process has brought home is there under its name.
+            await trio.to_thread.run_sync(safe_mkdir, self._directory)
+            # A result that an earlier process fetched has its final name.
             self._fetched |= await trio.to_thread.run_sync(
-                _present, self.directory, files
+                _present, self._directory, files
             )
-        return self.directory
+        return self._directory
 
-    def new_link(self, last_transfer: int) -> None:
-        """Begin anew to number transfers; nothing of an older link will be answered."""
+    def start_link(self, last_transfer: int) -> None:
+        """Restart transfer numbering; requests on the old link will not be answered.
+
+        Args:
+            last_transfer: The highest number that is taken on the new link.
+        """
         self._offered.clear()
         self._last_transfer = last_transfer
 
     def deliver_offer(self, message: m.Message) -> bool:
-        """Bring the answer to a `FileRequest` to the task that waits for it."""
+        """Deliver the answer to a `FileRequest` to the task that waits for it.
+
+        Returns:
+            False if the message is not such an answer.
+        """
         match message:
             case m.FileOffer(transfer_id=transfer_id, file=file):
                 answer: m.OfferedFile | str = file
@@ -101,31 +98,29 @@ class Results:
         return True
 
     async def fetch(
-        self, over: ResultLink, files: tuple[m.ResultFile, ...]
+        self, connection: Connection, files: tuple[m.ResultFile, ...]
     ) -> list[str]:
-        """Fetch what is missing over a link; returns what went wrong, for people.
+        """Fetch the missing files over a link; return what went wrong, for people.
 
         Raises:
-            LinkClosedError: If the link was lost; what has arrived is kept.
+            LinkClosedError: If the link was lost; everything that arrived is kept.
         """
 
         async def fetch_one(
             file: m.ResultFile, progress: Callable[[int], None]
         ) -> None:
-            await self._fetch_one(over, file, progress)
+            await self._fetch_one(connection, file, progress)
 
         return await self._all(files, fetch_one)
 
-    async def copy(self, root: Path, files: tuple[m.ResultFile, ...]) -> list[str]:
-        """Copy what is missing out of the shared storage; returns what went wrong."""
+    async def copy(
+        self, folder: JobFolder, files: tuple[m.ResultFile, ...]
+    ) -> list[str]:
+        """Copy the missing files from the shared storage; return what went wrong."""
 
         async def copy_one(file: m.ResultFile, progress: Callable[[int], None]) -> None:
-            relative = f"jobs/{self._job_id}/{file.path}"
-            source = await call_in_time(
-                root, _path_beneath, root, relative, timeout=STORAGE_TIMEOUT
-            )
             await copy_with_deadline(
-                source,
+                await folder.find_result(file.path),
                 self._chosen(),
                 file.path,
                 size=file.size,
@@ -167,7 +162,10 @@ class Results:
         return failures
 
     async def _fetch_one(
-        self, over: ResultLink, file: m.ResultFile, progress: Callable[[int], None]
+        self,
+        connection: Connection,
+        file: m.ResultFile,
+        progress: Callable[[int], None],
     ) -> None:
         """Fetch one file through the channel."""
         self._last_transfer += 1
@@ -175,7 +173,7 @@ class Results:
         answer, answered = trio.open_memory_channel[m.OfferedFile | str](1)
         self._offered[transfer_id] = answer
         request = m.FileRequest(transfer_id, self._job_id, file.path)
-        await over.link.send_message(request)
+        await connection.link.send_message(request)
         offer = await answered.receive()
         if isinstance(offer, str):
             raise TransferError(offer)
@@ -184,15 +182,15 @@ class Results:
         try:
             sink = await trio.to_thread.run_sync(self._open_part, file.path, offer)
         except (InvalidInput, StorageError) as error:
-            # The worker would wait for ever to send it.
-            await over.link.send_message(m.FileError(transfer_id, str(error)))
+            # Without an answer the worker would wait forever.
+            await connection.link.send_message(m.FileError(transfer_id, str(error)))
             raise
-        await over.transfers.receive_file(
+        await connection.transfers.receive_file(
             transfer_id, offer, sink, keep_part=True, on_progress=progress
         )
 
     def _open_part(self, path: str, offer: m.OfferedFile) -> ChunkWriter:
-        """Open what is there of a result, in a worker thread."""
+        """Open the part of a result that an earlier link delivered; it blocks."""
         return ChunkWriter.open(
             self._chosen(),
             path,
@@ -203,15 +201,15 @@ class Results:
         )
 
     def _chosen(self) -> Path:
-        if self.directory is None:
-            raise RuntimeError("results are fetched before it was decided where to")
-        return self.directory
+        if self._directory is None:
+            raise RuntimeError("no directory was chosen for the results")
+        return self._directory
 
 
 def _free_directory(
     wanted: Path, is_default: bool, job_id: str, files: tuple[m.ResultFile, ...]
 ) -> Path:
-    """Choose where results go: nothing that is there already is overwritten.
+    """Choose a directory in which no result overwrites an existing file.
 
     Raises:
         StorageError: If the directory can't be made.
@@ -220,7 +218,7 @@ def _free_directory(
         try:
             wanted.mkdir()
         except FileExistsError:
-            wanted /= job_id  # another job has taken it, which may still fill it
+            wanted /= job_id  # it belongs to another job, which may still fill it
     elif any((wanted / file.path).exists() for file in files):
         wanted /= job_id
     safe_mkdir(wanted)
@@ -228,7 +226,7 @@ def _free_directory(
 
 
 def _present(directory: Path, files: tuple[m.ResultFile, ...]) -> set[str]:
-    """List the results that are in their directory, whole."""
+    """Return the paths of the results that are complete in their directory."""
     found: set[str] = set()
     for file in files:
         try:
@@ -238,14 +236,3 @@ def _present(directory: Path, files: tuple[m.ResultFile, ...]) -> set[str]:
         if size == file.size:
             found.add(file.path)
     return found
-
-
-def _path_beneath(root: Path, relative: str) -> Path:
-    """Check that a result lies beneath the root, and is a file.
-
-    Raises:
-        InvalidInput: If it does not.
-        StorageError: If the storage failed.
-    """
-    os.close(open_beneath(root, relative))
-    return root / relative

@@ -1,52 +1,57 @@
-"""What this machine has begun to send, so that `send` typed again can go on with it.
+"""Notes about submitted packages, so that typing `send` again continues their jobs.
 
-Each package that is under way has a note in the state directory, named after the hash
-of its path, and a lock beside it. The lock ends with the process that holds it: a note
-without one was left by a process that crashed, and the next one takes it up.
+Each package whose job has not ended has a note in the state directory, named after the
+hash of its path, and a lock beside it. The lock ends with the process that holds it. A
+note without a lock was left by a process that crashed, and the next process takes over
+its job.
 
-The functions here block, and are called in worker threads. They never raise: a job does
-not fail because nothing could be noted. `NoteBook.trouble` says what was wrong.
+A job does not fail because it could not be noted: nothing here raises for storage that
+fails. `NoteFile.trouble` says what was wrong.
 """
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
+import trio
 from blake3 import blake3
 from filelock import BaseFileLock, FileLock, Timeout
 
-from sleap_rtc.io.closing import Closing
-from sleap_rtc.io.storage.files import PartFile, write_at
-from sleap_rtc.io.storage.folder import Folder
-from sleap_rtc.proto.errors import InvalidInput
-from sleap_rtc.proto.messages import JobId
+from sleap_rtc.io.nursery import open_background_nursery
+from sleap_rtc.io.storage.private import write_private
+from sleap_rtc.proto.messages import JobId, Route
 
 FOLDER = "submissions"
-"""Where the notes are in the state directory."""
+"""Name of the directory for notes in the state directory."""
 
 KEPT_SECONDS = 30 * 24 * 3600.0
-"""How long a note is kept. A worker has forgotten the job by then, or nobody waits."""
+"""Seconds for which a note is kept. By then the worker has forgotten the job."""
+
+DISK_TIMEOUT = 10.0
+"""Seconds for one access to the state directory, which may be on a network mount."""
 
 _DIGITS = 32
-"""Hexadecimal digits of the hash in a name."""
+"""Hexadecimal digits of the hash in a file name."""
 
 _NOTE, _LOCK = ".json", ".lock"
 
+T = TypeVar("T")
 
-class Note(msgspec.Struct, frozen=True):
-    """A package that was begun, and how far it came.
+
+class SubmissionNote(msgspec.Struct, frozen=True):
+    """A package that was submitted, and the progress of its job.
 
     Args:
         job_id: The id of its job.
         worker_id: The peer id of the worker that has the job.
         package: The path of the package, for people.
         size: Bytes in the package.
-        modified_ns: When it was last changed, in nanoseconds since 1970.
-        route_tried: The route that was begun last; empty if none was.
+        modified_ns: Time of its last change, in nanoseconds since 1970.
+        route_tried: The last route that was started; empty if none was.
         output: The directory for the results, once it was chosen.
     """
 
@@ -59,139 +64,184 @@ class Note(msgspec.Struct, frozen=True):
     output: str | None = None
 
 
-def open_note(
-    state_directory: Path, package: Path, size: int, modified_ns: int
-) -> "NoteBook":
-    """Open the note about a package, and remove all notes that are too old.
-
-    Args:
-        state_directory: Where this machine keeps its state; it is made if need be.
-        package: The package, wherever the process stands.
-        size: Its bytes.
-        modified_ns: When it was last changed, in nanoseconds since 1970.
-
-    Returns:
-        A book for use in a ``with`` block.
-    """
-    directory = state_directory / FOLDER
-    book = NoteBook(directory / f"{_key(package)}{_NOTE}")
-    with book.noticing_trouble():
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _remove_old_notes(directory)
-        book.open(size, modified_ns)
-    return book
-
-
-class NoteBook(Closing):
-    """The note about one package, for one process.
-
-    Any thread may use it, one at a time. Leaving its ``with`` block keeps the note.
+class NoteFile:
+    """The note about one package, held by this process; `open_note` makes it.
 
     Attributes:
-        shared: Another living process sends this package: nothing is noted here, and
-            what this one sends is a job of its own.
-        earlier: What an earlier process left about this very package.
-        changed: What one left about a package of this path that has changed since.
-        trouble: Why nothing, or not all, could be noted; empty if all is well.
+        shared: True if another living process is sending this package. Then nothing is
+            written, and the job of this process is a job of its own.
+        earlier: The note that an earlier process left about this very package.
+        changed: The note that one left about a package of this path that has changed
+            since.
+        trouble: Why the last access failed, for people; empty if all is well.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.shared = False
-        self.earlier: Note | None = None
-        self.changed: Note | None = None
-        self.trouble = ""
+    def __init__(self, path: Path, lock: BaseFileLock | None, trouble: str) -> None:
+        self.shared = lock is None and not trouble
+        self.earlier: SubmissionNote | None = None
+        self.changed: SubmissionNote | None = None
+        self.trouble = trouble
         self._path = path
-        self._lock: BaseFileLock | None = None
+        self._lock = lock
+        self._note: SubmissionNote | None = None
+        self._is_current = True
+        self._news = trio.Event()
+        self._disk = trio.Lock()
 
-    def open(self, size: int, modified_ns: int) -> None:
-        """Take the lock and read the note; `open_note` does this.
+    async def write(self, note: SubmissionNote) -> None:
+        """Replace the note on the disk; after a crash it is the old or the new one."""
+        self._note = note
+        await self._save()
 
-        Raises:
-            OSError: If the state directory can't be used.
-        """
-        self._lock = _take_lock(self._path)
-        self.shared = self._lock is None
-        note = None if self.shared else _read(self._path)
-        if note is not None:
-            if (note.size, note.modified_ns) == (size, modified_ns):
-                self.earlier = note
-            else:
-                self.changed = note
+    def set_route(self, route: Route) -> None:
+        """Record the route; it is written in the background."""
+        if self._note is not None:
+            self._change(msgspec.structs.replace(self._note, route_tried=route))
 
-    def write(self, note: Note) -> None:
-        """Replace the note; after a crash there is the old one or the new one."""
-        if self._lock is not None:
-            with self.noticing_trouble():
-                _write(self._path, note)
+    def set_output(self, directory: Path) -> None:
+        """Record the directory of the results; it is written in the background."""
+        if self._note is not None:
+            self._change(msgspec.structs.replace(self._note, output=str(directory)))
 
-    def remove(self) -> None:
-        """Forget the package: there is nothing left to go on with."""
-        if self._lock is not None:
-            with self.noticing_trouble():
-                self._path.unlink(missing_ok=True)
+    async def remove(self) -> None:
+        """Remove the note: there is no job to continue."""
+        self._note = None
+        async with self._disk:
+            if self._lock is not None:
+                await self._access(lambda: self._path.unlink(missing_ok=True))
 
-    def close(self) -> None:
-        """Let another process have the note; safe to call again."""
-        lock, self._lock = self._lock, None
-        if lock is not None:
-            with self.noticing_trouble():
-                _release(lock, self._path)
+    def _change(self, note: SubmissionNote) -> None:
+        if note != self._note:
+            self._note, self._is_current = note, False
+            self._news.set()
 
-    @contextmanager
-    def noticing_trouble(self) -> Iterator[None]:
-        """Keep what goes wrong with the state directory for people to read."""
+    async def _save(self) -> None:
+        async with self._disk:
+            note, self._is_current = self._note, True
+            if note is not None and self._lock is not None:
+                await self._access(
+                    lambda: write_private(self._path, msgspec.json.encode(note))
+                )
+
+    async def _save_changes(self) -> None:
+        """Write the note whenever it has changed, until cancelled."""
+        while True:
+            await self._news.wait()
+            self._news = trio.Event()
+            await self._save()
+
+    async def _close(self) -> None:
+        """Write what has not been written, and release the note."""
+        with trio.move_on_after(DISK_TIMEOUT, shield=True):
+            if not self._is_current:
+                await self._save()
+            lock, self._lock = self._lock, None
+            if lock is not None:
+                await self._access(lambda: _release(lock, self._path))
+
+    async def _access(self, function: Callable[[], None]) -> None:
         try:
-            yield
-        except OSError as error:
-            self._complain(error.strerror or str(error))
-        except UnicodeEncodeError:
-            self._complain("its path is no Unicode text")
-        except InvalidInput as error:
-            self._complain(str(error))
+            await _access(self._path, function)
+        except _NotKeptError as error:
+            self.trouble = str(error)
 
-    def _complain(self, reason: str) -> None:
-        self.trouble = (
-            f"no note of the job can be kept in {self._path.parent}: {reason}"
-        )
+
+@asynccontextmanager
+async def open_note(
+    state_directory: Path, package: Path, size: int, modified_ns: int
+) -> AsyncIterator[NoteFile]:
+    """Hold the note about a package for as long as the body runs.
+
+    Notes that are too old are removed first. The note stays on the disk after the body,
+    unless the body removed it.
+
+    Args:
+        state_directory: The state directory; it is made if need be.
+        package: The path of the package.
+        size: Its bytes.
+        modified_ns: Time of its last change, in nanoseconds since 1970.
+    """
+    path = state_directory / FOLDER / f"{_key(package)}{_NOTE}"
+    lock, note, trouble = None, None, ""
+    try:
+        lock, note = await _access(path, lambda: _lock_and_read(path))
+    except _NotKeptError as error:
+        trouble = str(error)
+    file = NoteFile(path, lock, trouble)
+    if note is not None:
+        if (note.size, note.modified_ns) == (size, modified_ns):
+            file.earlier = note
+        else:
+            file.changed = note
+    try:
+        async with open_background_nursery() as nursery:
+            nursery.start_soon(file._save_changes)
+            yield file
+    finally:
+        await file._close()
 
 
 def _key(package: Path) -> str:
-    """Name the note about a package after its path."""
+    """Return the name of the note about a package."""
     path = os.path.normcase(os.path.abspath(package))
     return blake3(os.fsencode(path)).hexdigest()[:_DIGITS]
 
 
-# --------------------------------------------------------------------------- notes
+class _NotKeptError(Exception):
+    """A note could not be read or written; the text is for people."""
 
 
-def _read(path: Path) -> Note | None:
-    """Read a note; None if there is none, or none that makes sense."""
+async def _access(path: Path, function: Callable[[], T]) -> T:
+    """Call a function that touches a note in a thread.
+
+    Not cancellable, but limited in time: half a change helps no later process.
+
+    Raises:
+        _NotKeptError: If it failed or took too long.
+    """
+    reason = f"no answer within {DISK_TIMEOUT:.0f} s"
+    with trio.move_on_after(DISK_TIMEOUT, shield=True):
+        try:
+            return await trio.to_thread.run_sync(function, abandon_on_cancel=True)
+        except OSError as error:
+            reason = error.strerror or str(error)
+        except UnicodeEncodeError:
+            reason = "its path is not Unicode text"
+    raise _NotKeptError(f"cannot keep a note of the job in {path.parent}: {reason}")
+
+
+# --------------------------------------------------------------------- on the disk
+
+
+def _lock_and_read(path: Path) -> tuple[BaseFileLock | None, SubmissionNote | None]:
+    """Lock a note and read it; without the lock there is nothing to read."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _remove_old_notes(path.parent)
+    lock = _acquire(path)
+    if lock is None:
+        return None, None
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Note)
+        return lock, _read(path)
+    except BaseException:
+        _release(lock, path)
+        raise
+
+
+def _read(path: Path) -> SubmissionNote | None:
+    """Read a note; None if it does not exist or is damaged."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=SubmissionNote)
     except (FileNotFoundError, ValueError, RecursionError):
         return None
 
 
-def _write(path: Path, note: Note) -> None:
-    content = msgspec.json.encode(note)
-    part = PartFile.create(Folder.open(path.parent), path.name, replace=True)
-    try:
-        with part.use() as fd:
-            if hasattr(os, "fchmod"):  # Windows has the user's profile for that
-                os.fchmod(fd, 0o600)
-            write_at(fd, content, 0)
-        part.publish()
-    finally:
-        part.discard()
-
-
 def _remove_old_notes(directory: Path) -> None:
-    """Remove the notes that nobody has touched for long, and what is left of others."""
+    """Remove old notes, their locks, and files that a crash left half-written."""
     limit = time.time() - KEPT_SECONDS
     for path in directory.iterdir():
         if not _is_older(path, limit):
             continue
-        if path.suffix == ".part":  # of a process that crashed while it wrote a note
+        if path.name.startswith("."):
             path.unlink(missing_ok=True)
         elif path.suffix in (_NOTE, _LOCK):
             _remove_old_note(path.with_suffix(_NOTE), limit)
@@ -199,11 +249,11 @@ def _remove_old_notes(directory: Path) -> None:
 
 def _remove_old_note(path: Path, limit: float) -> None:
     if path.exists() and not _is_older(path, limit):
-        return  # it is the lock that is old
-    lock = _take_lock(path)
+        return  # only its lock is old
+    lock = _acquire(path)
     if lock is not None:
         try:
-            # It may have been written anew before it was locked.
+            # Another process may have written it before it was locked.
             if _is_older(path, limit):
                 path.unlink()
         finally:
@@ -217,12 +267,9 @@ def _is_older(path: Path, limit: float) -> bool:
         return False
 
 
-# --------------------------------------------------------------------------- locks
-
-
-def _take_lock(path: Path) -> BaseFileLock | None:
-    """Lock a note, unless another living process has."""
-    # A book is opened by one worker thread and closed by another.
+def _acquire(path: Path) -> BaseFileLock | None:
+    """Lock a note; None if another living process holds it."""
+    # The lock is acquired in one worker thread and released in another.
     lock = FileLock(path.with_suffix(_LOCK), mode=0o600, thread_local=False)
     try:
         lock.acquire(blocking=False)
@@ -232,11 +279,11 @@ def _take_lock(path: Path) -> BaseFileLock | None:
 
 
 def _release(lock: BaseFileLock, path: Path) -> None:
-    """Unlock a note, and remove the lock of one that is no more."""
+    """Unlock a note; the lock file of a note that is gone is removed."""
     lock_path = path.with_suffix(_LOCK)
     try:
         if os.name != "nt" and not path.exists():
-            # Before others can take it: who has opened it by now sees that it is gone.
+            # While it is still locked: a process that has opened it will see it gone.
             lock_path.unlink(missing_ok=True)
     finally:
         lock.release()
@@ -244,4 +291,4 @@ def _release(lock: BaseFileLock, path: Path) -> None:
         try:
             lock_path.unlink(missing_ok=True)
         except PermissionError:
-            pass  # Windows removes nothing that is open: somebody else has it
+            pass  # Windows does not remove an open file: another process has it

@@ -7,7 +7,7 @@ from pathlib import Path
 import trio
 import trio.testing
 
-from sleap_rtc.client.session import ClientSession, Plan, SessionEvent
+from sleap_rtc.client.session import Plan, run_job
 from sleap_rtc.io.link.link import Link
 from sleap_rtc.proto import messages as m
 from tests.io.link.memory import MemoryLink
@@ -15,18 +15,17 @@ from tests.io.link.memory import MemoryLink
 PATIENCE = 60.0
 
 
-def new_session(folder: Path, events: list[SessionEvent]) -> ClientSession:
-    plan = Plan(
+def plan_in(folder: Path) -> Plan:
+    return Plan(
         job_id="job_0123abcd",
         package=folder / "job.zip",
+        size=100,
         preference="auto",
         shared_root=None,
         output=None,
         default_output=folder / "results",
         patience=PATIENCE,
     )
-    greeting = m.Greeting(m.PROTOCOL_VERSION, "1.0", "client")
-    return ClientSession(plan, 100, greeting, events.append)
 
 
 async def test_a_worker_that_never_greets_is_tried_with_pauses_and_given_up(
@@ -45,8 +44,14 @@ async def test_a_worker_that_never_greets_is_tried_with_pauses_and_given_up(
     first, its = MemoryLink.pair()
     its.cut("it closed the connection")
     began = trio.current_time()
-    session = new_session(tmp_path, [])
-    ending = await session.run(first, open_again, trio.Event())
+    ending = await run_job(
+        plan_in(tmp_path),
+        first,
+        open_again,
+        greeting=m.Greeting(m.PROTOCOL_VERSION, "1.0", "client"),
+        on_event=lambda event: None,
+        cancel_asked=trio.Event(),
+    )
     assert ending.outcome == "lost"
     assert "could not be reached again for 60 s" in ending.reason
     assert trio.current_time() - began == PATIENCE

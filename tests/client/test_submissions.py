@@ -1,4 +1,4 @@
-"""What is noted about packages that are under way, and who may go on with them."""
+"""Notes about submitted packages, and the processes that may continue their jobs."""
 
 import os
 import subprocess
@@ -6,25 +6,41 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
 
 import msgspec
 import pytest
+import trio
+import trio.testing
 
-from sleap_rtc.client.submissions import FOLDER, KEPT_SECONDS, Note, NoteBook, open_note
+from sleap_rtc.client import submissions
+from sleap_rtc.client.submissions import (
+    DISK_TIMEOUT,
+    FOLDER,
+    KEPT_SECONDS,
+    NoteFile,
+    SubmissionNote,
+    open_note,
+)
 
 SIZE, MODIFIED = 1234, 1_700_000_000_123_456_789
 
 HOLDER = """
 import sys
 from pathlib import Path
-from sleap_rtc.client.submissions import Note, open_note
-state, package, size, modified, job_id = sys.argv[1:]
-with open_note(Path(state), Path(package), int(size), int(modified)) as book:
-    book.write(Note(job_id, "worker-1", package, int(size), int(modified)))
-    print("shared" if book.shared else "noted", flush=True)
-    sys.stdin.read()
+import trio
+from sleap_rtc.client.submissions import SubmissionNote, open_note
+
+async def main(state, package, size, modified, job_id):
+    async with open_note(Path(state), Path(package), int(size), int(modified)) as file:
+        await file.write(
+            SubmissionNote(job_id, "worker-1", package, int(size), int(modified))
+        )
+        print("shared" if file.shared else "noted", flush=True)
+        sys.stdin.read()
+
+trio.run(main, *sys.argv[1:])
 """
 
 
@@ -38,19 +54,19 @@ def package(tmp_path: Path) -> Path:
     return tmp_path / "job.zip"
 
 
-def note_of(package: Path, job_id: str = "job_0123456789abcdef") -> Note:
-    return Note(job_id, "worker-1", str(package), SIZE, MODIFIED)
+def note_of(package: Path, job_id: str = "job_0123456789abcdef") -> SubmissionNote:
+    return SubmissionNote(job_id, "worker-1", str(package), SIZE, MODIFIED)
 
 
-def opened(state: Path, package: Path) -> NoteBook:
+def opened(state: Path, package: Path) -> AbstractAsyncContextManager[NoteFile]:
     return open_note(state, package, SIZE, MODIFIED)
 
 
-def leave(state: Path, package: Path, note: Note | None = None) -> Path:
-    """Leave a note as a process does that ends early, and say where it is."""
-    with opened(state, package) as book:
-        book.write(note or note_of(package))
-        assert not book.trouble
+async def leave(state: Path, package: Path, note: SubmissionNote | None = None) -> Path:
+    """Leave a note like a process that ends early; return its path."""
+    async with opened(state, package) as file:
+        await file.write(note or note_of(package))
+        assert not file.trouble
     (path,) = (path for path in files(state) if path.suffix == ".json")
     return path
 
@@ -68,7 +84,7 @@ def make_old(path: Path, seconds: float = KEPT_SECONDS + 60) -> None:
 def holder(
     state: Path, package: Path, job_id: str
 ) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Another process that has opened the note, and what it says."""
+    """Run another process that holds the note; yield it and its first line."""
     arguments = [str(state), str(package), str(SIZE), str(MODIFIED), job_id]
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, *arguments],
@@ -83,68 +99,70 @@ def holder(
             process.kill()
 
 
-def test_a_package_is_unknown_at_first(state: Path, package: Path) -> None:
-    with opened(state, package) as book:
-        assert (book.shared, book.earlier, book.changed) == (False, None, None)
-        assert book.trouble == ""
+async def test_a_package_is_unknown_at_first(state: Path, package: Path) -> None:
+    async with opened(state, package) as file:
+        assert (file.shared, file.earlier, file.changed) == (False, None, None)
+        assert file.trouble == ""
     assert files(state) == []
 
 
-def test_the_next_process_reads_the_last_note(state: Path, package: Path) -> None:
+async def test_the_next_process_reads_the_last_note(state: Path, package: Path) -> None:
     last = msgspec.structs.replace(
         note_of(package), route_tried="channel", output="/x/results"
     )
-    with opened(state, package) as book:
-        book.write(note_of(package))
-        book.write(last)
-    with opened(state, package) as book:
-        assert book.earlier == last
-        assert book.changed is None
+    async with opened(state, package) as file:
+        await file.write(note_of(package))
+        await file.write(last)
+    async with opened(state, package) as file:
+        assert file.earlier == last
+        assert file.changed is None
 
 
-def test_one_package_has_one_note_whatever_it_is_called(
+async def test_a_package_has_one_note_under_all_its_names(
     state: Path, package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    leave(state, package)
+    await leave(state, package)
     monkeypatch.chdir(package.parent)
     for name in ("job.zip", f"../{package.parent.name}/job.zip"):
-        with opened(state, Path(name)) as book:
-            assert book.earlier == note_of(package)
-    with opened(state, package.with_name("other.zip")) as book:
-        assert book.earlier is None
+        async with opened(state, Path(name)) as file:
+            assert file.earlier == note_of(package)
+    async with opened(state, package.with_name("other.zip")) as file:
+        assert file.earlier is None
 
 
 @pytest.mark.parametrize(
     ("size", "modified"), [(SIZE + 1, MODIFIED), (SIZE, MODIFIED - 1)]
 )
-def test_a_package_that_has_changed_is_told_apart(
+async def test_a_package_that_has_changed_is_recognised(
     state: Path, package: Path, size: int, modified: int
 ) -> None:
-    leave(state, package)
-    with open_note(state, package, size, modified) as book:
-        assert book.earlier is None
-        assert book.changed == note_of(package)
+    await leave(state, package)
+    async with open_note(state, package, size, modified) as file:
+        assert file.earlier is None
+        assert file.changed == note_of(package)
 
 
-def test_a_package_that_is_done_leaves_nothing(state: Path, package: Path) -> None:
-    leave(state, package)
-    with opened(state, package) as book:
-        book.remove()
-        book.remove()
-    assert not book.trouble
+async def test_a_finished_package_leaves_nothing(state: Path, package: Path) -> None:
+    await leave(state, package)
+    async with opened(state, package) as file:
+        await file.remove()
+        await file.remove()
+    assert not file.trouble
     assert files(state) == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has other permissions")
-def test_notes_are_for_their_owner_only(state: Path, package: Path) -> None:
-    leave(state, package)
+async def test_notes_are_for_their_owner_only(state: Path, package: Path) -> None:
+    await leave(state, package)
     assert (state / FOLDER).stat().st_mode & 0o777 == 0o700
     for path in files(state):
         assert path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_note_is_named_after_the_hash_of_the_path(state: Path, package: Path) -> None:
-    path = leave(state, package)
+async def test_a_note_is_named_after_the_hash_of_the_path(
+    state: Path, package: Path
+) -> None:
+    path = await leave(state, package)
     assert len(path.stem) == 32
     assert set(path.stem) <= set("0123456789abcdef")
 
@@ -161,157 +179,242 @@ def test_a_note_is_named_after_the_hash_of_the_path(state: Path, package: Path) 
         msgspec.json.encode(note_of(Path("x")))[:-3],
     ],
 )
-def test_garbage_counts_as_no_note(state: Path, package: Path, content: bytes) -> None:
-    leave(state, package).write_bytes(content)
-    with opened(state, package) as book:
-        assert (book.earlier, book.changed, book.trouble) == (None, None, "")
-        book.write(note_of(package))
-    with opened(state, package) as book:
-        assert book.earlier == note_of(package)
+async def test_garbage_counts_as_no_note(
+    state: Path, package: Path, content: bytes
+) -> None:
+    (await leave(state, package)).write_bytes(content)
+    async with opened(state, package) as file:
+        assert (file.earlier, file.changed, file.trouble) == (None, None, "")
+        await file.write(note_of(package))
+    async with opened(state, package) as file:
+        assert file.earlier == note_of(package)
 
 
 # --------------------------------------------------------------------- other processes
 
 
-def test_the_note_of_a_process_that_lives_is_left_alone(
+async def test_the_note_of_a_living_process_is_left_alone(
     state: Path, package: Path
 ) -> None:
     with holder(state, package, "job_aaaaaaaaaaaaaaaa") as (process, said):
         assert said == "noted"
-        with opened(state, package) as book:
-            assert book.shared
-            assert (book.earlier, book.changed, book.trouble) == (None, None, "")
-            book.write(note_of(package))
-            book.remove()
-        # Nor did closing it take the lock from its holder.
-        with opened(state, package) as book:
-            assert book.shared
-        with opened(state, package.with_name("other.zip")) as other:
+        async with opened(state, package) as file:
+            assert file.shared
+            assert (file.earlier, file.changed, file.trouble) == (None, None, "")
+            await file.write(note_of(package))
+            await file.remove()
+        # Closing it did not take the lock from its holder either.
+        async with opened(state, package) as file:
+            assert file.shared
+        async with opened(state, package.with_name("other.zip")) as other:
             assert not other.shared
         process.communicate(timeout=30)
-    with opened(state, package) as book:
-        assert book.earlier == note_of(package, "job_aaaaaaaaaaaaaaaa")
+    async with opened(state, package) as file:
+        assert file.earlier == note_of(package, "job_aaaaaaaaaaaaaaaa")
 
 
-def test_the_note_of_a_process_that_was_killed_is_taken_up(
+async def test_the_note_of_a_killed_process_is_taken_over(
     state: Path, package: Path
 ) -> None:
     with holder(state, package, "job_bbbbbbbbbbbbbbbb") as (process, said):
         assert said == "noted"
         process.kill()
         process.wait(timeout=30)
-    with opened(state, package) as book:
-        assert not book.shared
-        assert book.earlier == note_of(package, "job_bbbbbbbbbbbbbbbb")
+    async with opened(state, package) as file:
+        assert not file.shared
+        assert file.earlier == note_of(package, "job_bbbbbbbbbbbbbbbb")
         with holder(state, package, "job_cccccccccccccccc") as (_, said):
             assert said == "shared"
-    with opened(state, package) as book:
-        assert book.earlier == note_of(package, "job_bbbbbbbbbbbbbbbb")
+    async with opened(state, package) as file:
+        assert file.earlier == note_of(package, "job_bbbbbbbbbbbbbbbb")
 
 
-def test_two_books_of_one_process_keep_apart_too(state: Path, package: Path) -> None:
-    with opened(state, package) as first, opened(state, package) as second:
+async def test_two_notes_of_one_process_are_kept_apart(
+    state: Path, package: Path
+) -> None:
+    async with opened(state, package) as first, opened(state, package) as second:
         assert (first.shared, second.shared) == (False, True)
 
 
-def test_a_book_is_closed_by_another_thread(state: Path, package: Path) -> None:
-    books: list[NoteBook] = []
-    thread = threading.Thread(target=lambda: books.append(opened(state, package)))
-    thread.start()
-    thread.join()
-    books[0].write(note_of(package))
-    books[0].close()
-    books[0].close()
-    with opened(state, package) as book:
-        assert book.earlier == note_of(package)
-
-
-def test_a_closed_book_notes_nothing(state: Path, package: Path) -> None:
-    path = leave(state, package)
-    book = opened(state, package)
-    book.close()
-    book.remove()
+async def test_a_closed_note_changes_nothing(state: Path, package: Path) -> None:
+    path = await leave(state, package)
+    async with opened(state, package) as file:
+        pass
+    await file.write(note_of(package, "job_0000000000000000"))
+    await file.remove()
     assert path.exists()
+    async with opened(state, package) as file:
+        assert file.earlier == note_of(package)
+
+
+# -------------------------------------------------------------------------- progress
+
+
+async def test_changes_are_on_the_disk_after_the_body(
+    state: Path, package: Path
+) -> None:
+    async with opened(state, package) as file:
+        await file.write(note_of(package))
+        file.set_route("channel")
+        file.set_output(Path("/x/results"))
+    async with opened(state, package) as file:
+        assert file.earlier is not None
+        assert file.earlier.route_tried == "channel"
+        assert file.earlier.output == "/x/results"
+
+
+async def test_changes_are_on_the_disk_after_a_cancellation(
+    state: Path, package: Path
+) -> None:
+    with trio.CancelScope() as scope:
+        async with opened(state, package) as file:
+            await file.write(note_of(package))
+            scope.cancel()
+            file.set_route("shared")
+            await trio.sleep_forever()
+    async with opened(state, package) as file:
+        assert file.earlier is not None
+        assert file.earlier.route_tried == "shared"
+
+
+async def test_changes_are_written_while_the_body_runs(
+    state: Path, package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[bytes] = []
+    twice = trio.Event()
+
+    def record(path: Path, content: bytes) -> None:
+        written.append(content)
+        if len(written) == 2:
+            trio.from_thread.run_sync(twice.set)
+
+    monkeypatch.setattr(submissions, "write_private", record)
+    async with opened(state, package) as file:
+        await file.write(note_of(package))
+        file.set_route("channel")
+        await twice.wait()
+    assert b"channel" in written[1]
+
+
+async def test_nothing_is_noted_after_the_note_was_removed(
+    state: Path, package: Path
+) -> None:
+    async with opened(state, package) as file:
+        file.set_route("channel")  # there is no job yet
+        await file.write(note_of(package))
+        file.set_output(Path("/x"))
+        await file.remove()
+        file.set_output(Path("/y"))
+    assert files(state) == []
+
+
+async def test_a_disk_that_hangs_stops_nothing(
+    state: Path,
+    package: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    hanging, released = trio.Event(), threading.Event()
+
+    def hang(path: Path, content: bytes) -> None:
+        trio.from_thread.run_sync(hanging.set)
+        released.wait(timeout=60)
+
+    monkeypatch.setattr(submissions, "write_private", hang)
+    async with opened(state, package) as file, trio.open_nursery() as nursery:
+        nursery.start_soon(file.write, note_of(package))
+        await hanging.wait()
+        mock_clock.jump(DISK_TIMEOUT)
+        await trio.testing.wait_all_tasks_blocked()
+        assert "no answer within 10 s" in file.trouble
+        released.set()
 
 
 # ------------------------------------------------------------------------- old notes
 
 
-def test_old_notes_and_what_is_left_of_them_are_removed(
+async def test_old_notes_locks_and_halves_are_removed(
     state: Path, package: Path
 ) -> None:
-    make_old(leave(state, package.with_name("old.zip")))
-    make_old(leave(state, package))  # the package's own
-    for name in (f"{'0' * 32}.lock", f".{'0' * 32}.json.aabbcc.part"):
+    make_old(await leave(state, package.with_name("old.zip")))
+    make_old(await leave(state, package))  # the package's own
+    names = (
+        f"{'0' * 32}.lock",
+        f".{'0' * 32}.json.aabbcc.part",
+        f".{'0' * 32}.json.x1y2z3",
+    )
+    for name in names:
         (state / FOLDER / name).touch()
         make_old(state / FOLDER / name)
-    with opened(state, package) as book:
-        assert (book.earlier, book.trouble) == (None, "")
+    async with opened(state, package) as file:
+        assert (file.earlier, file.trouble) == (None, "")
     assert files(state) == []
 
 
-def test_what_is_not_old_enough_stays(state: Path, package: Path) -> None:
-    path = leave(state, package.with_name("recent.zip"))
+async def test_recent_files_stay(state: Path, package: Path) -> None:
+    path = await leave(state, package.with_name("recent.zip"))
     make_old(path, KEPT_SECONDS - 60)
     make_old(path.with_suffix(".lock"))
     part = state / FOLDER / f".{'0' * 32}.json.aabbcc.part"
     part.touch()
-    with opened(state, package) as book:
-        assert not book.trouble
+    async with opened(state, package) as file:
+        assert not file.trouble
     assert files(state) == sorted([part, path, path.with_suffix(".lock")])
 
 
-def test_an_old_note_that_is_in_use_stays(state: Path, package: Path) -> None:
+async def test_an_old_note_that_is_in_use_stays(state: Path, package: Path) -> None:
     with holder(state, package, "job_dddddddddddddddd") as (_, said):
         assert said == "noted"
         for path in files(state):
             make_old(path)
-        with opened(state, package.with_name("other.zip")) as book:
-            assert not book.trouble
-        with opened(state, package) as book:
-            assert book.shared
+        async with opened(state, package.with_name("other.zip")) as file:
+            assert not file.trouble
+        async with opened(state, package) as file:
+            assert file.shared
         assert {path.suffix for path in files(state)} == {".json", ".lock"}
 
 
 # --------------------------------------------------------------------------- trouble
 
 
-def test_a_state_directory_that_is_a_file_stops_nothing(
+async def test_a_state_directory_that_is_a_file_stops_nothing(
     state: Path, package: Path
 ) -> None:
-    state.touch()
-    with opened(state, package) as book:
-        book.write(note_of(package))
-        book.remove()
-    assert (book.shared, book.earlier) == (False, None)
-    assert str(state) in book.trouble
+    state.touch()  # noqa: ASYNC240
+    async with opened(state, package) as file:
+        await file.write(note_of(package))
+        await file.remove()
+    assert (file.shared, file.earlier) == (False, None)
+    assert str(state) in file.trouble
 
 
-def test_a_note_that_cannot_be_written_stops_nothing(
+async def test_a_note_that_cannot_be_written_stops_nothing(
     state: Path, package: Path
 ) -> None:
-    path = leave(state, package)
+    path = await leave(state, package)
     before = path.read_bytes()
-    with opened(state, package) as book:
-        book.write(note_of(package.with_name("\udcff.zip")))
-        assert "no Unicode text" in book.trouble
+    async with opened(state, package) as file:
+        await file.write(note_of(package.with_name("\udcff.zip")))
+        assert "not Unicode text" in file.trouble
     assert path.read_bytes() == before
     assert {path.suffix for path in files(state)} == {".json", ".lock"}
 
 
-def test_a_directory_in_the_place_of_a_note_stops_nothing(
+async def test_a_directory_in_the_place_of_a_note_stops_nothing(
     state: Path, package: Path
 ) -> None:
-    path = leave(state, package)
+    path = await leave(state, package)
     path.unlink()
     path.mkdir()
-    with opened(state, package) as book:
-        book.write(note_of(package))
-        assert book.earlier is None
-        assert "no note of the job can be kept" in book.trouble
+    async with opened(state, package) as file:
+        await file.write(note_of(package))
+        assert file.earlier is None
+        assert "cannot keep a note of the job" in file.trouble
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
-def test_a_path_that_is_no_text_can_be_looked_up(state: Path, package: Path) -> None:
-    with opened(state, package.with_name("\udcff.zip")) as book:
-        assert (book.shared, book.trouble) == (False, "")
+async def test_a_path_that_is_not_text_can_be_looked_up(
+    state: Path, package: Path
+) -> None:
+    async with opened(state, package.with_name("\udcff.zip")) as file:
+        assert (file.shared, file.trouble) == (False, "")

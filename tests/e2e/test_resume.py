@@ -239,5 +239,5 @@ def test_a_job_whose_worker_is_away_is_not_begun_elsewhere(lab: Lab) -> None:
     client.kill()
     town.worker.kill()
     done = town.laptop.run("send", package).expect(3)
-    assert "was begun with this package on worker-" in done.err.replace("\n", " ")
+    assert "This package was submitted to worker-" in done.err.replace("\n", " ")
     assert "--fresh" in done.err

@@ -1,0 +1,113 @@
+"""The directory of one job on the storage that client and worker share."""
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+import trio
+from blake3 import blake3
+
+from sleap_rtc.io.storage.copy import CopyReport, copy_with_deadline
+from sleap_rtc.io.storage.folder import (
+    StorageError,
+    make_directories_beneath,
+    open_beneath,
+    remove_tree_beneath,
+)
+from sleap_rtc.io.storage.probe import ask_storage, call_in_time, write_probe
+from sleap_rtc.proto.errors import InvalidInput
+
+STORAGE_TIMEOUT = 20.0
+"""Seconds for one access to the shared storage."""
+
+CLEANUP_TIMEOUT = 10.0
+"""Seconds for removing a job directory that will not be used."""
+
+PROBE_NAME = "mount-probe"
+"""Name of the file that the worker has to find."""
+
+
+class JobFolder:
+    """Prepares, fills, reads and discards the directory of one job.
+
+    All methods but `discard` raise `InvalidInput` for a path that leads elsewhere, and
+    `StorageError` if the storage failed or does not answer.
+
+    Args:
+        root: Where this machine mounts the shared storage.
+        job_id: The job.
+    """
+
+    def __init__(self, root: Path, job_id: str) -> None:
+        self._root = root
+        self._relative = f"jobs/{job_id}"
+
+    @property
+    def path(self) -> Path:
+        """Absolute path of the directory on this machine."""
+        return self._root / self._relative
+
+    async def make(self) -> tuple[str, str]:
+        """Make the directory with a probe file in it.
+
+        Returns:
+            The path of the file beneath the root, and the BLAKE3 hash of its content in
+            hexadecimal digits.
+        """
+        probe = f"{self._relative}/{PROBE_NAME}"
+        nonce = secrets.token_hex(16).encode()
+
+        def write() -> None:
+            make_directories_beneath(self._root, self._relative)
+            write_probe(self._root, probe, nonce)
+
+        await ask_storage(self._root, write, timeout=STORAGE_TIMEOUT)
+        return probe, blake3(nonce).hexdigest()
+
+    async def copy_package(
+        self,
+        package: Path,
+        path: str,
+        *,
+        size: int,
+        on_progress: Callable[[int], None],
+    ) -> CopyReport:
+        """Remove the probe file, and copy the package.
+
+        Args:
+            package: The zip file.
+            path: Path of the copy beneath the root.
+            size: Bytes that the zip file must have.
+            on_progress: Called with the number of bytes copied so far.
+        """
+        probe = f"{self._relative}/{PROBE_NAME}"
+        await call_in_time(
+            self._root, remove_tree_beneath, self._root, probe, timeout=STORAGE_TIMEOUT
+        )
+        return await copy_with_deadline(
+            package, self._root, path, size=size, on_progress=on_progress
+        )
+
+    async def find_result(self, path: str) -> Path:
+        """Return the absolute path of a result after checking that it is a file."""
+
+        def check() -> Path:
+            relative = f"{self._relative}/{path}"
+            os.close(open_beneath(self._root, relative))
+            return self._root / relative
+
+        return await call_in_time(self._root, check, timeout=STORAGE_TIMEOUT)
+
+    async def discard(self) -> None:
+        """Remove the directory if the storage allows it. Not cancellable, but short."""
+        with trio.move_on_after(CLEANUP_TIMEOUT, shield=True):
+            try:
+                await trio.to_thread.run_sync(
+                    remove_tree_beneath,
+                    self._root,
+                    self._relative,
+                    abandon_on_cancel=True,
+                )
+            except (InvalidInput, StorageError):
+                return

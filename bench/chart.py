@@ -7,13 +7,13 @@ from bench.report import heading, measured, number
 
 WIDTH, LEFT, RIGHT = 900, 250, 170
 LINE, BAR, HEAD = 22, 14, 40
-"""Pixels: of a row, of its bar, and of the heading above the rows."""
+"""Pixels of the height of a row, of its bar, and of the heading above the rows."""
 
 OWN, OTHER = "#2a6fbb", "#b8bec6"
-"""The product's bars, and those of the rest."""
+"""Colors of the product's bars, and of the others."""
 
 PRODUCT = ("shared", "tcp", "quic")
-"""How the names of the product's own ways begin."""
+"""Prefixes of the names of the product's own ways."""
 
 STYLE = (
     "text{font:13px sans-serif;fill:#222}"

@@ -5,9 +5,9 @@
 Everything runs on this machine, and takes turns: the product with a real worker and a
 real `send`; `cp`, `dd`, `rsync` and `shutil.copy2` on the same storage; a bare TLS
 stream, `scp`, `rsync -e ssh` and magic-wormhole beside TCP; aiortc and aioquic's own
-engine beside QUIC. What is not installed is left out, and the table says so. Nothing
-stays behind but the files of `--json` and `--svg`. docs/performance.md explains the
-table.
+engine beside QUIC. A program that is not installed is left out, and the table says so.
+Nothing stays behind but the files of `--json` and `--svg`. docs/performance.md explains
+the table.
 """
 
 import argparse
@@ -32,10 +32,10 @@ from bench.targets import judge
 
 
 def main() -> int:
-    """Do what the command line says; returns the exit code."""
+    """Run the command line; return the exit code."""
     arguments = _parse_arguments()
     console = Console(width=None if sys.stdout.isatty() else 132)
-    # A polite end is an end with cleaning up.
+    # SIGTERM cleans up as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         report = _measure(arguments, Console(stderr=True))
@@ -117,7 +117,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--peers-python", metavar="PYTHON", help="a Python that has aiortc"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write it all here")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all samples here"
+    )
     parser.add_argument("--svg", type=Path, metavar="FILE", help="draw a chart here")
     arguments = parser.parse_args()
     if arguments.rounds < 1:

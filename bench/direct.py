@@ -1,4 +1,4 @@
-"""A copy that writes past the page cache (`O_DIRECT`), to compare with."""
+"""A copy that writes past the page cache (`O_DIRECT`), for comparison."""
 
 import mmap
 import os
@@ -10,11 +10,11 @@ from sleap_rtc.io.storage.copy_strategies import Steps
 
 BLOCK = 4 * 1024 * 1024
 ALIGNMENT = 4096
-"""Bytes; file offsets, lengths and addresses have to be multiples of it."""
+"""Bytes of which file offsets, lengths and addresses have to be multiples."""
 
 
 def copy_directly(source: int, target: int, offset: int, size: int) -> Steps:
-    """Copy with one thread that reads while this one writes.
+    """Copy a file: another thread reads while this one writes.
 
     Yields:
         The bytes copied so far.

@@ -1,4 +1,4 @@
-"""The files that are moved, and the places where they are."""
+"""The files that are moved, and their directories."""
 
 import mmap
 import os
@@ -16,14 +16,14 @@ from blake3 import blake3
 from bench.measures import GIBIBYTE, MEBIBYTE, BenchError, Load
 
 PROGRAM = "ln"
-"""What the job of a package runs: the worker forgets a package once its job is done, so
-the job keeps a hard link to what has arrived."""
+"""Program of a package's job: it keeps a hard link to the package that has arrived,
+because the worker removes its own once the job is done."""
 
 MEMORY = Path("/dev/shm")
-"""Where Linux has a file system that is memory."""
+"""Directory of Linux' file system in memory."""
 
 _ADMINISTRATION = "/usr/sbin:/sbin"
-"""Where the tools of an administrator are, which are not on every PATH."""
+"""Directories of an administrator's tools, which are not on every PATH."""
 
 
 def make_load(directory: Path, size: int, *, reserve_only: bool = False) -> Load:
@@ -33,8 +33,8 @@ def make_load(directory: Path, size: int, *, reserve_only: bool = False) -> Load
     unpacks only a script.
 
     Args:
-        directory: Where it goes.
-        size: How many bytes are in front of the zip.
+        directory: The directory to write it to.
+        size: Bytes before the zip.
         reserve_only: True for blocks that are allocated and never written.
 
     Raises:
@@ -64,7 +64,7 @@ def make_load(directory: Path, size: int, *, reserve_only: bool = False) -> Load
 
 
 def take_away(load: Load) -> bool:
-    """Remove what has arrived; returns whether it was what had been sent."""
+    """Remove the file that has arrived; return whether it is the one that was sent."""
     if not load.arrived.exists():
         raise BenchError(f"nothing has arrived at {load.arrived}")
     is_intact = (
@@ -78,8 +78,8 @@ def take_away(load: Load) -> bool:
 def warm_memory(size: int) -> None:
     """Touch more memory than a copy will fill.
 
-    A virtual machine may have given its free memory back to its host; whoever uses it
-    next would pay for that, a second or more for each gigabyte.
+    A virtual machine may have given its free memory back to its host; the next program
+    to use it would pay for that, a second or more for each gigabyte.
     """
     size = min(size * 3 // 2, psutil.virtual_memory().available // 2)
     with mmap.mmap(-1, size + MEBIBYTE) as memory:
@@ -100,7 +100,7 @@ def file_system_of(directory: Path) -> str:
 
 @contextmanager
 def fresh_directory(parent: Path) -> Iterator[Path]:
-    """Make a directory for the body; nothing of it stays."""
+    """Make a directory, and remove it after the body."""
     directory = parent / "fresh"
     directory.mkdir()
     try:
@@ -115,8 +115,8 @@ def loop_mount(kind: str, directory: Path, size: int) -> Iterator[Path]:
 
     Args:
         kind: Its type, such as ``xfs``.
-        directory: Where the file and the mount point go.
-        size: Bytes it shall have; the file takes only what is written.
+        directory: The directory for the file and the mount point.
+        size: Bytes of the file system; the file only takes those that are written.
 
     Raises:
         BenchError: If it can't be made or mounted here; the text says why.

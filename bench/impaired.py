@@ -2,14 +2,14 @@
 
     python -m bench.impaired --kinds tcp,quic --rtt 0,20,50,100 --loss 0,0.1,1
 
-Two processes have a link through a third one, `proxy.py`, which delays and loses. A
-file of no end goes over the link in verified chunks, from memory to nowhere. Congestion
-control begins slowly, so what counts is the rate once the link is warm: between the
+Two processes have a link through a third one, `proxy.py`, which delays and loses. An
+endless file goes over the link in verified chunks, from memory to nowhere. Congestion
+control begins slowly, so the rate counts once the link is warm: between the
 first chunk that arrives after `--warm` seconds and the last one.
 
 Every kind of link is also measured through the proxy without delay or loss; the rates
-on worse paths are given as shares of that. What the proxy itself can do is printed by
-`proxy.py --ceiling`.
+on worse paths are given as shares of that. `proxy.py --ceiling` prints the limits of
+the proxy itself.
 """
 
 import argparse
@@ -33,17 +33,17 @@ from bench.proxy import Kind, open_proxy
 from sleap_rtc.io.link.link import LinkKind
 
 START_TIMEOUT = 30.0
-"""Seconds that both ends may take to begin and to end."""
+"""Seconds that both ends may take to start and to end."""
 
 CHUNK_SIZE = 1024 * 1024
-"""Bytes, as in any transfer."""
+"""Bytes of a chunk, as in any transfer."""
 
 SMALL_CHUNK_SIZE = 256 * 1024
-"""For the classic congestion controls: where there is loss, they are so slow that few
-large chunks would arrive in the time."""
+"""Bytes of a chunk for the classic congestion controls. With loss they are so slow that
+few large chunks would arrive in the time."""
 
 FAILURES = (OSError, subprocess.SubprocessError, msgspec.DecodeError)
-"""What `measure` raises."""
+"""Exceptions that `measure` raises."""
 
 LINK_END = python_module("bench.link_end")
 
@@ -63,11 +63,11 @@ class Way(msgspec.Struct, frozen=True):
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """Its name in the table."""
         return f"{self.kind} {self.congestion}".strip()
 
     def can_take(self, loss: float) -> bool:
-        """Tell if the proxy can lose a share of it: not of what is in TCP."""
+        """Return whether the proxy can lose a share of it; it loses nothing of TCP."""
         return self.kind != "tcp" or not loss
 
 
@@ -79,10 +79,10 @@ class Cell(msgspec.Struct, frozen=True):
         rtt: Seconds to the other end and back.
         loss: The share of datagrams that is lost, in each direction.
         rate: Bytes per second once the link was warm.
-        first: Seconds until the first MiB had arrived; None if it had not.
+        first: Seconds until the first MiB had arrived; None if it never did.
         lost: Datagrams that the path lost.
-        packets_lost: Packets that the sender took for lost.
-        dropped: Datagrams for which the system had no room in the proxy.
+        packets_lost: Packets that the sender declared lost.
+        dropped: Datagrams that the system dropped because the proxy was too slow.
         sender_cpu: Seconds of processor time.
         receiver_cpu: The same of the receiver.
     """
@@ -100,7 +100,7 @@ class Cell(msgspec.Struct, frozen=True):
 
 
 def main() -> int:
-    """Do what the command line says; returns the exit code."""
+    """Run the command line; return the exit code."""
     arguments = _parse_arguments()
     # All ways take turns on each path, because the machine changes with time.
     paths = list(itertools.product(arguments.rtt, arguments.loss))
@@ -274,7 +274,9 @@ def _parse_arguments() -> argparse.Namespace:
         )
     parser.add_argument("--rounds", type=int, default=1, help="rounds (1)")
     parser.add_argument("--seed", type=int, default=1, help="decides what is lost (1)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write it all here")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all cells here"
+    )
     return parser.parse_args()
 
 
@@ -287,7 +289,7 @@ def _parse_ways(text: str) -> list[Way]:
         elif part == "tcp":
             ways.append(Way("tcp"))
         else:
-            raise argparse.ArgumentTypeError(f"{part} is no kind of link")
+            raise argparse.ArgumentTypeError(f"{part} is not a kind of link")
     return ways
 
 

@@ -3,10 +3,10 @@
     python -m bench.kills --size 1GiB --kills 100 --json report.json
 
 A worker daemon and `sleap-rtc send` move a package of random bytes. At random moments
-one of the two gets SIGKILL. A worker is started again; a client is typed again, with
-the same words. Then it goes on, until so many kills have happened and the last transfer
-has ended. Counted are transfers that did not finish, packages that arrived with other
-bytes, and how far the client's progress fell back at each kill: what was sent again.
+one of the two gets SIGKILL. Then the worker is started again, or the same `send`. That
+repeats until `--kills` kills have happened and the last transfer has ended. The report
+counts transfers that did not finish, packages that arrived with other bytes, and the
+bytes by which the client's progress fell back at each kill, which are sent again.
 """
 
 import argparse
@@ -36,16 +36,16 @@ from bench.measures import MEBIBYTE, BenchError, parse_size
 
 SLEAP_RTC = (sys.executable, "-m", "sleap_rtc")
 PROGRAM = "ln"
-"""What the job runs: it keeps a hard link to what has arrived."""
+"""Program of the job: it keeps a hard link to the package that has arrived."""
 
 START_TIMEOUT = 60.0
 """Seconds in which a worker has to be ready."""
 
 SILENCE = 180.0
-"""Seconds without a word of the client after which a transfer counts as stuck."""
+"""Seconds without output of the client after which a transfer counts as stuck."""
 
 MAX_RETRIES = 5
-"""How often a client that gave up by itself is typed again."""
+"""Attempts to type the command again after a client gave up by itself."""
 
 console = Console(highlight=False)
 
@@ -54,9 +54,9 @@ class Kill(msgspec.Struct):
     """One kill.
 
     Args:
-        victim: Who it was.
+        victim: The side that was killed, client or worker.
         done: Bytes that the client had counted as sent; 0 before the first.
-        again: How far that count fell back afterwards, which was sent twice.
+        again: Bytes by which that count fell back afterwards; they were sent twice.
     """
 
     victim: str
@@ -65,14 +65,14 @@ class Kill(msgspec.Struct):
 
 
 class Transfer(msgspec.Struct):
-    """One package, from the first word to the last.
+    """One package, from the first event to the last.
 
     Args:
-        seconds: How long it took in all.
-        kills: What happened to it.
-        retries: How often the client gave up by itself, and was typed again.
+        seconds: Duration of all attempts together.
+        kills: The kills during it.
+        retries: Times that the client gave up by itself and was typed again.
         is_intact: True if the package arrived as it was sent.
-        failure: Why it did not finish.
+        failure: The reason why it did not finish.
     """
 
     seconds: float = 0.0
@@ -95,7 +95,7 @@ class Scene:
     """A worker, a client, and the package between them.
 
     Args:
-        directory: An empty directory for everything.
+        directory: An empty directory for all files.
         size: Bytes of the package.
         route: As in `sleap-rtc send --route`.
     """
@@ -123,13 +123,13 @@ class Scene:
         self.size = self.package.stat().st_size
 
     def renew_package(self) -> None:
-        """Make it another package, so that nobody goes on with the last one."""
+        """Write another package, so that no client resumes the last one."""
         self.arrived.unlink(missing_ok=True)
         with self.package.open("rb+") as file:
             file.write(os.urandom(MEBIBYTE))
 
     def is_intact(self) -> bool:
-        """Compare what has arrived with what was sent."""
+        """Return whether the package that arrived is the one that was sent."""
         return self.arrived.exists() and _hash(self.arrived) == _hash(self.package)
 
     def start_worker(self) -> "subprocess.Popen[str]":
@@ -150,7 +150,7 @@ class Scene:
         return worker
 
     def start_client(self) -> "Client":
-        """Type the command."""
+        """Start the command."""
         options = ["send", str(self.package), "--json", "--route", self._route]
         options += ["--output", str(self._output)]
         return Client(
@@ -169,7 +169,7 @@ class Scene:
 
 
 class Client:
-    """A running `sleap-rtc send`, and what it says.
+    """A running `sleap-rtc send` and its events.
 
     Args:
         process: The process; its output comes here.
@@ -201,8 +201,8 @@ class Run:
     """One transfer, with the kills that happen to it.
 
     Args:
-        scene: Where.
-        chance: Decides who is killed, and when.
+        scene: The worker, the client and the package.
+        chance: Source of the victims and the moments.
         longest: Seconds until the next kill, at most.
         budget: Kills that may happen.
     """
@@ -219,7 +219,7 @@ class Run:
         self._last = "it said nothing"
 
     def carry_out(self) -> Transfer:
-        """Send the package, whatever it takes."""
+        """Send the package, with as many attempts as it takes."""
         began = time.monotonic()
         with _ended_after() as processes:
             processes["worker"] = self._scene.start_worker()
@@ -239,7 +239,7 @@ class Run:
         return time.monotonic() + self._chance.uniform(0, self._longest)
 
     def _watch(self, client: Client, until: float | None) -> bool:
-        """Follow the client; returns True if it ended before the moment of a kill."""
+        """Follow the client; return True if it ended before the moment of a kill."""
         quiet = time.monotonic() + SILENCE
         while True:
             now = time.monotonic()
@@ -247,7 +247,7 @@ class Run:
                 event = client.next_event(min(quiet, until or quiet) - now)
             except queue.Empty:
                 if until is None or time.monotonic() < until:
-                    self.transfer.failure = f"stuck; its last words: {self._last}"
+                    self.transfer.failure = f"stuck; its last lines: {self._last}"
                     _kill(client.process)
                     return True
                 return False
@@ -275,7 +275,7 @@ class Run:
         self.transfer.kills.append(Kill(victim, self._done))
         if victim == "client":
             if self._scene.arrived.exists():
-                return None  # the job has run: there is nothing left to go on with
+                return None  # the job has run, so nothing is left to resume
             return self._type_command(processes)
         processes["worker"] = self._scene.start_worker()
         return client
@@ -283,7 +283,7 @@ class Run:
     def _after_the_end(
         self, client: Client, processes: dict[str, "subprocess.Popen[str]"]
     ) -> Client | None:
-        """Type the command again if it failed, and if that has not failed too often."""
+        """Start the command again after a failure, unless it has failed too often."""
         if client.process.returncode == 0 or self.transfer.failure:
             return None
         if self.transfer.retries == MAX_RETRIES:
@@ -299,9 +299,9 @@ class Run:
 
 
 def main() -> int:
-    """Do what the command line says; returns the exit code."""
+    """Run the command line; return the exit code."""
     arguments = _parse_arguments()
-    # A polite end is an end with cleaning up.
+    # SIGTERM cleans up as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with tempfile.TemporaryDirectory(
@@ -325,19 +325,21 @@ def main() -> int:
 
 
 def measure(scene: Scene, kills: int, seed: int) -> Report:
-    """Send packages until so many kills have happened.
+    """Send packages until `kills` kills have happened.
 
     Args:
-        scene: Where.
-        kills: How many.
-        seed: Decides who is killed, and when.
+        scene: The worker, the client and the package.
+        kills: Number of kills.
+        seed: Seed of the victims and the moments.
 
     Raises:
         BenchError: If not even an undisturbed transfer finishes.
     """
     undisturbed = Run(scene, random.Random(seed), 0.0, budget=0).carry_out()
     if undisturbed.failure or not undisturbed.is_intact:
-        raise BenchError(f"nobody was killed, but: {undisturbed.failure or 'damaged'}")
+        raise BenchError(
+            f"without a kill it failed: {undisturbed.failure or 'damaged'}"
+        )
     report = Report(scene.size, seed, undisturbed)
     chance = random.Random(seed)
     left = kills
@@ -351,7 +353,7 @@ def measure(scene: Scene, kills: int, seed: int) -> Report:
 
 
 def show(report: Report) -> None:
-    """Print what came out."""
+    """Print a summary."""
     kills = [kill for transfer in report.transfers for kill in transfer.kills]
     failed = [transfer for transfer in report.transfers if transfer.failure]
     wrong = [t for t in report.transfers if not t.failure and not t.is_intact]
@@ -375,7 +377,7 @@ def show(report: Report) -> None:
 
 @contextmanager
 def _ended_after() -> Iterator[dict[str, "subprocess.Popen[str]"]]:
-    """Keep processes in a table; none of those in it outlives the body."""
+    """Keep a table of processes; none of them outlives the body."""
     processes: dict[str, subprocess.Popen[str]] = {}
     try:
         yield processes
@@ -402,11 +404,15 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--size", type=parse_size, default="1GiB", help="such as 64MiB (1GiB)"
     )
-    parser.add_argument("--kills", type=int, default=100, help="how many (100)")
-    parser.add_argument("--seed", type=int, default=1, help="decides when and whom (1)")
+    parser.add_argument("--kills", type=int, default=100, help="number of kills (100)")
+    parser.add_argument(
+        "--seed", type=int, default=1, help="of the moments and victims (1)"
+    )
     parser.add_argument("--route", choices=("tcp", "quic"), default="tcp")
-    parser.add_argument("--directory", type=Path, help="where the files go")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write it all here")
+    parser.add_argument("--directory", type=Path, help="directory for the files")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the report here"
+    )
     return parser.parse_args()
 
 

@@ -7,17 +7,17 @@ import msgspec
 
 
 class Conditions(msgspec.Struct, frozen=True):
-    """What a path does to whatever crosses it, the same in both directions.
+    """The effect of a path on the datagrams that cross it, the same both ways.
 
     Args:
         delay: Seconds from one end to the other, half of a round trip.
         jitter: Up to this many seconds are added at random.
         loss: The share of datagrams that never come out, from 0 up to less than 1.
-        rate: Bytes per second that pass; None means as many as come.
-        queue: Bytes that may wait for their turn where there is a rate; what comes
-            on top of them is dropped.
+        rate: Bytes per second that pass; None for no limit.
+        queue: Bytes that may wait if the rate is limited; a datagram that finds them
+            waiting is dropped.
         may_reorder: True if the jitter may let a datagram overtake another one.
-        seed: Decides which datagrams are lost, and the jitter.
+        seed: Seed of the losses and of the jitter.
     """
 
     delay: float = 0.0
@@ -32,13 +32,13 @@ class Conditions(msgspec.Struct, frozen=True):
         if not 0 <= self.loss < 1:
             raise ValueError(f"a loss of {self.loss} is not from 0 up to less than 1")
         if min(self.delay, self.jitter, self.queue) < 0:
-            raise ValueError("a delay, a jitter or a queue is less than nothing")
+            raise ValueError("a delay, a jitter or a queue is negative")
         if self.rate is not None and self.rate <= 0:
             raise ValueError(f"nothing would pass at {self.rate} bytes per second")
 
 
 class LineCounts(msgspec.Struct):
-    """What has become of the datagrams that entered a line.
+    """Counts of the datagrams that entered a line.
 
     Args:
         entered: All of them.
@@ -52,13 +52,13 @@ class LineCounts(msgspec.Struct):
 
 
 class Totals(msgspec.Struct):
-    """What has become of all datagrams.
+    """Counts of all datagrams of a proxy.
 
     Args:
         up: On the way to the target.
         down: On the way back.
-        dropped: What the operating system dropped for want of room in a buffer; if it
-            is more than nothing, the proxy was too slow.
+        dropped: Datagrams that the operating system dropped because a buffer was full;
+            if there are any, the proxy was too slow.
     """
 
     up: LineCounts
@@ -67,14 +67,14 @@ class Totals(msgspec.Struct):
 
 
 class Line:
-    """Decides when a datagram comes out, if it does; time is an argument.
+    """Computes when a datagram comes out, if it does; time is an argument.
 
     Args:
-        conditions: What happens on the way.
+        conditions: Delay, losses and limits.
         direction: Its name; the two directions lose different datagrams.
 
     Attributes:
-        counts: What has happened so far.
+        counts: The datagrams so far.
     """
 
     def __init__(self, conditions: Conditions, direction: str) -> None:
@@ -86,14 +86,14 @@ class Line:
         self._before_loss = self._draw_before_loss()
 
     def enter(self, size: int, now: float) -> float | None:
-        """Let a datagram in.
+        """Add a datagram, and return when it leaves the line.
 
         Args:
             size: Its bytes.
             now: The time in seconds, which must never go back.
 
         Returns:
-            When it comes out, or None if it never does.
+            The time, or None if the datagram is lost.
         """
         conditions, counts = self._conditions, self.counts
         counts.entered += 1
@@ -117,12 +117,12 @@ class Line:
         return due
 
     def _draw_before_loss(self) -> float:
-        """Draw how many datagrams pass before the next one is lost.
+        """Draw the number of datagrams that pass before the next one is lost.
 
         Each is lost with the same probability, so the number is geometric; one draw for
         each loss costs less than one for each datagram.
         """
         if self._conditions.loss == 0:
             return math.inf
-        chance = 1 - self._random.random()  # never 0, whose logarithm there is not
+        chance = 1 - self._random.random()  # never 0, which has no logarithm
         return math.floor(math.log(chance) / math.log1p(-self._conditions.loss))

@@ -38,18 +38,18 @@ AUTH = Auth(session="5" * 32, proof=hashlib.sha256(b"bench").hexdigest())
 
 
 class Where(msgspec.Struct, frozen=True):
-    """Where a receiver is, and what it shows."""
+    """The address of a receiver, and its certificate."""
 
     port: int
     certificate: bytes
 
 
 class Task(msgspec.Struct, frozen=True):
-    """What a sender shall do.
+    """The task of a sender.
 
     Args:
-        address: Where to dial.
-        certificate: What the receiver shows.
+        address: The address of the receiver.
+        certificate: The certificate of the receiver.
         kind: The link.
         congestion: The congestion control of QUIC; an empty one is the product's own.
         chunk_size: Bytes of a chunk. A fixed number of them is on the way at most.
@@ -63,18 +63,18 @@ class Task(msgspec.Struct, frozen=True):
 
 
 class Span(msgspec.Struct, frozen=True):
-    """How long to receive: so long, and until enough has arrived for a rate.
+    """Duration of the receiving: it lasts longer if too little has arrived for a rate.
 
     Args:
-        seconds: The time from the offer on.
-        warm: Seconds of it that do not count.
+        seconds: Seconds from the offer on.
+        warm: Seconds at the beginning that do not count.
     """
 
     seconds: float
     warm: float
 
     def is_over(self, arrivals: list[tuple[float, int]]) -> bool:
-        """Say whether that was enough.
+        """Return whether the receiver has seen enough.
 
         Args:
             arrivals: Seconds, and the bytes that had arrived by then.
@@ -88,19 +88,19 @@ class Span(msgspec.Struct, frozen=True):
 
 
 class Sent(msgspec.Struct, frozen=True):
-    """What a sender has seen."""
+    """Findings of a sender."""
 
     statistics: LinkStatistics
     cpu_seconds: float
 
 
 class Received(msgspec.Struct, frozen=True):
-    """What a receiver has seen.
+    """Findings of a receiver.
 
     Args:
         arrivals: Seconds since the offer, and the bytes that were stored until then,
             after each chunk.
-        cpu_seconds: What it used.
+        cpu_seconds: Processor time that it used.
     """
 
     arrivals: list[tuple[float, int]]
@@ -108,7 +108,7 @@ class Received(msgspec.Struct, frozen=True):
 
 
 class _Nowhere:
-    """Takes chunks, and checks their hashes."""
+    """A file that checks the hashes of its chunks and discards them."""
 
     def __init__(self, chunk_size: int) -> None:
         self.chunk_map = ChunkMap(ENDLESS, chunk_size)
@@ -125,7 +125,7 @@ class _Nowhere:
 
 
 class _Memory:
-    """The same chunk for ever."""
+    """An endless file of the same chunk."""
 
     def __init__(self, chunk_size: int) -> None:
         self._chunk = hashlib.shake_256(b"bench").digest(chunk_size)
@@ -139,7 +139,7 @@ class _Memory:
 
 
 async def receive(span: Span) -> Received:
-    """Take one file over one link, for so long."""
+    """Receive one file over one link, for the time of a span."""
     certificate = make_certificate()
     arrivals: list[tuple[float, int]] = []
     async with (
@@ -191,7 +191,7 @@ async def send(task: Task) -> Sent:
         try:
             await transfers.send_file(1, offer, _Memory(task.chunk_size))
         except (LinkClosedError, TransferError):
-            pass  # that is how it ends
+            pass  # the receiver has seen enough
         return Sent(link.statistics(), time.process_time())
 
 
@@ -210,13 +210,13 @@ def _judge(auth: Auth) -> str:
 
 
 def _replace_congestion_control(name: str) -> None:
-    """Let the product's own congestion control be another one, in this process."""
+    """Replace the product's own congestion control by another one, in this process."""
     factories = congestion._factories
     classic = factories[name]
 
     def make(*, max_datagram_size: int) -> QuicCongestionControl:
         control: Any = classic(max_datagram_size=max_datagram_size)
-        # What the driver asks its own for. Without a rate it paces by the window.
+        # Attributes that the driver reads. Without a rate it paces by the window.
         control.max_datagram_size, control.packets_lost = max_datagram_size, 0
         control.pacing_rate, control.note_idle = 0.0, lambda: None
         made: QuicCongestionControl = control
@@ -231,7 +231,7 @@ def _say(said: msgspec.Struct) -> None:
 
 
 def main() -> None:
-    """Be one end; the command line says which."""
+    """Run the end that the command line names."""
     if sys.argv[1] == "receive":
         _say(trio.run(receive, msgspec.json.decode(sys.argv[2], type=Span)))
     else:

@@ -45,7 +45,7 @@ WAYS: dict[str, RoutePreference] = {
     "shared": "shared",
     "many": "tcp",
 }
-"""What is watched, and the route that it takes. "many" is a small package whose job
+"""Routes of the transfers, by the name of the way. "many" is a small package whose job
 prints many lines and makes many files; the others move one big file."""
 
 START_TIMEOUT = 60.0
@@ -66,7 +66,7 @@ for number in range(count):
 
 
 class Side(msgspec.Struct, frozen=True):
-    """What was found in one process."""
+    """Findings in one process."""
 
     way: str
     name: str
@@ -74,7 +74,7 @@ class Side(msgspec.Struct, frozen=True):
 
 
 def main() -> int:
-    """Do what the command line says; returns the exit code."""
+    """Run the command line; return the exit code."""
     arguments = _parse_arguments()
     if arguments.end is not None:
         _ENDS[arguments.end](arguments.directory, arguments.route)
@@ -142,7 +142,7 @@ def _report(path: Path, watch: LoopWatch) -> None:
 
 
 def _watch(directory: Path, way: str, size: int, count: int) -> list[Side]:
-    """Send one package, and return what both sides have found.
+    """Send one package, and return the findings of both sides.
 
     Raises:
         BenchError: If it did not arrive.
@@ -181,7 +181,7 @@ def _watch(directory: Path, way: str, size: int, count: int) -> list[Side]:
 
 
 def _make_package(path: Path, way: str, size: int, count: int) -> None:
-    """Write a package for a way: one big file, or what makes many."""
+    """Write a package for a way: one big file, or a program that makes many."""
     if way == "many":
         python = Path(sys.executable).name
         command = shlex.join((python, "make_many.py", str(count)))
@@ -272,9 +272,9 @@ def _parse_arguments() -> argparse.Namespace:
         help=f"some of {','.join(WAYS)} (default: all)",
     )
     parser.add_argument(
-        "--directory", type=Path, help="where everything goes (default: temporary)"
+        "--directory", type=Path, help="directory for the files (default: temporary)"
     )
-    parser.add_argument("--json", type=Path, help="write all findings there")
+    parser.add_argument("--json", type=Path, help="write all findings here")
     parser.add_argument("--end", choices=_ENDS, help=argparse.SUPPRESS)
     parser.add_argument("--route", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -283,7 +283,7 @@ def _parse_arguments() -> argparse.Namespace:
 def _parse_ways(text: str) -> list[str]:
     ways = text.split(",")
     if unknown := set(ways) - set(WAYS):
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is no way")
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is not a way")
     return ways
 
 

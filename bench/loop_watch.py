@@ -1,10 +1,10 @@
 """An instrument of Trio's that finds what blocks the event loop.
 
-Between two steps of a task the loop can serve anybody; within one it serves nobody
-else. On a machine that others use, too, the time on a clock says little about a step:
-the thread may just have had to wait for a core. So a step is `busy` for as long as its
-thread computed, plus as long as it slept in a call that blocks. What does not count is
-told apart: waiting for a core, for the lock of the interpreter, and collecting garbage.
+The loop can switch to another task between two steps, but not within one. On a shared
+machine, wall time says little about a step: the thread may just have waited for a core.
+So a step is `busy` for the time that its thread computed plus the time that it slept in
+a call that blocks. Waiting for a core, waiting for the lock of the interpreter, and
+garbage collection do not count.
 """
 
 import gc
@@ -23,27 +23,27 @@ LIMIT = 0.010
 """Seconds for which a step may block the loop."""
 
 KEPT = 12
-"""Steps that are told about: those that were busy longest."""
+"""Steps that are kept: those that were busy longest."""
 
 SWITCH_INTERVAL = 0.0005
-"""Seconds for which a thread waits in one piece for the lock of the interpreter. Short
-naps are thereby known to be such waits, and a long one to be a call that blocks."""
+"""Seconds for which a thread waits in one piece for the lock of the interpreter. It
+tells short naps, which are such waits, from a long one, which is a call that blocks."""
 
 _SAMPLE = 0.005
-"""Seconds between two looks at where the loop is."""
+"""Seconds between two samples of the loop's place in the code."""
 
 
 class Step(msgspec.Struct, frozen=True):
     """One step of a task; times are in seconds.
 
     Args:
-        busy: For how long it blocked the loop: it computed, or slept.
-        computed: Processor time of the thread, without the collection of garbage.
-        slept: In calls that block.
-        naps: How often the thread went to sleep.
-        wall: On the clock.
+        busy: Time for which it blocked the loop: it computed, or slept.
+        computed: Processor time of the thread, without garbage collection.
+        slept: Time in calls that block.
+        naps: Number of times that the thread went to sleep.
+        wall: Time on the clock.
         task: The name of the task.
-        place: Where it was when it had taken long, or where it stopped.
+        place: Its place in the code after it had taken long, or at its end.
     """
 
     busy: float
@@ -56,14 +56,14 @@ class Step(msgspec.Struct, frozen=True):
 
 
 class Findings(msgspec.Struct, frozen=True):
-    """What an instrument has found; times are in seconds.
+    """Findings of an instrument; times are in seconds.
 
     Args:
-        steps: How many there were.
-        p999: 99.9 % of them were busy no longer.
-        worst: Those that were busy longest, the longest first.
-        collection: The longest that garbage was collected in one piece, by any thread.
-        lock_wait: The longest that one step waited for the lock of the interpreter.
+        steps: Number of steps.
+        p999: Busy time that 99.9 % of the steps did not exceed.
+        worst: The steps that were busy longest, the longest first.
+        collection: The longest garbage collection in one piece, by any thread.
+        lock_wait: The longest wait of one step for the lock of the interpreter.
     """
 
     steps: int
@@ -80,10 +80,10 @@ class Findings(msgspec.Struct, frozen=True):
 class LoopWatch(trio.abc.Instrument):
     """Watches each step of each task of one run; Linux only.
 
-    Give it to `trio.run`, and ask for the findings once that has returned.
+    Pass it to `trio.run`, and read the findings after that has returned.
 
     Args:
-        switch_interval: What `sys.setswitchinterval` is set to for the run.
+        switch_interval: Argument of `sys.setswitchinterval` during the run.
     """
 
     def __init__(self, switch_interval: float = SWITCH_INTERVAL) -> None:
@@ -104,7 +104,7 @@ class LoopWatch(trio.abc.Instrument):
         self._sampler = threading.Thread(target=self._sample, daemon=True)
 
     def findings(self) -> Findings:
-        """Say what was found."""
+        """Return the findings."""
         ordered = sorted(self._busy)
         return Findings(
             steps=len(ordered),
@@ -114,10 +114,10 @@ class LoopWatch(trio.abc.Instrument):
             lock_wait=self._lock_wait,
         )
 
-    # ------------------------------------------------------------- what Trio tells
+    # ------------------------------------------------------------- what Trio calls
 
     def before_run(self) -> None:
-        """Begin to watch the thread that the loop runs in."""
+        """Start to watch the thread of the loop."""
         self._loop_thread = threading.get_ident()
         self._account = _Account()
         self._switch_interval_before = sys.getswitchinterval()
@@ -126,7 +126,7 @@ class LoopWatch(trio.abc.Instrument):
         self._sampler.start()
 
     def after_run(self) -> None:
-        """Leave everything as it was."""
+        """Stop watching, and restore the settings."""
         self._over.set()
         self._sampler.join()
         gc.callbacks.remove(self._collects)
@@ -135,14 +135,14 @@ class LoopWatch(trio.abc.Instrument):
             self._account.close()
 
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        """Note when a step begins."""
+        """Record the start of a step."""
         if self._account is not None:
             self._place, self._collected = "", 0.0
             self._before = self._account.now()
             self._stepping = True
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        """Find out what a step has used."""
+        """Record what a step has used."""
         self._stepping = False
         if self._account is None:
             return
@@ -150,7 +150,7 @@ class LoopWatch(trio.abc.Instrument):
         wall = now.wall - before.wall
         computed = max(0.0, now.computed - before.computed - self._collected)
         off_core = wall - (now.computed - before.computed)
-        # A thread that never let go of its core can still lose it to another machine.
+        # A thread that never gave up its core can still lose it to another machine.
         naps = now.naps - before.naps
         asleep = max(0.0, off_core - (now.queued - before.queued)) if naps else 0.0
         # Each nap for the lock wakes up after an interval, or a little later.
@@ -168,7 +168,7 @@ class LoopWatch(trio.abc.Instrument):
     # ------------------------------------------------------------------- the rest
 
     def _collects(self, phase: str, _details: dict[str, int]) -> None:
-        """Take off a step what the collection of garbage takes."""
+        """Subtract the time of a garbage collection from its step."""
         if phase == "start":
             self._collecting_since = time.thread_time()
             return
@@ -178,7 +178,7 @@ class LoopWatch(trio.abc.Instrument):
             self._collected += took
 
     def _sample(self) -> None:
-        """Note where a step is that has taken long already."""
+        """Record the place of a step that has taken long already."""
         while not self._over.wait(_SAMPLE):
             began = self._before.wall
             if self._stepping and time.perf_counter() - began > LIMIT / 2:
@@ -188,7 +188,7 @@ class LoopWatch(trio.abc.Instrument):
 
 
 class _Moment(msgspec.Struct, frozen=True):
-    """What a thread has used until now: seconds, and how often it went to sleep."""
+    """Counters of a thread until now: seconds, and the times that it went to sleep."""
 
     wall: float
     computed: float
@@ -197,10 +197,10 @@ class _Moment(msgspec.Struct, frozen=True):
 
 
 class _Account:
-    """What the kernel knows of the thread that makes it."""
+    """The kernel's counters of the thread that creates it."""
 
     def __init__(self) -> None:
-        import resource  # it is not there on Windows
+        import resource  # it does not exist on Windows
 
         self._usage: Callable[[int], resource.struct_rusage] = resource.getrusage
         self._thread = resource.RUSAGE_THREAD
@@ -208,19 +208,19 @@ class _Account:
         self._statistics = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def now(self) -> _Moment:
-        """Ask it."""
-        # Its second number: nanoseconds of waiting for a core.
+        """Return the present counters."""
+        # The second number is nanoseconds of waiting for a core.
         queued = int(os.pread(self._statistics, 64, 0).split()[1]) / 1e9
         naps = self._usage(self._thread).ru_nvcsw
         return _Moment(time.perf_counter(), time.thread_time(), queued, naps)
 
     def close(self) -> None:
-        """Ask it no more."""
+        """Close the file of the kernel."""
         os.close(self._statistics)
 
 
 def _place_of(frame: FrameType) -> str:
-    """Name the innermost function of a stack, and who called it."""
+    """Name the innermost function of a stack, and its callers."""
     names: list[str] = []
     caller: FrameType | None = frame
     while caller is not None and len(names) < 4:

@@ -1,4 +1,4 @@
-"""The machine and the programs, in words."""
+"""A description of the machine and of the programs."""
 
 import importlib.metadata
 import os
@@ -25,10 +25,10 @@ _PEERS = ("aiortc", "magic-wormhole")
 
 
 def describe_machine(peers_python: str | None) -> Machine:
-    """Describe what this runs on.
+    """Describe this machine.
 
     Args:
-        peers_python: The Python that has the peers of others, if there is one.
+        peers_python: The Python that has the other programs, if there is one.
     """
     versions = {"Python": platform.python_version(), "OpenSSL": ssl.OPENSSL_VERSION}
     versions |= {name: importlib.metadata.version(name) for name in _LIBRARIES}

@@ -1,4 +1,4 @@
-"""What is measured: values, and nothing that measures."""
+"""The values of a measurement, without the code that measures."""
 
 import argparse
 import re
@@ -15,23 +15,23 @@ _UNITS = {"KiB": KIBIBYTE, "MiB": MEBIBYTE, "GiB": GIBIBYTE}
 
 
 class BenchError(Exception):
-    """A measurement can't be made; the text is for people."""
+    """A measurement is not possible; the text is for people."""
 
 
 def parse_size(text: str) -> int:
     """Read a number of bytes such as ``256MiB``, for a command line.
 
     Raises:
-        ArgumentTypeError: If it is none.
+        ArgumentTypeError: If the text is not a size.
     """
     found = re.fullmatch(r"([1-9]\d*)([KMG]iB)", text)
     if found is None:
-        raise argparse.ArgumentTypeError(f"{text} is no size such as 256MiB or 5GiB")
+        raise argparse.ArgumentTypeError(f"{text} is not a size such as 256MiB or 5GiB")
     return int(found[1]) * _UNITS[found[2]]
 
 
 def without_connecting(seconds: float, connecting: float) -> float:
-    """Take off what a program needs to connect, which is not moving.
+    """Subtract the seconds that a program needs to connect: that is not moving.
 
     Raises:
         BenchError: If nothing is left: the file is too small to tell.
@@ -42,11 +42,11 @@ def without_connecting(seconds: float, connecting: float) -> float:
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """What one side has used.
+    """The resources that one side has used.
 
     Args:
         cpu_seconds: Time on any core, its children included.
-        peak_bytes: The most that was resident, ever; None where nobody could tell.
+        peak_bytes: The most that was ever resident; None if the system hides it.
     """
 
     cpu_seconds: float
@@ -54,14 +54,14 @@ class Usage(msgspec.Struct, frozen=True):
 
 
 class Sample(msgspec.Struct, frozen=True):
-    """One way, once.
+    """One measurement of one way.
 
     Args:
-        seconds: How long it took.
+        seconds: Its duration.
         is_intact: False if other bytes arrived than were sent.
-        sender: What the side that has the file used; None if nobody looked.
+        sender: Resources used by the side that has the file; None if not measured.
         receiver: The same of the other side, if there is one.
-        note: How it was done, where the way itself chooses.
+        note: The means, where the way itself chooses.
         parts: Seconds of steps that were timed on their own; they get their own rows.
     """
 
@@ -77,7 +77,7 @@ class Contestant(msgspec.Struct, frozen=True):
     """A way that can be measured.
 
     Args:
-        name: What it is called in the table.
+        name: Its name in the table.
         measure: Does it once; raises `BenchError` if it fails.
         warms_memory: True if it warms the memory itself, once its processes run.
     """
@@ -88,20 +88,20 @@ class Contestant(msgspec.Struct, frozen=True):
 
 
 class Absent(msgspec.Struct, frozen=True):
-    """A way that can't be measured here, and why."""
+    """A way that can't be measured here, and the reason."""
 
     name: str
     reason: str
 
 
 class Row(msgspec.Struct):
-    """One way, and what was measured of it.
+    """One way, and its measurements.
 
     Args:
-        name: What it is called.
+        name: Its name in the table.
         samples: One for each round.
-        absent: Why there are no samples.
-        failure: What went wrong in a round; the way was left out from then on.
+        absent: The reason why there are no samples.
+        failure: The error of a round; the way was left out from then on.
     """
 
     name: str
@@ -110,7 +110,7 @@ class Row(msgspec.Struct):
     failure: str = ""
 
     def seconds(self) -> list[float]:
-        """List how long each round took."""
+        """List the seconds of each round."""
         return [sample.seconds for sample in self.samples]
 
 
@@ -119,9 +119,9 @@ class Section(msgspec.Struct):
 
     Args:
         key: A short name.
-        title: What they have in common.
+        title: The heading in the table.
         place: The file system.
-        size: Bytes that are moved; None where only the time counts.
+        size: Bytes that are moved; None if only the time counts.
         rows: The ways.
     """
 
@@ -138,15 +138,15 @@ class Section(msgspec.Struct):
 
 
 class Verdict(msgspec.Struct, frozen=True):
-    """Whether one goal was reached.
+    """The result of one goal.
 
     Args:
-        goal: What is compared, for people.
+        goal: The compared ways, for people.
         wanted: The bound, such as ``>= 0.85``.
-        unit: What the numbers are; empty for ratios.
-        values: The measured ones, one for each round.
-        is_met: Whether their median keeps the bound; None if it was not measured.
-        reason: Why it was not measured.
+        unit: The unit of the numbers; empty for ratios.
+        values: The measured numbers, one for each round.
+        is_met: True if their median keeps the bound; None if it was not measured.
+        reason: The reason why it was not measured.
     """
 
     goal: str
@@ -158,7 +158,7 @@ class Verdict(msgspec.Struct, frozen=True):
 
 
 class Spread(msgspec.Struct, frozen=True):
-    """The middle of some samples, and their ends."""
+    """The median of some samples, and their extremes."""
 
     median: float
     low: float
@@ -166,19 +166,19 @@ class Spread(msgspec.Struct, frozen=True):
 
 
 def spread_of(values: list[float]) -> Spread:
-    """Sum up samples, of which there is at least one."""
+    """Return the spread of samples; at least one is needed."""
     return Spread(statistics.median(values), min(values), max(values))
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """What the numbers were measured on.
+    """The machine on which the numbers were measured.
 
     Args:
         system: Kernel and architecture.
-        processor: Its model, where the system tells.
-        cores: How many there are.
-        memory_bytes: How much there is.
-        versions: Of the programs and libraries that took part.
+        processor: Its model, if the system names it.
+        cores: Number of cores.
+        memory_bytes: Bytes of memory.
+        versions: Versions of the programs and libraries that took part.
     """
 
     system: str
@@ -209,11 +209,11 @@ class Load(msgspec.Struct, frozen=True):
     """The file that is moved.
 
     Args:
-        path: Where it is.
+        path: Its path.
         size: Its bytes.
-        hashed: How many of its last bytes are checked: all, but for reserved ones.
+        hashed: Number of its last bytes that are checked: all but reserved ones.
         digest: Their BLAKE3 hash.
-        arrived: Where the receiving side is to leave it.
+        arrived: The path that the receiving side gives it.
     """
 
     path: Path

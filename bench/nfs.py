@@ -6,8 +6,8 @@
 A file is copied from `--source` (by default the folder of temporary files) by each way
 that sleap-rtc knows and by common tools, in turns, each time until it is on the disk
 (fsync). Then it is fetched back. `--second` is another mount of the same storage, best
-with `nosharecache`; it stands for another machine, and shows how long a new file takes
-to be seen there. Everything is removed at the end, also after Ctrl-C.
+with `nosharecache`; it acts as another machine, and shows how long a new file takes
+to be seen there. Everything is removed at the end, even after Ctrl-C.
 """
 
 import argparse
@@ -45,7 +45,7 @@ PROBE_TIMEOUT = 30.0
 """Seconds in which storage has to answer, and a new file has to be seen."""
 
 LOOKS = 20
-"""How often short things are measured."""
+"""Number of measurements of short operations."""
 
 console = Console(highlight=False)
 
@@ -53,7 +53,7 @@ Copy = Callable[[Path, Path], object]
 
 
 class Mount(msgspec.Struct, frozen=True):
-    """How a directory is mounted."""
+    """The mount of a directory."""
 
     directory: str
     file_system: str
@@ -61,12 +61,12 @@ class Mount(msgspec.Struct, frozen=True):
 
 
 class Row(msgspec.Struct):
-    """One way to move a file, and what was measured of it.
+    """One way to move a file, and its measurements.
 
     Args:
-        name: What it is called.
-        seconds: How long it took, in each round.
-        failure: Why it can't be done here.
+        name: Its name in the table.
+        seconds: Seconds of each round.
+        failure: The reason why it is not possible here.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Row(msgspec.Struct):
 
 
 class Latency(msgspec.Struct, frozen=True):
-    """How long something short took, in seconds, each time."""
+    """Seconds of a short operation, each time."""
 
     name: str
     seconds: list[float]
@@ -92,9 +92,9 @@ class Report(msgspec.Struct):
 
 
 def main() -> int:
-    """Do what the command line says; returns the exit code."""
+    """Run the command line; return the exit code."""
     arguments = _parse_arguments()
-    # A polite end is an end with cleaning up.
+    # SIGTERM cleans up as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         report = measure(
@@ -124,7 +124,7 @@ def measure(
     """Measure everything.
 
     Args:
-        directory: Somewhere on the storage.
+        directory: A directory on the storage.
         second: The same directory by way of another mount.
         source: A local directory.
         size: Bytes of the file.
@@ -182,7 +182,7 @@ def take_turns(package: Path, there: Path, again: Path, rounds: int) -> list[Row
                 console.print(f"[dim]round {number + 1} of {rounds}: {row.name}[/]")
                 _copy_once(row, copy, package, there / "copy.bin")
         _copy_by_product(package, there / "result.bin")
-        # Whoever fetches has not written: nothing may come from this memory.
+        # A client that fetches has not written the file: drop it from the page cache.
         _forget_content(again / "result.bin")
         _copy_once(
             fetched, _copy_by_product, again / "result.bin", package.parent / "back.bin"
@@ -210,7 +210,7 @@ def list_copies() -> dict[str, Copy]:
 
 
 def measure_probe(there: Path) -> Latency:
-    """Measure how long storage takes to say that it is well, as sleap-rtc asks it."""
+    """Measure how long storage takes to answer the probe of sleap-rtc."""
     seconds = []
     for _ in range(LOOKS):
         began = time.monotonic()
@@ -230,7 +230,9 @@ def measure_visibility(there: Path, again: Path) -> list[Latency]:
     fresh, asked = [], []
     for number in range(LOOKS):
         fresh.append(_see(there, again, f"probe-{number}"))
-        _is_there(again, f"asked-{number}")  # NFS remembers for a while that it was not
+        _is_there(
+            again, f"asked-{number}"
+        )  # NFS caches for a while that it did not exist
         asked.append(_see(there, again, f"asked-{number}"))
     return [
         Latency("a new file is seen", fresh),
@@ -324,7 +326,7 @@ def _scratch(parent: Path) -> Iterator[Path]:
 
 
 def find_mount(directory: Path) -> Mount:
-    """Say how a directory is mounted; on systems without /proc, what `mount` prints."""
+    """Return the mount of a directory, from /proc or from the output of `mount`."""
     place = directory.resolve()
     table = Path("/proc/self/mountinfo")
     lines: list[tuple[str, str, str]] = []
@@ -341,7 +343,7 @@ def find_mount(directory: Path) -> Mount:
         out = subprocess.run(["mount"], capture_output=True, text=True).stdout
         for found in re.finditer(r" on (.+) \((\w+),? ?(.*)\)", out):
             lines.append((found[1], found[2], found[3]))
-    # The last one covers those before it.
+    # The last mount covers those before it.
     beneath = [line for line in lines if place.is_relative_to(line[0])]
     point, kind, options = max(
         reversed(beneath), key=lambda line: len(line[0]), default=("", "unknown", "")
@@ -394,7 +396,9 @@ def _parse_arguments() -> argparse.Namespace:
         "--size", type=parse_size, default="64MiB", help="such as 256MiB or 4GiB"
     )
     parser.add_argument("--rounds", type=int, default=3, help="rounds (default: 3)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write it all here")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the report here"
+    )
     arguments = parser.parse_args()
     if arguments.rounds < 1:
         parser.error("at least one round is needed")
@@ -403,7 +407,7 @@ def _parse_arguments() -> argparse.Namespace:
 
 def _parse_directory(text: str) -> Path:
     if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is no directory")
+        raise argparse.ArgumentTypeError(f"{text} is not a directory")
     return Path(text)
 
 

@@ -1,4 +1,4 @@
-"""Ports for servers that do not report which one they took by themselves."""
+"""Ports for servers that do not report which port they chose."""
 
 import random
 import socket

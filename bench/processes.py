@@ -1,4 +1,4 @@
-"""Other programs: run them, look at what they use, and never leave one behind."""
+"""Other programs: run them, measure their resources, and never leave one behind."""
 
 import os
 import re
@@ -23,11 +23,11 @@ SLOWEST_RATE = 1_000_000
 """Bytes per second below which a transfer is given up."""
 
 _LOOK = 0.01
-"""Seconds between two looks at a program's memory."""
+"""Seconds between two samples of a program's memory."""
 
 
 def patience(size: int) -> float:
-    """Return the seconds after which a transfer of so many bytes is given up."""
+    """Return the seconds after which a transfer of `size` bytes is given up."""
     return 60.0 + size / SLOWEST_RATE
 
 
@@ -47,7 +47,7 @@ def run_tool(
         env: Its environment; None for ours.
 
     Returns:
-        How many seconds it took, and what it used.
+        Its duration in seconds, and its resources.
 
     Raises:
         BenchError: If it fails.
@@ -58,7 +58,7 @@ def run_tool(
         killed_after(timeout, process),
         _watched_memory(process.pid) as peaks,
     ):
-        # wait4() wakes up at once and tells what was used; wait() does neither.
+        # wait4() wakes up at once and reports the resources; wait() does neither.
         _, status, used = os.wait4(process.pid, 0)
         seconds = time.monotonic() - began
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -82,7 +82,7 @@ def started(
 ) -> Iterator[subprocess.Popen[str]]:
     """Run a program for as long as the body runs, and end it then.
 
-    It has a session of its own: what Ctrl-C means is decided here, not there.
+    It has a session of its own, so Ctrl-C reaches this process only.
     """
     with subprocess.Popen(
         command,
@@ -106,7 +106,7 @@ def started(
 
 @contextmanager
 def killed_after(seconds: float, *processes: subprocess.Popen[str]) -> Iterator[None]:
-    """Kill processes that are still there after some time; their output ends then."""
+    """Kill processes that still run after some time, which ends their output."""
 
     def kill() -> None:
         for process in processes:
@@ -126,7 +126,7 @@ def wait_for_text(
     """Wait until a process has written something to its log.
 
     Raises:
-        BenchError: If it ends before, or is late.
+        BenchError: If it ends first, or is late.
     """
     deadline = time.monotonic() + timeout
     while text not in (written := log.read_text()):
@@ -136,16 +136,17 @@ def wait_for_text(
 
 
 def last_line_of(said: str) -> str:
-    """Return the line of a program's output that tells most about its end."""
-    # The frame around an exception group says nothing.
+    """Return the line of a program's output that explains its end best."""
+    # The frame around an exception group carries no information.
     lines = [text for line in said.splitlines() if (text := line.strip(" |+-"))]
     return lines[-1] if lines else "it said nothing"
 
 
 class Meter:
-    """What a process uses between two moments: the first one may be set anew.
+    """The resources that a process uses between two moments.
 
-    The last one counts once, and the peak of the memory belongs to all of its life.
+    The first moment may be set again, the last one only once. The peak of the memory
+    is that of its whole life.
     """
 
     def __init__(self, pid: int) -> None:
@@ -155,21 +156,21 @@ class Meter:
         self._peak: int | None = None
 
     def begin(self) -> None:
-        """It begins."""
+        """Set the first moment."""
         self._began = self._cpu_seconds()
 
     def end(self) -> None:
-        """It has ended; a later call only looks at the memory."""
+        """Set the last moment; a later call only samples the memory."""
         if self._spent is None:
             self._spent = self._cpu_seconds() - self._began
         self.look_at_memory()
 
     def look_at_memory(self) -> None:
-        """Note the peak; a process that has ended keeps the one before."""
+        """Record the peak; a process that has ended keeps the last one."""
         self._peak = peak_of(self._process.pid) or self._peak
 
     def usage(self) -> Usage:
-        """Return what was found."""
+        """Return the resources."""
         if self._spent is None:
             raise BenchError("the process did not say when the transfer had ended")
         return Usage(round(self._spent, 3), self._peak)
@@ -181,7 +182,7 @@ class Meter:
 
 
 def peak_of(pid: int) -> int | None:
-    """Return the most bytes that a process ever had resident; Linux alone tells."""
+    """Return the most bytes that a process ever had resident; None except on Linux."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -192,9 +193,9 @@ def peak_of(pid: int) -> int | None:
 
 @contextmanager
 def _watched_memory(pid: int) -> Iterator[list[int]]:
-    """Look at a process again and again; what it had is in the list afterwards.
+    """Sample the peak memory of a process into the list that is yielded.
 
-    What wait4() tells is no use: a child begins with the peak of its parent.
+    wait4() is of no use for that: a child begins with the peak of its parent.
     """
     peaks: list[int] = []
     is_over = threading.Event()

@@ -2,17 +2,17 @@
 
     python -m bench.proxy 127.0.0.1:5000 --delay 0.025 --loss 0.001
 
-What is sent to the UDP port that it prints goes on to the target, and the answers go
+It prints its UDP port, forwards datagrams from there to the target, and the answers
 back; with `--kind tcp` it is a TCP port. It ends with its standard input, and prints
-what has become of all datagrams.
+the counts of all datagrams.
 
     python -m bench.proxy --ceiling
 
 prints how much it can forward on this machine.
 
-On Linux it takes and gives datagrams in trains (`UDP_GRO`, `UDP_SEGMENT`): the kernel
-then handles some dozens of them at once. Each is delayed and lost on its own all the
-same.
+On Linux it receives and sends datagrams in trains (`UDP_GRO`, `UDP_SEGMENT`): the
+kernel then handles some dozens of them at once. Each is still delayed and lost on its
+own.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from bench.relay import Address, TcpRelay
 
 LOOPBACK = "127.0.0.1"
 BUFFER_SIZE = 32 * 1024 * 1024
-"""Bytes asked for in each direction of a socket; root gets them."""
+"""Bytes of the buffers of a socket; only root gets more than the system's limit."""
 
 BATCH = 64
 """Receive calls for one socket before the others get their turn."""
@@ -43,11 +43,11 @@ BATCH = 64
 IS_LINUX = sys.platform == "linux"
 UDP_SEGMENT, UDP_GRO = 103, 104
 SO_RCVBUFFORCE, SO_SNDBUFFORCE, SO_RXQ_OVFL = 33, 32, 40
-"""From Linux' headers; Python does not name them."""
+"""Numbers from Linux' headers; Python does not name them."""
 
 LARGEST_TRAIN = 64
 LARGEST_TRAIN_SIZE = 65_000
-"""Datagrams, and their bytes, that Linux sends at once."""
+"""Datagrams, and their bytes, that Linux sends in one call at most."""
 
 PIPE_SIZE = 512 * 1024
 """Bytes on the way at once while the ceiling is measured."""
@@ -59,7 +59,7 @@ Kind = Literal["udp", "tcp"]
 
 
 class _Exit(NamedTuple):
-    """Where datagrams leave; no address if the socket is connected."""
+    """The socket that datagrams leave by; no address if it is connected."""
 
     socket: socket.socket
     address: Address | None
@@ -80,11 +80,11 @@ class UdpProxy:
     """Forwards datagrams between any number of clients and one target.
 
     Args:
-        target: Where they go.
-        conditions: What happens to them on the way.
+        target: The address that they go to.
+        conditions: The path of each direction.
 
     Attributes:
-        address: Where clients send to.
+        address: The address that clients send to.
     """
 
     def __init__(self, target: Address, conditions: Conditions) -> None:
@@ -101,7 +101,7 @@ class UdpProxy:
         self._unsendable = 0
 
     def totals(self) -> Totals:
-        """Sum up."""
+        """Return the counts of both directions."""
         dropped = self._unsendable + sum(self._lost_in_sockets.values())
         return Totals(self._up.counts, self._down.counts, dropped)
 
@@ -135,7 +135,7 @@ class UdpProxy:
             except BlockingIOError:
                 return
             except ConnectionError:
-                continue  # nobody was there to take what was sent before
+                continue  # the target did not receive an earlier datagram
             size = len(data)
             for level, kind, value in ancillary:
                 number = int.from_bytes(value[:4], sys.byteorder)
@@ -149,7 +149,7 @@ class UdpProxy:
             self._enter(line, memoryview(data), size, way_out)
 
     def _back(self, client: Address) -> _Exit:
-        """Find the socket that stands for a client at the target."""
+        """Return the socket that represents a client at the target."""
         found = self._back_of.get(client)
         if found is None:
             opened = _open_socket()
@@ -159,7 +159,7 @@ class UdpProxy:
         return found
 
     def _enter(self, line: Line, train: memoryview, size: int, way_out: _Exit) -> None:
-        """Take each datagram of a train; neighbours that come through stay together."""
+        """Queue the datagrams of a train; neighbours that pass stay together."""
         now = time.monotonic()
         begin = end = count = 0
         due = now
@@ -184,7 +184,7 @@ class UdpProxy:
             heapq.heappush(self._on_the_way, run)
 
     def _send_due(self) -> None:
-        """Send what is due, as few trains as possible."""
+        """Send the datagrams that are due, in as few trains as possible."""
         waiting, now = self._on_the_way, time.monotonic()
         train: list[memoryview] = []
         first: _Run | None = None
@@ -217,7 +217,7 @@ class UdpProxy:
         try:
             way_out.socket.sendmsg(train, ancillary, 0, way_out.address)
         except ConnectionError:
-            pass  # nobody is there any more: a path says nothing about that either
+            pass  # the receiver has gone, which a path does not report either
         except OSError:
             self._unsendable += count
 
@@ -245,10 +245,10 @@ class ProxyProcess:
     """A proxy that runs in another process.
 
     Args:
-        address: Where clients send to.
+        address: The address that clients send to.
 
     Attributes:
-        totals: What has become of all datagrams; None until it has ended.
+        totals: Counts of all datagrams; None until it has ended.
     """
 
     def __init__(self, address: Address) -> None:
@@ -263,9 +263,9 @@ def open_proxy(
     """Run a proxy in a process of its own for as long as the body runs.
 
     Args:
-        target: Where everything goes.
-        conditions: What happens to it on the way.
-        kind: What is forwarded.
+        target: The address that everything goes to.
+        conditions: The path of each direction.
+        kind: The transport that is forwarded.
     """
     with subprocess.Popen(
         [*python_module("bench.proxy"), *_as_arguments(target, conditions, kind)],
@@ -306,7 +306,7 @@ def _wait_for_end(stop: socket.socket) -> None:
 
 
 class Ceiling(NamedTuple):
-    """How much went through a proxy and back."""
+    """Rates through a proxy and back."""
 
     megabytes_per_second: float
     datagrams_per_second: float
@@ -317,8 +317,8 @@ def measure_ceiling(size: int, train: int, seconds: float) -> Ceiling:
 
     Args:
         size: Bytes of a datagram.
-        train: How many are handed to the kernel in one call.
-        seconds: How long to go on.
+        train: Datagrams that are handed to the kernel in one call.
+        seconds: Duration of the measurement.
     """
     with (
         _open_socket() as sink,
@@ -333,7 +333,7 @@ def measure_ceiling(size: int, train: int, seconds: float) -> Ceiling:
 def _pour(
     source: socket.socket, sink: socket.socket, size: int, train: int, seconds: float
 ) -> int:
-    """Keep some trains on the way; returns the bytes that have arrived."""
+    """Keep some trains on the way; return the bytes that have arrived."""
     segment = size.to_bytes(2, sys.byteorder)
     ancillary = [(socket.IPPROTO_UDP, UDP_SEGMENT, segment)] if train > 1 else []
     data = bytes(size * train)
@@ -353,7 +353,7 @@ def _pour(
 
 
 def main() -> int:
-    """Do what the command line says; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = _make_parser()
     arguments = parser.parse_args()
     if arguments.ceiling:

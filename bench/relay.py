@@ -1,9 +1,9 @@
 """A TCP path with delay and a limited rate; `proxy.py` runs it.
 
-A relay ends the connection of each side and begins another one, so it can delay bytes
+A relay terminates the connection of each side, so it can delay bytes
 but not lose a packet: TCP's own answer to loss does not show. Nor does its slow start,
-because each side sees the short way to the relay; what shows is what the programs at
-both ends make of the delay.
+because each side sees the short way to the relay. The rate shows how the programs at
+both ends handle the delay.
 """
 
 import select
@@ -28,11 +28,11 @@ class TcpRelay:
     """Forwards connections to one target.
 
     Args:
-        target: Where they go.
-        conditions: What happens to the bytes on the way.
+        target: The address that they go to.
+        conditions: The path of each direction.
 
     Attributes:
-        address: Where clients connect to.
+        address: The address that clients connect to.
     """
 
     def __init__(self, target: Address, conditions: Conditions) -> None:
@@ -52,7 +52,7 @@ class TcpRelay:
         self._pipes: dict[socket.socket, _Pipe] = {}
 
     def totals(self) -> Totals:
-        """Sum up; what is counted are pieces as they were read."""
+        """Return the counts; a piece that was read at once counts as one."""
         return Totals(self._up.counts, self._down.counts, dropped=0)
 
     def close(self) -> None:
@@ -137,7 +137,7 @@ class _Pipe:
         return self._is_open and self._size < self._window
 
     def receive(self) -> None:
-        """Read once; an empty piece is the end of all."""
+        """Read once; an empty piece marks the end."""
         try:
             data = self.source.recv(BUFFER)
         except OSError:
@@ -150,7 +150,7 @@ class _Pipe:
         self._is_open = bool(data)
 
     def send_due(self) -> None:
-        """Write what is due, as far as the other side takes it."""
+        """Write the pieces that are due, as far as the sink accepts them."""
         self.is_blocked = False
         now = time.monotonic()
         try:

@@ -1,4 +1,4 @@
-"""What a person reads: one table, and whether the goals are reached."""
+"""The report for people: one table, and the goals."""
 
 from collections.abc import Callable
 
@@ -51,7 +51,7 @@ def show(report: Report, console: Console) -> None:
 
 
 def heading(section: Section) -> str:
-    """Write what the ways of a section have in common."""
+    """Format the heading of a section."""
     size = [] if section.size is None else [size_of(section.size)]
     return ", ".join(
         (section.title, *size, *([section.place] if section.place else []))
@@ -59,21 +59,21 @@ def heading(section: Section) -> str:
 
 
 def size_of(size: int) -> str:
-    """Write a number of bytes."""
+    """Format a number of bytes."""
     if size >= GIBIBYTE:
         return f"{size / GIBIBYTE:.3g} GiB"
     return f"{size / MEBIBYTE:.3g} MiB"
 
 
 def measured(section: Section, row: Row) -> tuple[list[float], str]:
-    """Return what is shown of a row, one number for each round, and its unit."""
+    """Return the number of a row that is shown, for each round, and its unit."""
     if section.size is None:
         return row.seconds(), "s"
     return [section.size / seconds / 1e6 for seconds in row.seconds()], "MB/s"
 
 
 def number(value: float) -> str:
-    """Write a number with the digits that mean something."""
+    """Format a number with its significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -104,7 +104,7 @@ def _cells(section: Section, row: Row) -> tuple[str, ...]:
 
 
 def _sides(row: Row, value: Callable[[Usage], float | None]) -> str:
-    """Write the medians of both sides, or of those that are known."""
+    """Format the medians of both sides, or of those that are known."""
     written = []
     for side in ("sender", "receiver"):
         usages = [getattr(sample, side) for sample in row.samples]

@@ -19,10 +19,10 @@ def take_turns(
     """Measure ways in turn.
 
     Args:
-        section: Gets a row for each of them.
+        section: The section that gets a row for each of them.
         contestants: The ways.
-        rounds: How often each of them is measured.
-        say: Is told what happens now.
+        rounds: Measurements of each way.
+        say: Shows the current step.
 
     Returns:
         The section.

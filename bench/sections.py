@@ -1,4 +1,4 @@
-"""What is measured in one run."""
+"""The sections of a report, and the ways in each."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,7 +22,7 @@ from bench.measures import (
 from bench.rounds import take_turns
 
 INTERNET_DATAGRAM, JUMBO_DATAGRAM = 1350, 8900
-"""Bytes of a QUIC datagram that pass through most tunnels, and of a large one."""
+"""Bytes of a QUIC datagram that passes through most tunnels, and of a large one."""
 
 REFLINKED = 5 * GIBIBYTE
 """Bytes of the file whose blocks are shared."""
@@ -40,17 +40,17 @@ Ways = list[Contestant | Absent]
 
 
 class Settings(msgspec.Struct, frozen=True):
-    """What the user wants to know.
+    """The choices of the user.
 
     Args:
         disk: A directory on the storage of interest.
         memory: A directory in memory; None where there is no such file system.
         size: Bytes of the file.
         quic_size: Bytes of the file for the slower ways.
-        rounds: How often each way is measured.
+        rounds: Measurements of each way.
         peers_python: A Python that has aiortc, or None.
         wormhole: The command of magic-wormhole, or None.
-        say: Is told what happens now.
+        say: Shows the current step.
     """
 
     disk: Path

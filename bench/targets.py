@@ -1,7 +1,7 @@
-"""How fast it is meant to be, and whether it is.
+"""The goals for the speed of the product, and their verdicts.
 
-A goal is a ratio wherever it can be: what one machine does in a second says little
-about another. Both sides of a ratio come from the same round.
+A goal is a ratio wherever possible: the rate of one machine says little about another.
+Both sides of a ratio come from the same round.
 """
 
 import statistics
@@ -16,13 +16,13 @@ PEAK = 150
 
 
 class Ratio(msgspec.Struct, frozen=True):
-    """One way is to be as fast as a multiple of another one.
+    """A way has to be at least n times as fast as a second one.
 
     Args:
-        section: Where both are.
-        way: Its row.
-        other: The row of the other one.
-        at_least: The multiple.
+        section: The section of both.
+        way: The row of the way.
+        other: The row of the second way.
+        at_least: The factor n.
     """
 
     section: str
@@ -32,7 +32,7 @@ class Ratio(msgspec.Struct, frozen=True):
 
 
 class Seconds(msgspec.Struct, frozen=True):
-    """One way is to take less than so many seconds."""
+    """A way has to take less than a number of seconds."""
 
     section: str
     way: str
@@ -40,7 +40,7 @@ class Seconds(msgspec.Struct, frozen=True):
 
 
 class Peak(msgspec.Struct, frozen=True):
-    """One way is to need less than so many MiB on either side."""
+    """A way has to need less than a number of MiB on either side."""
 
     section: str
     way: str
@@ -96,7 +96,7 @@ def _judge(target: Target, section: Section | None) -> Verdict:
 
 
 def _values(target: Target, rows: list[Row]) -> list[float]:
-    """Return what counts of every round."""
+    """Return the number of every round that counts."""
     match target:
         case Ratio():
             pairs = zip(rows[0].seconds(), rows[1].seconds(), strict=False)

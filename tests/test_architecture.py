@@ -64,7 +64,7 @@ BREACHES = [
     (PROTO, "proto.errors", "proto.messages"),
     (PURE, "proto.job", "socket"),
 ]
-"""The contract, the importer below `sleap_rtc`, and what it may not import."""
+"""The contract, the importer below `sleap_rtc`, and a module it may not import."""
 
 
 def lint_imports(folder: Path) -> str:
@@ -108,7 +108,7 @@ def test_every_contract_has_a_breach_below() -> None:
 
 
 def sections(report: str) -> dict[str, str]:
-    """What a report says of each broken contract."""
+    """Return the part of a report about each broken contract."""
     _, *parts = re.split(r"^(.+)\n-{10,}$", report, flags=re.MULTILINE)
     return dict(zip(parts[::2], parts[1::2], strict=True))
 

@@ -92,14 +92,6 @@ NOT_YET = {
     "tests/io/test_alarm.py",
     "tests/io/test_hardware.py",
     "tests/io/test_nursery.py",
-    # benchmark, pages and tools
-    "bench",
-    "tests/bench",
-    "tests/e2e",
-    "tests/conftest.py",
-    "tests/test_architecture.py",
-    "tests/test_examples.py",
-    "tests/test_project.py",
 }
 """Folders and files that are not clean yet."""
 

@@ -1,4 +1,4 @@
-"""What must hold of the tree as a whole: its files, its pins, its documents."""
+"""Rules for the tree as a whole: its files, its pins, its documents."""
 
 import ast
 import importlib.metadata
@@ -70,7 +70,7 @@ def test_no_file_names_the_host_of_a_registry() -> None:
     assert not found
 
 
-def test_every_module_of_the_package_says_what_it_is_for() -> None:
+def test_every_module_of_the_package_has_a_docstring() -> None:
     silent = [
         str(path.relative_to(ROOT))
         for path in modules()
@@ -107,7 +107,7 @@ PLATFORMS = [
 
 
 def needed(environment: dict[str, str]) -> set[str]:
-    """Follow what `.[dev]` needs, as far as it is installed here."""
+    """Return the packages that `.[dev]` needs, as far as they are installed here."""
     todo = [("sleap-rtc", "dev")]
     seen = set()
     while todo:
@@ -149,7 +149,7 @@ def test_every_pin_is_one_version() -> None:
 
 
 def rows(document: str, columns: int) -> list[list[str]]:
-    """The rows of all tables with so many columns."""
+    """Return the rows of all tables with a number of columns."""
     text = (ROOT / "docs" / document).read_text(encoding="utf-8")
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")]
@@ -169,7 +169,7 @@ def test_the_protocol_document_has_a_row_for_every_message() -> None:
         assert documented[name][4], f"what {name} is answered with"
 
 
-def test_the_protocol_document_knows_every_structured_key() -> None:
+def test_the_protocol_document_has_every_structured_key() -> None:
     text = (ROOT / "docs/protocol.md").read_text(encoding="utf-8")
     keys = {
         key for cls in messages.Json.__subclasses__() for key in cls.__struct_fields__

@@ -1,6 +1,6 @@
 """Plain copies on one file system, each followed by an fsync.
 
-The shared route ends with an fsync, too: so all of them promise the same.
+The shared route also ends with an fsync, so all of them promise the same.
 """
 
 import os
@@ -20,7 +20,7 @@ def copies(load: Load) -> list[Contestant | Absent]:
     commands = {
         "cp": ("cp", source, target),
         "dd": ("dd", f"if={source}", f"of={target}", f"bs={MEBIBYTE}"),
-        # Without --whole-file it would compare, where there is something to compare.
+        # Without --whole-file it would compare the file with an older one.
         "rsync": ("rsync", "--whole-file", source, target),
     }
     return [

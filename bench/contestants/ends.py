@@ -40,7 +40,7 @@ def data_channel(load: Load, python: str | None) -> Contestant | Absent:
     """Make a contestant of a WebRTC data channel.
 
     Args:
-        load: What goes through it.
+        load: The file that is sent.
         python: A Python that has aiortc, if there is one.
     """
     name = "aiortc data channel"
@@ -107,7 +107,7 @@ def _tell(process: Process, line: str) -> None:
 
 
 def _hear(*processes: Process) -> Sample:
-    """Read what the sender, and the receiver if it is another one, have used."""
+    """Read the resources of the sender, and of the receiver if it has a process."""
     told = [json.loads(_line_of(process)) for process in processes]
     sides = [Usage(one["cpu_seconds"], one["peak_bytes"]) for one in told]
     seconds = round(told[0]["seconds"], 4)

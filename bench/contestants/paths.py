@@ -7,18 +7,18 @@ from bench.line import Conditions
 from bench.measures import BenchError, Contestant, Sample
 
 SECONDS, WARM = 6.0, 2.0
-"""How long is sent, and how much of it does not count: congestion control begins
-slowly."""
+"""Seconds of sending, and seconds at its start that do not count, because congestion
+control begins slowly."""
 
 PATHS = ((0.0, 0.0), (0.05, 0.0), (0.05, 0.001))
-"""Round trips in seconds, and the share of datagrams that is lost each way."""
+"""Round trips in seconds, with the share of datagrams that is lost each way."""
 
 
 def links(size: int) -> Iterator[Contestant]:
-    """Give a way for each kind of link on each path that it can be measured on.
+    """Yield a contestant for each kind of link on each path that it can take.
 
     Args:
-        size: The time is given that so many bytes take at that rate.
+        size: Bytes whose time at the measured rate is reported.
     """
     for kind in (impaired.Way("tcp"), impaired.Way("quic")):
         for rtt, loss in PATHS:

@@ -1,8 +1,8 @@
 """The product itself: a real worker daemon, and a real `sleap-rtc send`.
 
-What is timed is the client's own transfer phase. It begins when the route is chosen and
-ends when the worker has the whole package safe on its disk, checked, and has queued the
-job.
+The timed part is the client's own transfer phase. It begins when the route is chosen
+and ends when the worker has the whole package safe on its disk, checked, and has queued
+the job.
 """
 
 import json
@@ -38,10 +38,10 @@ class Way(msgspec.Struct, frozen=True):
     """One way of the product.
 
     Args:
-        name: What it is called in the table.
+        name: Its name in the table.
         route: As in `sleap-rtc send --route`.
         options: Further options of `send`.
-        datagram_size: Bytes of a QUIC datagram; None for what it chooses itself.
+        datagram_size: Bytes of a QUIC datagram; None if the product chooses.
     """
 
     name: str
@@ -69,7 +69,7 @@ def starts(load: Load, ways: list[Way]) -> list[Contestant]:
     """Make contestants that wait for a job to run.
 
     The time runs from the start of the process of `send`, whose worker is ready, until
-    the worker says that the job is running.
+    the worker reports that the job is running.
     """
     return [
         Contestant(way.name, partial(_start, load, way), warms_memory=True)
@@ -103,7 +103,7 @@ def _start(load: Load, way: Way) -> Sample:
 
 
 class _Watch:
-    """Looks at both processes when the client says where it stands."""
+    """Measures both processes when the client reports an event."""
 
     def __init__(self, client: int, worker: int, sent_at: float) -> None:
         self.last: dict[str, Any] = {}
@@ -115,7 +115,7 @@ class _Watch:
         self.method = ""
 
     def receive(self, event: dict[str, Any]) -> None:
-        """Take an event of the client."""
+        """Handle an event of the client."""
         self.last = event
         match event:
             case {"event": "route"}:
@@ -140,7 +140,7 @@ def _send(load: Load, way: Way) -> _Watch:
         arguments += ["--output", str(directory / "results")]
         arguments += ["--shared-storage-root", str(directory / "storage")]
         arguments += ["--timeout", f"{timeout:.0f}", *way.options]
-        # Free memory stays warm for seconds only, and the worker took some to start.
+        # Free memory stays warm for seconds only, and starting the worker took some.
         warm_memory(load.size)
         command, sent_at = way.command(*arguments), time.monotonic()
         errors = directory / "send.log"
@@ -167,7 +167,7 @@ def _send(load: Load, way: Way) -> _Watch:
 def _open_worker(
     directory: Path, way: Way
 ) -> Iterator[tuple[subprocess.Popen[str], dict[str, str]]]:
-    """Run a worker in a room of its own; yields it and the room's environment."""
+    """Run a worker in a room of its own; yield it and the room's environment."""
     storage, log = directory / "storage", directory / "worker.log"
     storage.mkdir()
     environment = _environment(directory)
@@ -184,7 +184,7 @@ def _open_worker(
 
 
 def _environment(directory: Path) -> dict[str, str]:
-    """Keep out of the user's own rooms and settings."""
+    """Return an environment apart from the user's own rooms and settings."""
     own = ("SLEAP_RTC_", "SHARED_STORAGE_")
     config = directory / "config.toml"
     config.touch()

@@ -1,8 +1,8 @@
 """`scp` and `rsync -e ssh`, through an SSH server of the bench's own.
 
-The server runs as the user who runs the bench, on a free port of loopback, with a host
-key and one client key that are made for it. Nobody else's keys or settings are read.
-What a program needs for a small file is taken off its time: it goes into connecting.
+The server runs as the user of the benchmark, on a free port of loopback, with a host
+key and one client key that are made for it. No other keys or settings are read. The
+time of a small file is subtracted from each time: it goes into connecting.
 """
 
 import getpass
@@ -40,15 +40,15 @@ PRIVILEGE_SEPARATION = Path("/run/sshd")
 """A directory without which the server does not start as root."""
 
 _ADMINISTRATION = "/usr/sbin:/sbin"
-"""Where the server is, which is not on every PATH."""
+"""Directories of the server, which are not on every PATH."""
 
 
 def copies_over_ssh(load: Load, directory: Path, server: int) -> list[Contestant]:
     """Make contestants of the two programs.
 
     Args:
-        load: What they copy.
-        directory: What `open_server` has filled.
+        load: The file that they copy.
+        directory: The directory that `open_server` has filled.
         server: The process id of the server.
     """
     configuration = str(directory / "client.conf")
@@ -71,7 +71,7 @@ def why_not() -> str:
 
 @contextmanager
 def open_server(directory: Path) -> Iterator[int]:
-    """Run an SSH server; yields its process id.
+    """Run an SSH server; yield its process id.
 
     Args:
         directory: An empty one, for the keys and the settings.
@@ -82,7 +82,7 @@ def open_server(directory: Path) -> Iterator[int]:
     with _separated(), reserved_port() as port:
         _write_settings(directory, port)
         log = directory / "log"
-        # It insists on its full path.
+        # It only starts by its full path.
         command = (_find("sshd") or "sshd", "-D", "-e", "-f")
         with (
             log.open("w") as file,
@@ -108,7 +108,7 @@ def _measure(load: Load, command: tuple[str, ...], server: int) -> Sample:
         seconds=without_connecting(seconds, connecting),
         is_intact=take_away(load),
         sender=sender,
-        # The memory of its sessions is not known, and its own says nothing.
+        # The memory of its sessions is unknown, and its own is not that of a transfer.
         receiver=Usage(meter.usage().cpu_seconds),
         note=f"and {connecting:.1f} s to connect",
     )
@@ -119,7 +119,7 @@ def _target(load: Load) -> str:
 
 
 def _wait_for_sessions(server: int) -> None:
-    """Wait until the server has ended its sessions: only then it has their CPU time."""
+    """Wait until the server has ended its sessions; only then it has their CPU time."""
     deadline = time.monotonic() + END_TIMEOUT
     while psutil.Process(server).children():
         if time.monotonic() > deadline:
@@ -163,7 +163,7 @@ def _write_settings(directory: Path, port: int) -> None:
 
 @contextmanager
 def _separated() -> Iterator[None]:
-    """Make the directory that the server of root asks for, if it is missing."""
+    """Make the directory that the server needs as root, if it is missing."""
     is_ours = os.geteuid() == 0 and not PRIVILEGE_SEPARATION.exists()
     if is_ours:
         PRIVILEGE_SEPARATION.mkdir(mode=0o755)

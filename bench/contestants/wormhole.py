@@ -1,7 +1,7 @@
 """magic-wormhole, with a mailbox server and a transit relay of the bench's own.
 
 The two ends find each other through the mailbox server and then connect directly, as
-they do on one network. What the sender needs for an empty file is taken off its time.
+they do on one network. The sender's time for an empty file is subtracted.
 """
 
 import secrets
@@ -30,7 +30,7 @@ class Servers(msgspec.Struct, frozen=True):
 
     Args:
         program: The command of magic-wormhole.
-        options: How it finds the servers.
+        options: Its options with the addresses of the servers.
         empty: An empty file.
     """
 

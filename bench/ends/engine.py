@@ -2,8 +2,8 @@
 
     python -m bench.ends.engine SIZE DATAGRAM_SIZE
 
-The engine comes as it is, with windows that never stop it. The datagrams that one end
-has to send are given to the other at once, and what that one answers comes back.
+The engine is unchanged, with windows that never stop it. Each end's datagrams are
+delivered to the other end at once.
 """
 
 import ssl
@@ -72,7 +72,7 @@ class Pump:
         self.client.connect(ADDRESS, now=self._now)
 
     def turn(self) -> list[QuicEvent]:
-        """Move what there is to move; returns what the server has got."""
+        """Deliver the datagrams of both ends; return the events of the server."""
         self._move(self.client, self.server)
         events = _events(self.server)
         self._move(self.server, self.client)
@@ -97,7 +97,7 @@ def _events(end: QuicConnection) -> list[QuicEvent]:
 
 
 def main() -> None:
-    """Move so many bytes from one end to the other."""
+    """Move bytes from one end to the other."""
     size, datagram_size = int(sys.argv[1]), int(sys.argv[2])
     pump = Pump(datagram_size)
     piece = bytes(PIECE)

@@ -4,8 +4,8 @@
     python -m bench.ends.tls send CERTIFICATE SIZE PORT
 
 The receiver writes its certificate, prints its port, takes the bytes, throws them away
-and answers with one byte. What it costs to move bytes this way is a floor: what a
-transfer does besides comes on top of it.
+and answers with one byte. The cost of moving bytes this way is the minimum for any
+transfer over TLS.
 """
 
 import sys
@@ -18,11 +18,11 @@ from sleap_rtc.io.link.certificates import SERVER_NAME, make_certificate
 from sleap_rtc.io.tcp.tls import client_context_untrusted, server_context
 
 PIECE = 256 * 1024
-"""Bytes in one call; of 64 KiB to 1 MiB the fastest."""
+"""Bytes in one call, the fastest number from 64 KiB to 1 MiB."""
 
 
 async def receive(path: Path, size: int) -> None:
-    """Take the bytes of one sender."""
+    """Receive the bytes of one sender."""
     certificate = make_certificate()
     path.write_bytes(certificate.certificate_der)
     (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
@@ -55,7 +55,7 @@ async def send(path: Path, size: int, port: int) -> None:
 
 
 def main() -> None:
-    """Be the end that the command line names."""
+    """Run the end that the command line names."""
     role, path, size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     if role == "receive":
         trio.run(receive, path, size)

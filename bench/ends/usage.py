@@ -1,4 +1,4 @@
-"""What this process has used, told by itself in one line."""
+"""The resources of this process, printed by itself in one line."""
 
 import json
 import re
@@ -8,14 +8,14 @@ from pathlib import Path
 
 
 class Stopwatch:
-    """Counts from when it is made."""
+    """Measures the resources since its creation."""
 
     def __init__(self) -> None:
         self._began = time.monotonic()
         self._cpu = _cpu_seconds()
 
     def tell(self) -> None:
-        """Print how long it took and what was used, as one line of JSON."""
+        """Print the seconds and the resources as one line of JSON."""
         told = {
             "seconds": time.monotonic() - self._began,
             "cpu_seconds": round(_cpu_seconds() - self._cpu, 3),

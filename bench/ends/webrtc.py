@@ -71,7 +71,7 @@ async def send(connection: RTCPeerConnection, path: Path) -> None:
 
 
 async def receive(connection: RTCPeerConnection, path: Path) -> None:
-    """Write what comes to a file."""
+    """Write the received bytes to a file."""
     channels: asyncio.Queue[RTCDataChannel] = asyncio.Queue()
     connection.on("datachannel", channels.put_nowait)
     await connection.setRemoteDescription(await read_description())
@@ -101,7 +101,7 @@ async def receive(connection: RTCPeerConnection, path: Path) -> None:
 
 
 async def main() -> None:
-    """Be the end that the command line names."""
+    """Run the end that the command line names."""
     role, path = sys.argv[1], Path(sys.argv[2])
     connection = RTCPeerConnection(RTCConfiguration(iceServers=[]))
     try:

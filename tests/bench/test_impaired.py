@@ -49,7 +49,7 @@ def test_each_link_is_measured_on_each_path(tmp_path: Path) -> None:
 def test_unknown_links_are_refused() -> None:
     found = sweep("--kinds", "carrier-pigeon")
     assert found.returncode == 2
-    assert "no kind of link" in found.stderr
+    assert "is not a kind of link" in found.stderr
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The bench that kills: whether it notices what it is there to notice."""
+"""The benchmark that kills processes notices lost and damaged transfers."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def progress(scene: Scene, done: int, total: int | None = None) -> dict[str, Any
     return {"event": "progress", "done": done, "total": total or scene.size}
 
 
-def test_what_is_sent_again_counts_for_the_last_kill(tmp_path: Path) -> None:
+def test_bytes_sent_again_count_for_the_last_kill(tmp_path: Path) -> None:
     scene = Scene(tmp_path, SIZE, "tcp")
     run = Run(scene, random.Random(1), 1.0, budget=2)
     run._note(progress(scene, 700))

@@ -1,4 +1,4 @@
-"""What one direction of a path does to datagrams; no socket, and no clock."""
+"""One direction of a path and its datagrams; no socket, and no clock."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -51,7 +51,7 @@ def test_jitter_may_reorder_if_asked() -> None:
 
 
 @pytest.mark.parametrize("share", [0.001, 0.01, 0.5])
-def test_the_share_that_was_asked_for_is_lost(share: float) -> None:
+def test_the_configured_share_is_lost(share: float) -> None:
     count = 200_000
     line = Line(Conditions(loss=share), "up")
     arrived = sum(1 for _ in passed(line, count))
@@ -68,7 +68,7 @@ def test_losses_come_one_by_one_and_are_not_spaced_evenly() -> None:
     assert max(gaps) > 30
 
 
-def test_the_seed_decides_what_is_lost() -> None:
+def test_the_seed_decides_which_datagrams_are_lost() -> None:
     conditions = Conditions(loss=0.01)
     first = lost(conditions, "up")
     assert first
@@ -77,14 +77,14 @@ def test_the_seed_decides_what_is_lost() -> None:
     assert lost(Conditions(loss=0.01, seed=2), "up") != first
 
 
-def test_a_rate_spaces_what_comes_at_once() -> None:
+def test_a_rate_spaces_datagrams_that_come_at_once() -> None:
     line = Line(Conditions(rate=SIZE * 100, delay=1.0), "up")
     found = [line.enter(SIZE, 0.0) for _ in range(3)]
     assert found == pytest.approx([1.01, 1.02, 1.03])
     assert line.enter(SIZE, 5.0) == pytest.approx(6.01)
 
 
-def test_a_full_queue_drops_what_comes_on_top() -> None:
+def test_a_full_queue_drops_further_datagrams() -> None:
     line = Line(Conditions(rate=SIZE * 100, queue=3 * SIZE), "up")
     found = [line.enter(SIZE, 0.0) is not None for _ in range(5)]
     assert found == [True, True, True, False, False]

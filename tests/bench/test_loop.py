@@ -1,4 +1,4 @@
-"""The instrument that finds what blocks the event loop, and what it finds."""
+"""The instrument that finds blocking calls in the event loop, and its findings."""
 
 import gc
 import hashlib
@@ -26,8 +26,8 @@ DEADLINE = 60.0
 
 CHUNKS = 16
 STOPPED_BY_OTHERS = CHUNKS // 2
-"""Steps over the limit that may be the fault of a busy machine; a call that blocks for
-each chunk of the package would make one for each."""
+"""Steps over the limit that a busy machine may cause. A call that blocks for each chunk
+of the package would cause one for each."""
 
 
 def watched(main: Callable[[], Awaitable[None]]) -> Findings:
@@ -63,7 +63,7 @@ def test_a_call_that_computes_is_found() -> None:
     assert "compute" in step.place
 
 
-def test_waiting_for_the_interpreter_is_no_blocking() -> None:
+def test_waiting_for_the_interpreter_does_not_count_as_blocking() -> None:
     async def main() -> None:
         async with trio.open_nursery() as nursery:
             for _ in range(3):
@@ -71,7 +71,7 @@ def test_waiting_for_the_interpreter_is_no_blocking() -> None:
             for _ in range(100):
                 await trio.sleep(0.001)
                 for _ in range(3):
-                    hashlib.sha256(bytes(10000)).hexdigest()  # gives the lock away
+                    hashlib.sha256(bytes(10000)).hexdigest()  # releases the lock
 
     found = watched(main)
     # A busy machine stops a thread now and then; the lock is waited for in each step.
@@ -79,7 +79,7 @@ def test_waiting_for_the_interpreter_is_no_blocking() -> None:
     assert found.steps > 100
 
 
-def test_collecting_garbage_is_told_apart() -> None:
+def test_collecting_garbage_does_not_count_as_computing() -> None:
     keep = [[number] for number in range(300_000)]
 
     async def main() -> None:
@@ -121,6 +121,6 @@ def test_no_call_that_blocks_sits_in_the_loops_of_a_transfer(
     assert [side.name for side in sides] == ["worker", "client"]
     for side in sides:
         assert side.found.steps > 100
-        # A machine that others use stops a thread now and then, and hides it.
+        # A shared machine stops a thread now and then, and does not show it.
         blocking = side.found.blocking()
         assert len(blocking) <= STOPPED_BY_OTHERS, f"{side.name}:\n{done.stdout}"

@@ -1,4 +1,4 @@
-"""The measurement of shared storage, on a local directory that stands for it."""
+"""The measurement of shared storage, on a local directory."""
 
 import json
 import os
@@ -86,10 +86,10 @@ def test_an_interrupt_leaves_nothing_behind(places: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (["--size", "5"], "no size such as"),
-        (["--size", "0MiB"], "no size such as"),
+        (["--size", "5"], "is not a size such as"),
+        (["--size", "0MiB"], "is not a size such as"),
         (["--rounds", "0"], "at least one round"),
-        (["--second", "/nowhere/at/all"], "is no directory"),
+        (["--second", "/nowhere/at/all"], "is not a directory"),
     ],
 )
 def test_impossible_options_are_refused(
@@ -100,7 +100,7 @@ def test_impossible_options_are_refused(
     assert reason in found.stderr
 
 
-def test_too_little_room_is_said_at_once(tmp_path: Path) -> None:
+def test_too_little_room_is_reported_at_once(tmp_path: Path) -> None:
     found = run(tmp_path, "--source", tmp_path, "--size", "900000GiB")
     assert found.returncode == 1
     assert "has no room" in " ".join(found.stdout.split())

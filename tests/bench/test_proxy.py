@@ -1,4 +1,4 @@
-"""The proxy that stands for a long path, as a process with real sockets."""
+"""The proxy that simulates a long path, as a process with real sockets."""
 
 import socket
 import struct
@@ -142,7 +142,7 @@ def test_the_proxy_ends_when_its_owner_fails() -> None:
     assert totals(seen[0]).up.entered == 0
 
 
-def test_the_command_says_where_it_listens_and_what_happened() -> None:
+def test_the_command_prints_its_address_and_its_counts() -> None:
     command = [*COMMAND, "127.0.0.1:9", "--delay", "0.01"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

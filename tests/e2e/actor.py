@@ -18,9 +18,9 @@ def fail(code: str) -> None:
 
 
 def wait(fifo: str) -> None:
-    """Say so, then wait until somebody writes to a FIFO."""
+    """Print "waiting", then wait for a writer of a FIFO."""
     # Where output can't be redrawn, a line is shown once the next one has begun.
-    print("waiting", "for somebody", sep="\n", flush=True)
+    print("waiting", "for the fifo", sep="\n", flush=True)
     with open(fifo, "rb") as file:
         file.read()
     print("released")
@@ -53,7 +53,7 @@ def big(path: str, megabytes: str) -> None:
 
 
 def fill(folder: str) -> None:
-    """Leave no room on a disk."""
+    """Fill a disk."""
     print("filling")
     with open(Path(folder, "filling"), "wb", buffering=0) as file:
         try:
@@ -72,7 +72,7 @@ def lines(count: str) -> None:
 
 
 def control() -> None:
-    """Print what could take a terminal over."""
+    """Print control sequences that could take over a terminal."""
     print("\x1b[2J\x1b]0;title\x07red \x1b[31malert\x1b[0m \x08\x9b5A bell\x07")
 
 

@@ -1,4 +1,4 @@
-"""What several of the end-to-end tests need."""
+"""Fixtures of the end-to-end tests."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

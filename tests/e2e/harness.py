@@ -1,7 +1,7 @@
 """Machines to throw away: each with a home, a state directory, daemons and commands.
 
-Everything is a real process of this machine. What a machine has started is ended when
-its `Lab` closes, with all that the jobs have started.
+Everything is a real process of this machine. A `Lab` that closes ends the processes of
+its machines, and those of their jobs.
 """
 
 import os
@@ -36,11 +36,11 @@ END_TO_END = [
 """The marks of every module of end-to-end tests."""
 
 _MARK = "LAB_OF_THIS_TEST"
-"""Environment variable by which a lab recognizes all that it has started."""
+"""Environment variable by which a lab recognizes its processes."""
 
 UPLOADING = r"Sending big\.zip: [1-9]\d? %"
-"""What a client says in the middle of an upload of ``big.zip``. Over QUIC 64 MiB take
-seconds; TCP is through before anybody can do anything."""
+"""Output of a client in the middle of an upload of ``big.zip``. Over QUIC 64 MiB take
+seconds; TCP would be through before a test can act."""
 
 _POLL = 0.02
 """Seconds between two looks at another process."""
@@ -54,7 +54,7 @@ class Finished(NamedTuple):
     err: str
 
     def expect(self, code: int) -> "Finished":
-        """Fail with everything that the command said unless it ended like this."""
+        """Fail with the whole output of the command unless it ended with this code."""
         assert self.code == code, f"exit {self.code}\n{self.out}\n{self.err}"
         return self
 
@@ -86,18 +86,18 @@ class Running:
 
     @property
     def out(self) -> str:
-        """What it has written to standard output."""
+        """Its standard output so far."""
         return self._out.read_text(errors="replace")
 
     @property
     def err(self) -> str:
-        """What it has written to standard error."""
+        """Its standard error so far."""
         return self._err.read_text(errors="replace")
 
     def wait_for(
         self, pattern: str, *, after: int = 0, timeout: float = DEADLINE
     ) -> re.Match[str]:
-        """Wait until it writes something to standard error or output.
+        """Wait for a pattern in its standard error or output.
 
         Args:
             pattern: A regular expression.
@@ -132,7 +132,7 @@ class Running:
         self.process.wait(DEADLINE)
 
     def peak_memory(self) -> int:
-        """Give the most bytes that it has had resident; 0 once it ends; Linux only."""
+        """Return the most bytes ever resident in it; 0 once it ends; Linux only."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         found = re.search(r"VmHWM:\s+(\d+) kB", status)
         return int(found[1]) * 1024 if found else 0
@@ -143,7 +143,7 @@ class Machine:
 
     Args:
         lab: The lab that it belongs to.
-        name: What it is called, and the name of its home.
+        name: Its name, which is also that of its home.
     """
 
     def __init__(self, lab: "Lab", name: str) -> None:
@@ -219,7 +219,7 @@ class Lab:
         (folder / "outputs").mkdir()
 
     def machine(self, name: str) -> Machine:
-        """Set a machine up."""
+        """Create a machine."""
         return Machine(self, name)
 
     def start(self, command: list[str], environ: dict[str, str], cwd: Path) -> Running:
@@ -248,7 +248,7 @@ class Lab:
                 if ours and any(word in part for part in process.cmdline()):
                     found.append(process)
             except psutil.Error:
-                continue  # it has ended, or is none of ours
+                continue  # it has ended, or is not one of ours
         return found
 
     def wait_gone(self, word: str, timeout: float = DEADLINE) -> None:
@@ -297,14 +297,14 @@ class Town:
 
 
 def release(fifo: Path) -> None:
-    """Let `act wait` go on; it must be waiting, or about to."""
+    """Release `act wait`; it must be waiting, or about to."""
     fifo.write_bytes(b"")
 
 
 def wait_until(
     condition: Callable[[], bool], what: str, timeout: float = DEADLINE
 ) -> None:
-    """Wait for something that another process does and tells nobody."""
+    """Poll for a condition that another process fulfils without a signal."""
     end = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > end:

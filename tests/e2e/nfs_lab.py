@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 MEMORY = "3G"
 BOOT_SECONDS = 60.0
-"""What booting may take on a busy machine; it takes about ten on an idle one."""
+"""Seconds that booting may take on a busy machine; an idle one needs about ten."""
 
 _KERNEL = "linux.uml"
 _MODULES = Path("/usr/lib/uml/modules")
@@ -40,7 +40,7 @@ _PROGRAMS = {
     "rpc.nfsd": "nfs-kernel-server",
     "mkfs.xfs": "xfsprogs",
 }
-"""What the laboratory starts, and the Debian package that each is in."""
+"""Programs that the laboratory starts, and the Debian package of each."""
 
 _INIT = """\
 #!/bin/bash
@@ -118,15 +118,15 @@ class LabError(Exception):
 
 
 class LabResult(NamedTuple):
-    """How a command in the laboratory ended."""
+    """The end of a command in the laboratory."""
 
     returncode: int
     output: str
-    """What it wrote to stdout and stderr."""
+    """Its stdout and stderr."""
 
 
 def nfs_lab_missing() -> str | None:
-    """Say why the laboratory can't run here, or return None if it can."""
+    """Return why the laboratory can't run here, or None if it can."""
     if sys.platform != "linux":
         return "the NFS laboratory needs Linux"
     if os.geteuid() != 0:

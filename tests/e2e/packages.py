@@ -18,10 +18,10 @@ def make_package(
     Args:
         path: The zip file to write.
         commands: Lines of its script.
-        files: What else is in it.
+        files: Its other files, by name.
         script: Name of its script.
         folder: The top folder that everything lies in, with a slash, or nothing.
-        big: One more file, which need not fit into memory.
+        big: Another file, which need not fit into memory.
 
     Returns:
         The zip file.

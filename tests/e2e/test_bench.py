@@ -38,7 +38,7 @@ def rows_of(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def check_usage(row: dict[str, Any]) -> None:
-    """Check what both sides of a transfer are said to have used."""
+    """Check the reported resources of both sides of a transfer."""
     (sample,) = row["samples"]
     for side in ("sender", "receiver"):
         assert sample[side]["cpu_seconds"] >= 0
@@ -84,7 +84,7 @@ def test_the_table_the_json_and_the_chart_tell_the_same(tmp_path: Path) -> None:
     assert left_out["reason"] == "left out"
 
 
-def test_what_is_not_installed_is_left_out_and_named(tmp_path: Path) -> None:
+def test_a_missing_program_is_left_out_and_named(tmp_path: Path) -> None:
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("dd", "ln"):

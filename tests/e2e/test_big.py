@@ -24,7 +24,7 @@ SIZE = 300
 """Megabytes of the package and of its result: twice what a side may keep."""
 
 PATIENCE = 150.0
-"""Seconds for one way, on a machine that does other things, too."""
+"""Seconds for one way on a busy machine."""
 
 MOST_MEMORY = 150 * MEGABYTE
 

@@ -30,7 +30,7 @@ def json_lines(text: str) -> list[dict[str, object]]:
     return lines
 
 
-# ----------------------------------------------------------------------- what is typed
+# ----------------------------------------------------------------------- usage
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def json_lines(text: str) -> list[dict[str, object]]:
     ],
     ids=" ".join,
 )
-def test_what_can_not_be_done_as_typed_is_usage(
+def test_an_impossible_command_is_a_usage_error(
     lab: Lab, arguments: list[str], named: str
 ) -> None:
     machine = lab.machine("laptop")
@@ -106,7 +106,7 @@ def test_no_worker_is_exit_code_three(lab: Lab) -> None:
     assert "worker-maja-s-gpu-" in done.err
     done = machine.run("send", PACKAGE, "--worker", "Maja's GPU").expect(0)
     assert "you asked for it" in done.err
-    # Another secret is another room, and nobody is in it.
+    # Another secret is another room, and it is empty.
     stranger = lab.machine("stranger")
     invite = machine.run("invite").expect(0).out.strip()
     stranger.run("join", invite).expect(0)
@@ -139,7 +139,7 @@ def test_a_second_worker_of_a_user_joins_the_first(lab: Lab) -> None:
     assert "worker-two-" in done.err
 
 
-# ---------------------------------------------------------------------- what is printed
+# ---------------------------------------------------------------------- output
 
 
 def test_every_line_of_json_output_is_an_object(lab: Lab) -> None:
@@ -159,7 +159,7 @@ def test_every_line_of_json_output_is_an_object(lab: Lab) -> None:
     assert [event["event"] for event in missing] == ["error"]
 
 
-def test_workers_lists_who_is_there(lab: Lab) -> None:
+def test_workers_lists_the_workers_of_the_room(lab: Lab) -> None:
     machine = lab.machine("gpu")
     worker = machine.start_worker("--slots", 3, "--name", "big one")
     done = machine.run("workers").expect(0)
@@ -177,7 +177,7 @@ def test_workers_lists_who_is_there(lab: Lab) -> None:
     worker.kill()
 
 
-def test_doctor_says_what_works_and_what_does_not(lab: Lab) -> None:
+def test_doctor_reports_each_check(lab: Lab) -> None:
     machine = lab.machine("gpu")
     alone = machine.run("doctor").expect(1)
     assert "failed Signaling" in alone.out
@@ -270,7 +270,7 @@ def test_the_secret_stays_a_secret(lab: Lab) -> None:
             assert invite.encode() not in content, path
 
 
-def test_nobody_but_the_owner_sees_a_job(lab: Lab) -> None:
+def test_only_the_owner_sees_a_job(lab: Lab) -> None:
     os.umask(0o022)
     machine = lab.machine("gpu")
     machine.start_worker()

@@ -1,4 +1,4 @@
-"""What is killed, stopped or restarted, and what the others make of it."""
+"""Processes that are killed, stopped or restarted, and the effect on their peers."""
 
 import os
 import re
@@ -33,7 +33,7 @@ def big_package(machine: Machine, megabytes: int = 64) -> str:
 
 
 def check_healthy(machine: Machine, worker: Running) -> None:
-    """See that a worker takes the next job, and has nothing of the last one."""
+    """Check that a worker takes the next job, and has nothing of the last one."""
     package = make_package(machine.home / "next.zip", "act say hello")
     done = machine.run("send", package).expect(0)
     assert "hello" in done.out
@@ -60,7 +60,7 @@ def test_a_client_that_dies_changes_nothing_for_its_job(lab: Lab) -> None:
     worker.wait_for("job ended .*outcome=complete")
     assert copied.read_text() == "made"
     assert worker.process.poll() is None
-    # Nobody has fetched the results, so they stay.
+    # The results were not fetched, so they stay.
     (job,) = machine.jobs_left()
     assert "released" in (machine.jobs / job / "job.log").read_text()
 
@@ -130,7 +130,7 @@ def test_a_job_goes_on_while_the_signaling_server_restarts(lab: Lab) -> None:
     assert "made.bin" in tree(town.laptop.home / "job-results")
     town.server = town.start_server()
     town.worker.wait_for("registered", after=before)
-    # It was started while there was no server, and has waited for it.
+    # It was started without a server, and has waited for it.
     assert "late" in waiting.finish().expect(0).out
 
 

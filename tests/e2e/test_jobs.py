@@ -1,4 +1,4 @@
-"""Jobs from one machine to another, and what comes back."""
+"""Jobs from one machine to another, and their results."""
 
 import json
 import os
@@ -27,7 +27,7 @@ pytestmark = END_TO_END
 
 
 def made_here(package: Path, folder: Path, *command: str) -> dict[str, bytes]:
-    """Run the tiny trainer on a package without sleap-rtc; return what it makes."""
+    """Run the tiny trainer on a package without sleap-rtc; return its files."""
     with zipfile.ZipFile(package) as archive:
         archive.extractall(folder)
     before = tree(folder)
@@ -91,7 +91,7 @@ def test_another_machine_joins_with_the_printed_command(lab: Lab) -> None:
     assert invite not in worker.err + done.err + done.out + joined.out + joined.err
 
 
-def test_results_never_replace_what_is_there(lab: Lab) -> None:
+def test_results_never_replace_older_files(lab: Lab) -> None:
     machine = lab.machine("gpu")
     machine.start_worker()
     package = make_package(machine.home / "job.zip", "act say hello")
@@ -214,7 +214,7 @@ async def test_twenty_jobs_share_two_slots(lab: Lab) -> None:
     assert most_at_once(written) == 2
 
 
-def test_a_job_waits_for_a_slot_and_says_so(lab: Lab) -> None:
+def test_a_job_waits_for_a_slot_and_reports_it(lab: Lab) -> None:
     machine = lab.machine("gpu")
     machine.start_worker()
     fifo = lab.fifo()

@@ -24,7 +24,7 @@ trainer_config:
 
 
 class House:
-    """A worker that is there for all tests of this module."""
+    """A worker for all tests of this module."""
 
     def __init__(self, machine: Machine, worker: Running) -> None:
         self.machine = machine
@@ -185,7 +185,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_a_package_that_is_no_good_fails_and_leaves_nothing(
+def test_a_bad_package_fails_and_leaves_nothing(
     house: House, tmp_path: Path, kind: str
 ) -> None:
     make, named = HOSTILE[kind]
@@ -201,10 +201,10 @@ def test_a_package_that_is_no_good_fails_and_leaves_nothing(
     assert not out.exists()
 
 
-def test_a_program_that_is_not_there_is_named(house: House, tmp_path: Path) -> None:
+def test_a_missing_program_is_named(house: House, tmp_path: Path) -> None:
     package = make_package(tmp_path / "job.zip", "sleap-nn-track --data_path v.mp4")
     machine = house.machine
-    # The stand-in has no such program; sleap-nn track would do the same.
+    # The tiny trainer has no such program; sleap-nn track would do the same.
     done = machine.run("send", package, "--output", tmp_path / "out").expect(5)
     assert "sleap-nn" in done.err
 

@@ -36,7 +36,7 @@ def big_package(machine: Machine, *lines: str) -> Path:
 
 
 def uploaded(client: Running) -> list[int]:
-    """List the percentages that a client has told."""
+    """List the percentages that a client has shown."""
     return [int(n) for n in re.findall(r"Sending big\.zip: (\d+) %", client.err)]
 
 
@@ -179,7 +179,9 @@ def test_a_running_job_is_followed_when_send_is_typed_again(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("killed", ["client", "worker"])
-def test_results_are_fetched_by_whoever_comes_back(lab: Lab, killed: str) -> None:
+def test_results_are_fetched_after_either_side_was_killed(
+    lab: Lab, killed: str
+) -> None:
     machine = lab.machine("gpu")
     worker = machine.start_worker()
     package = make_package(

@@ -25,7 +25,7 @@ needs_mounts = pytest.mark.skipif(
 
 @contextmanager
 def mounted(target: Path, *arguments: object) -> Iterator[Path]:
-    """Mount something for the time of the body, or skip where nobody may."""
+    """Mount something for the time of the body, or skip without the right to."""
     target.mkdir()
     command = ["mount", *map(str, arguments), str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -167,7 +167,7 @@ def test_storage_that_became_read_only_is_not_used(lab: Lab) -> None:
 
 
 @needs_mounts
-def test_a_full_worker_refuses_and_says_how_much_it_needs(lab: Lab) -> None:
+def test_a_full_worker_refuses_with_the_space_that_it_needs(lab: Lab) -> None:
     machine = lab.machine("gpu")
     package = make_package(
         machine.home / "job.zip",
@@ -184,7 +184,7 @@ def test_a_full_worker_refuses_and_says_how_much_it_needs(lab: Lab) -> None:
         worker.kill()
 
 
-def test_a_job_on_shared_storage_that_fails_keeps_what_it_made(lab: Lab) -> None:
+def test_a_failed_job_on_shared_storage_keeps_its_files(lab: Lab) -> None:
     storage = make_storage(lab)
     machine = lab.machine("gpu")
     machine.variables["SHARED_STORAGE_ROOT"] = str(storage)

@@ -79,6 +79,73 @@ def test_every_module_of_the_package_has_a_docstring() -> None:
     assert not silent
 
 
+TIMED_SCOPES = {"move_on_after", "move_on_at", "fail_after", "fail_at"}
+
+
+def shields_without_a_deadline(source: str) -> list[int]:
+    """Return the lines of a module that shield from cancellation without an end."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Call(func=ast.Attribute(attr=name) | ast.Name(id=name)):
+                given = {each.arg for each in node.keywords}
+                has_end = name in TIMED_SCOPES or given & {"deadline", "timeout"}
+                if "shield" in given and not has_end:
+                    found.append(node.lineno)
+            case ast.Assign(targets=[ast.Attribute(attr="shield")]):
+                found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "lines"),
+    [
+        ("with trio.CancelScope(shield=True): pass", [1]),
+        ("scope.shield = True", [1]),
+        ("x = f(shield=shield)", [1]),
+        ("with trio.CancelScope(shield=True, deadline=1): pass", []),
+        ("with trio.move_on_after(1, shield=True): pass", []),
+        ("await call_storage(f, shield=True, timeout=1)", []),
+    ],
+)
+def test_a_shield_without_a_deadline_is_found(source: str, lines: list[int]) -> None:
+    assert shields_without_a_deadline(source) == lines
+
+
+def test_every_shield_has_a_deadline() -> None:
+    found = {
+        str(path.relative_to(ROOT)): lines
+        for path in modules()
+        if (lines := shields_without_a_deadline(path.read_text(encoding="utf-8")))
+    }
+    assert not found
+
+
+# They read settings and the state directory, or compute. A job directory may be on
+# storage that hangs, so all other modules use `call_storage`.
+THREADS = {
+    "client/package.py",
+    "client/submissions.py",
+    "client/submit.py",
+    "doctor.py",
+    "io/signaling/websocket.py",
+    "io/storage/call.py",
+    "io/tcp/driver.py",
+    "worker/daemon.py",
+    "worker/store.py",
+}
+
+
+def test_threads_that_cannot_be_abandoned_do_not_touch_job_directories() -> None:
+    package = ROOT / "sleap_rtc"
+    found = {
+        path.relative_to(package).as_posix()
+        for path in modules()
+        if "await trio.to_thread" in path.read_text(encoding="utf-8")
+    }
+    assert found <= THREADS
+
+
 def test_the_installed_package_carries_its_licence() -> None:
     distribution = importlib.metadata.distribution("sleap-rtc")
     assert distribution.metadata["License-Expression"] == "BSD-3-Clause"

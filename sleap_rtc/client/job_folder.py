@@ -5,9 +5,9 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-import trio
 from blake3 import blake3
 
+from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.copy import CopyReport, copy_with_deadline
 from sleap_rtc.io.storage.folder import (
     StorageError,
@@ -15,7 +15,7 @@ from sleap_rtc.io.storage.folder import (
     open_beneath,
     remove_tree_beneath,
 )
-from sleap_rtc.io.storage.probe import ask_storage, call_in_time, write_probe
+from sleap_rtc.io.storage.probe import ask_storage, write_probe
 from sleap_rtc.proto.errors import InvalidInput
 
 STORAGE_TIMEOUT = 20.0
@@ -82,8 +82,12 @@ class JobFolder:
             on_progress: Called with the number of bytes copied so far.
         """
         probe = f"{self._relative}/{PROBE_NAME}"
-        await call_in_time(
-            self._root, remove_tree_beneath, self._root, probe, timeout=STORAGE_TIMEOUT
+        await call_storage(
+            remove_tree_beneath,
+            self._root,
+            probe,
+            root=self._root,
+            timeout=STORAGE_TIMEOUT,
         )
         return await copy_with_deadline(
             package, self._root, path, size=size, on_progress=on_progress
@@ -97,17 +101,17 @@ class JobFolder:
             os.close(open_beneath(self._root, relative))
             return self._root / relative
 
-        return await call_in_time(self._root, check, timeout=STORAGE_TIMEOUT)
+        return await call_storage(check, root=self._root, timeout=STORAGE_TIMEOUT)
 
     async def discard(self) -> None:
         """Remove the directory if the storage allows it. Not cancellable, but short."""
-        with trio.move_on_after(CLEANUP_TIMEOUT, shield=True):
-            try:
-                await trio.to_thread.run_sync(
-                    remove_tree_beneath,
-                    self._root,
-                    self._relative,
-                    abandon_on_cancel=True,
-                )
-            except (InvalidInput, StorageError):
-                return
+        try:
+            await call_storage(
+                remove_tree_beneath,
+                self._root,
+                self._relative,
+                timeout=CLEANUP_TIMEOUT,
+                shield=True,
+            )
+        except (InvalidInput, StorageError):
+            return

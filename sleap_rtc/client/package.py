@@ -12,6 +12,7 @@ import trio
 from sleap_rtc.errors import UsageError
 from sleap_rtc.io.storage.archive import pack_directory
 from sleap_rtc.io.storage.archive_plan import ArchiveError
+from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.paths import check_file_name_untrusted
@@ -46,7 +47,7 @@ async def open_package(named: Path) -> AsyncIterator[PackageFile]:
     """
     directory = await trio.to_thread.run_sync(_make_temporary_directory)
     try:
-        yield await trio.to_thread.run_sync(_find_package, named, Path(directory.name))
+        yield await call_storage(_find_package, named, Path(directory.name))
     finally:
         with trio.move_on_after(CLEANUP_TIMEOUT, shield=True):
             await trio.to_thread.run_sync(directory.cleanup, abandon_on_cancel=True)

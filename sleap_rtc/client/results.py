@@ -9,6 +9,7 @@ from sleap_rtc.client.connection import Connection
 from sleap_rtc.client.job_folder import JobFolder
 from sleap_rtc.filesystem import safe_mkdir
 from sleap_rtc.io.link.link import LinkClosedError
+from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.copy import copy_with_deadline
 from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.io.transfer.chunk_files import ChunkWriter
@@ -58,15 +59,13 @@ class Results:
             StorageError: If the directory can't be made.
         """
         if self._directory is None:
-            self._directory = await trio.to_thread.run_sync(
+            self._directory = await call_storage(
                 _free_directory, asked or default, asked is None, self._job_id, files
             )
         else:
-            await trio.to_thread.run_sync(safe_mkdir, self._directory)
+            await call_storage(safe_mkdir, self._directory)
             # A result that an earlier process fetched has its final name.
-            self._fetched |= await trio.to_thread.run_sync(
-                _present, self._directory, files
-            )
+            self._fetched |= await call_storage(_present, self._directory, files)
         return self._directory
 
     def start_link(self, last_transfer: int) -> None:
@@ -180,7 +179,9 @@ class Results:
         if offer.size != file.size:
             raise TransferError(f"it has {offer.size} bytes instead of {file.size}")
         try:
-            sink = await trio.to_thread.run_sync(self._open_part, file.path, offer)
+            sink = await call_storage(
+                self._open_part, file.path, offer, discard=ChunkWriter.keep
+            )
         except (InvalidInput, StorageError) as error:
             # Without an answer the worker would wait forever.
             await connection.link.send_message(m.FileError(transfer_id, str(error)))

@@ -27,6 +27,7 @@ from sleap_rtc.errors import NoWorkerError
 from sleap_rtc.io.alarm import Alarm
 from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
+from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.folder import StorageError, open_owned
 from sleap_rtc.io.transfer.chunk_files import ChunkReader
 from sleap_rtc.io.transfer.transfers import TransferError
@@ -382,10 +383,11 @@ class _Session:
         """Open the package once; it stays open, so that a change is noticed."""
         if self._source is None:
             package = self._plan.package
-            reader = await trio.to_thread.run_sync(
+            reader = await call_storage(
                 lambda: ChunkReader(
                     open_owned(package), chunk_size=CHUNK_SIZE, name=package.name
-                )
+                ),
+                discard=ChunkReader.close,
             )
             self._source = self._files.enter_context(closing(reader))
         return self._source

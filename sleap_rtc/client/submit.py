@@ -35,6 +35,7 @@ from sleap_rtc.errors import (
 )
 from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
+from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.proto.job.client import JobEnded, RouteChosen, StateChanged
 from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting, JobStateName
 from sleap_rtc.proto.rendezvous.invite import Invite, RoomKeys
@@ -199,7 +200,7 @@ class _Submission:
                 self._job_id = self._earlier.job_id
             else:
                 self._earlier = None  # the user has named another worker
-        package = await trio.to_thread.run_sync(look_again, self._package)
+        package = await call_storage(look_again, self._package)
         note = self._earlier or SubmissionNote(
             self._job_id,
             worker_id,

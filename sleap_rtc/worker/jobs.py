@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Protocol, assert_never
 
@@ -12,14 +13,15 @@ from blake3 import blake3
 
 from sleap_rtc.io.link.link import LinkClosedError
 from sleap_rtc.io.link.outbox import Outbox
+from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.folder import (
     StorageError,
     make_directories_beneath,
     remove_tree_beneath,
 )
 from sleap_rtc.io.storage.probe import read_probe
-from sleap_rtc.io.transfer.chunk_files import ChunkWriter
-from sleap_rtc.io.transfer.transfers import TransferError, Transfers
+from sleap_rtc.io.transfer.chunk_files import ChunkReader, ChunkWriter
+from sleap_rtc.io.transfer.transfers import LEAVE_TIMEOUT, TransferError, Transfers
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.job import worker as core
@@ -30,6 +32,7 @@ from sleap_rtc.worker.runner import Run, run_job
 from sleap_rtc.worker.slots import SlotQueue
 from sleap_rtc.worker.storage import (
     CHUNK_SIZE,
+    STORAGE_TIMEOUT,
     ask_shared,
     is_package_there,
     look_at_package,
@@ -99,8 +102,8 @@ class JobsHome(msgspec.Struct, frozen=True):
             directory = Path(record.directory)
             if record.route == "channel":  # the state directory may have moved
                 directory = self.directory / record.job_id
-            if record.state == "RECEIVING" and await trio.to_thread.run_sync(
-                is_package_there, directory, record.package, record.size
+            if record.state == "RECEIVING" and await is_package_there(
+                directory, record.package, record.size
             ):
                 progress = m.JobProgress("QUEUED")
             if record.state == "RUNNING":
@@ -313,7 +316,7 @@ class Job:
     async def _read_probe(self, path: str) -> None:
         root = self._home.shared_root
         try:
-            content = await ask_shared(root, read_probe, root, path)
+            content = await ask_shared(root, read_probe, path)
             self.core.probe_read(blake3(content).hexdigest())
         except (InvalidInput, StorageError) as error:
             self.core.probe_failed(str(error))
@@ -322,7 +325,7 @@ class Job:
     async def _check_input(self, path: str) -> None:
         root = self._home.shared_root
         try:
-            await ask_shared(root, look_at_package, root, path)
+            await ask_shared(root, look_at_package, path)
             if root is not None and self.core.state is core.State.CHECKING_INPUT:
                 self._directory = root / PurePosixPath(path).parent
             self.core.input_valid()
@@ -338,7 +341,7 @@ class Job:
                     f"{path} is not in the job directory, beside the package"
                 )
             if self.core.state is core.State.MAKING_OUTPUT:
-                await ask_shared(root, make_directories_beneath, root, path)
+                await ask_shared(root, make_directories_beneath, path)
             self.core.output_made()
         except (InvalidInput, StorageError) as error:
             self.core.path_refused(str(error))
@@ -352,7 +355,9 @@ class Job:
             check_file_name_untrusted(submission.name)
             await self._take_id(job_id)
             directory = self._home.directory / job_id
-            await trio.to_thread.run_sync(make_room, directory, submission.size)
+            await call_storage(
+                make_room, directory, submission.size, timeout=STORAGE_TIMEOUT
+            )
             self._directory = directory
             self.core.admitted()
         except (InvalidInput, StorageError) as error:
@@ -384,7 +389,9 @@ class Job:
         """Receive the package, or the rest of it; a part outlives the link."""
         try:
             with self._receiving:
-                sink = await trio.to_thread.run_sync(self._open_part, directory, file)
+                sink = await call_storage(
+                    self._open_part, directory, file, discard=ChunkWriter.keep
+                )
                 await self._tell_what_is_there(link, sink)
                 await link.transfers.receive_file(
                     transfer_id, file, sink, keep_part=True
@@ -408,8 +415,8 @@ class Job:
             await link.outbox.flush()
         except trio.Cancelled:
             # Else the next link would find the part in use.
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(sink.keep)
+            with suppress(StorageError):
+                await call_storage(sink.keep, timeout=LEAVE_TIMEOUT, shield=True)
             raise
 
     def _open_part(self, directory: Path, file: m.OfferedFile) -> ChunkWriter:
@@ -432,7 +439,9 @@ class Job:
             link.outbox.put(m.FileError(transfer_id, reason))
             return
         try:
-            source = await trio.to_thread.run_sync(open_result, directory, path)
+            source = await call_storage(
+                open_result, directory, path, discard=ChunkReader.close
+            )
             try:
                 offer = m.OfferedFile(PurePosixPath(path).name, source.size, CHUNK_SIZE)
                 await link.transfers.send_file(transfer_id, offer, source)

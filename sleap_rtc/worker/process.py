@@ -19,6 +19,8 @@ from pathlib import Path
 import msgspec
 import trio
 
+from sleap_rtc.io.storage.call import call_storage
+from sleap_rtc.io.storage.probe import probe_storage
 from sleap_rtc.proto.job.lines import LineAssembler, LineEvent
 from sleap_rtc.proto.job.script import Command, equivalents
 
@@ -27,6 +29,9 @@ GRACE_SECONDS = 10.0
 
 KILL_SECONDS = 5.0
 """Longest wait after SIGKILL; only a process inside the kernel can take longer."""
+
+START_TIMEOUT = 60.0
+"""Seconds for the folder of a command to answer; network mounts fail over in 30."""
 
 DRAIN_SECONDS = 2.0
 """Longest wait for output after the end of a command, if a child of it holds on."""
@@ -123,6 +128,7 @@ async def run_script(
     for command in commands:
         await log.note("$ " + shlex.join(command.argv))
         try:
+            await _require_answer(command.argv[0], cwd)
             argv = await _resolve(command, cwd, environment, log)
             status = await _run_logged(
                 argv, log, cwd=cwd, environment=environment, gpus=gpus, grace=grace
@@ -214,13 +220,27 @@ class _Log:
             await self._on_line(event)
 
 
+async def _require_answer(program: str, cwd: Path) -> None:
+    """Check that the folder answers in which a program is to start.
+
+    Python holds its global lock until a new program runs, so one that hangs at the
+    change to its folder would freeze the whole worker.
+
+    Raises:
+        ProgramStartError: If the folder does not answer.
+    """
+    health = await probe_storage(cwd, START_TIMEOUT)
+    if not health.answered:
+        raise ProgramStartError(program, health.reason)
+
+
 async def _resolve(
     command: Command, cwd: Path, environment: Mapping[str, str], log: _Log
 ) -> tuple[str, ...]:
     """Find the program of a command, or of another spelling of it."""
     path = environment.get("PATH", os.defpath)
     for argv in (command.argv, *equivalents(command.argv)):
-        found = await trio.to_thread.run_sync(find_program, argv[0], cwd, path)
+        found = await call_storage(find_program, argv[0], cwd, path)
         if found is None:
             continue
         if argv is not command.argv:
@@ -306,8 +326,7 @@ async def run_command(
                 await on_output(data)
         return await process.wait()
     finally:
-        with trio.CancelScope(shield=True):
-            await _stop(process, grace)
+        await _stop(process, grace)
 
 
 def job_environment(
@@ -404,10 +423,10 @@ async def _stop(process: trio.Process, grace: float) -> None:
     assert process.stdout is not None  # asked for in _start
     if process.returncode is None:
         _signal_all(process, kill=False)
-        with trio.move_on_after(grace):
+        with trio.move_on_after(grace, shield=True):
             await _wait_for_all(process, process.stdout)
     _signal_all(process, kill=True)
-    with trio.move_on_after(KILL_SECONDS):
+    with trio.move_on_after(KILL_SECONDS, shield=True):
         await _wait_for_all(process, process.stdout)
     await process.stdout.aclose()
 

@@ -1,6 +1,7 @@
 """Run one job in its directory: unpack it, run its scripts, list what they made."""
 
 import os
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TextIO
@@ -10,6 +11,7 @@ import trio
 
 from sleap_rtc.io.storage.archive import extract_package
 from sleap_rtc.io.storage.archive_plan import ArchiveError
+from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.folder import (
     Folder,
     StorageError,
@@ -32,6 +34,12 @@ from sleap_rtc.worker.process import run_script
 
 LOG_NAME = "job.log"
 """The whole output of a job, the last version of each line; it is a result, too."""
+
+LISTING_TIMEOUT = 5.0
+"""Seconds for listing the results of a job that was stopped."""
+
+LOG_CLOSE_TIMEOUT = 3.0
+"""Seconds for writing the rest of the log after the commands have ended."""
 
 _FLUSH_INTERVAL = 1.0
 """Seconds between two writes of the log: storage may be slow, and jobs chatty."""
@@ -86,10 +94,11 @@ async def run_job(run: Run, stop: trio.CancelScope) -> RunReport:
     """
     failure: str | None = "stopped"
     before: dict[str, tuple[int, int]] = {}
+    results: dict[str, int] | None = None
     with stop:
         try:
-            scripts = await trio.to_thread.run_sync(_unpack, run)
-            before = await trio.to_thread.run_sync(_snapshot, run.directory)
+            scripts = await call_storage(_unpack, run)
+            before = await call_storage(_snapshot, run.directory)
             failure = await _run_scripts(run, scripts)
         except ArchiveError as error:
             failure = f"The package {run.package} can't be unpacked: {error}"
@@ -97,10 +106,22 @@ async def run_job(run: Run, stop: trio.CancelScope) -> RunReport:
             failure = f"The package {run.package} can't be run: {error.reason}"
         except (StorageError, InvalidInput) as error:
             failure = str(error)
-    # Cancelled or not: what the job made until now is its owner's.
-    with trio.CancelScope(shield=True):
-        results = await trio.to_thread.run_sync(_made_since, run, before)
+        results = await call_storage(_made_since, run, before)
+    if results is None:
+        results = await _list_after_stop(run, before)
     return RunReport(failure, results)
+
+
+async def _list_after_stop(
+    run: Run, before: Mapping[str, tuple[int, int]]
+) -> dict[str, int]:
+    """List the results of a stopped job, unless the storage takes too long."""
+    try:
+        return await call_storage(
+            _made_since, run, before, timeout=LISTING_TIMEOUT, shield=True
+        )
+    except StorageError:
+        return {}
 
 
 def _unpack(run: Run) -> tuple[Script, ...]:
@@ -166,8 +187,7 @@ async def _run_scripts(run: Run, scripts: tuple[Script, ...]) -> str | None:
                     run.on_stage(script.kind)
         finally:
             nursery.cancel_scope.cancel(reason="the commands have ended")
-            with trio.CancelScope(shield=True):
-                await log.close()
+            await log.close()
     return failure
 
 
@@ -206,6 +226,7 @@ class _JobLog:
         self._recent: dict[int, str] = {}
         self._lines: list[str] = []
         self._file: TextIO | None = None
+        self._writing = threading.Lock()
 
     def add(self, event: LineEvent) -> None:
         """Take a line, or a new version of a recent one."""
@@ -220,17 +241,22 @@ class _JobLog:
         """Write what has come, until cancelled."""
         while True:
             await trio.sleep(_FLUSH_INTERVAL)
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self._write)
+            await call_storage(self._write)
 
     async def close(self) -> None:
-        """Write the rest."""
+        """Write the rest, even in a cancelled task, unless it takes too long."""
         self._lines += [text + "\n" for text in self._recent.values()]
         self._recent.clear()
-        await trio.to_thread.run_sync(self._write)
-        await trio.to_thread.run_sync(self._close)
+        try:
+            await call_storage(self._close, timeout=LOG_CLOSE_TIMEOUT, shield=True)
+        except StorageError:
+            pass  # the lines have gone to the client too
 
     def _write(self) -> None:
+        with self._writing:  # a thread that was left behind here comes first
+            self._write_lines()
+
+    def _write_lines(self) -> None:
         lines, self._lines = self._lines, []
         try:
             if self._file is None:
@@ -243,6 +269,7 @@ class _JobLog:
             return
 
     def _close(self) -> None:
+        self._write()
         try:
             if self._file is not None:
                 self._file.close()

@@ -15,8 +15,11 @@ from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.job.worker import State
 from sleap_rtc.worker.jobs import Job, JobsHome
 
-FAREWELL_SECONDS = 1.0
-"""How long a link that ends may take to tell its client why."""
+FLUSH_TIMEOUT = 1.0
+"""Seconds that a link which ends may take to send its client the reason."""
+
+CLOSE_TIMEOUT = 5.0
+"""Seconds that closing a link may take."""
 
 
 async def serve_link(home: JobsHome, link: Link) -> None:
@@ -34,7 +37,7 @@ async def serve_link(home: JobsHome, link: Link) -> None:
         reason = await session.serve()
     finally:
         session.job.detach(session)
-        with trio.CancelScope(shield=True):
+        with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
             await link.aclose(reason)
         log.info("client gone", reason=reason)
 
@@ -91,7 +94,7 @@ class _Session:
 
     async def _say_farewell(self) -> None:
         """Let the client hear why the link ends."""
-        with trio.move_on_after(FAREWELL_SECONDS):
+        with trio.move_on_after(FLUSH_TIMEOUT):
             await self.outbox.flush()
 
     async def _receive_messages(self) -> NoReturn:

@@ -4,10 +4,9 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import TypeVar, TypeVarTuple
 
-import trio
-
+from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.copy import SPACE_PERCENT
 from sleap_rtc.io.storage.files import human_size
 from sleap_rtc.io.storage.folder import StorageError, list_tree, open_beneath
@@ -17,6 +16,7 @@ from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.worker.runner import LOG_NAME
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 STORAGE_TIMEOUT = 20.0
 """Seconds for one look at the shared storage; the client waits for 30."""
@@ -25,7 +25,9 @@ CHUNK_SIZE = 1024 * 1024
 """Bytes in a chunk of a result file."""
 
 
-async def ask_shared(root: Path | None, function: Callable[..., T], *args: object) -> T:
+async def ask_shared(
+    root: Path | None, function: Callable[[Path, *Ts], T], *args: *Ts
+) -> T:
     """Touch the shared storage, which may hang; errors say that it is the worker's.
 
     Raises:
@@ -35,7 +37,7 @@ async def ask_shared(root: Path | None, function: Callable[..., T], *args: objec
     if root is None:
         raise StorageError("Shared storage not configured on the worker")
     try:
-        return await ask_storage(root, function, *args, timeout=STORAGE_TIMEOUT)
+        return await ask_storage(root, function, root, *args, timeout=STORAGE_TIMEOUT)
     except StorageError as error:
         raise StorageError(f"the worker's shared storage: {error}") from None
 
@@ -100,11 +102,14 @@ def open_result(directory: Path, path: str) -> ChunkReader:
     return ChunkReader(open_beneath(directory, path), chunk_size=CHUNK_SIZE)
 
 
-def is_package_there(directory: Path, name: str, size: int) -> bool:
-    """Tell whether a whole package lies in a job directory."""
+async def is_package_there(directory: Path, name: str, size: int) -> bool:
+    """Return True if a whole package lies in a job directory.
+
+    Storage that fails or hangs has none: it must not keep a worker from starting.
+    """
     try:
-        found = os.lstat(directory / name)
-    except OSError:
+        found = await call_storage(os.lstat, directory / name, timeout=STORAGE_TIMEOUT)
+    except (OSError, StorageError):
         return False
     return found.st_size == size
 
@@ -137,6 +142,6 @@ async def remove_quietly(
 ) -> None:
     """Remove what nobody needs any more; what stays is only mentioned."""
     try:
-        await trio.to_thread.run_sync(remove)
+        await call_storage(remove)
     except (StorageError, InvalidInput) as error:
         complain(str(error))

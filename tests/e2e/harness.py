@@ -167,7 +167,7 @@ class Machine:
         """Run a `sleap-rtc` command to its end."""
         return self.start(*arguments, module=module).finish(timeout)
 
-    def start_worker(self, *options: object) -> Running:
+    def start_worker(self, *options: object, module: str = "sleap_rtc") -> Running:
         """Start a worker that may also run `act`, and wait until it is ready.
 
         The first one of a room of its own listens on a reserved port, which it writes
@@ -176,7 +176,8 @@ class Machine:
         if not self._has_room and "SLEAP_RTC_SIGNALING_WS" not in self.variables:
             options = ("--listen", f"127.0.0.1:{self._lab.reserve_port()}", *options)
         self._has_room = True
-        worker = self.start("daemon", "--role", "worker", "--allow", "act", *options)
+        command = ("daemon", "--role", "worker", "--allow", "act", *options)
+        worker = self.start(*command, module=module)
         worker.wait_for("worker ready")
         return worker
 

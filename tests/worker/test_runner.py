@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from sleap_rtc.proto.job.lines import LineEvent
 from sleap_rtc.proto.job.script import ScriptKind
 from sleap_rtc.worker.runner import LOG_NAME, Run, RunReport, run_job
 from tests.e2e import actor
 from tests.e2e.packages import make_package
-from tests.io.storage.places import small_mount
+from tests.io.storage.places import HangingStorage, small_mount
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="workers run on Linux and macOS"
@@ -37,13 +38,13 @@ class Job:
         self.stop = trio.CancelScope()
         self.waiting = trio.Event()
 
-    async def run(self) -> RunReport:
+    async def run(self, deadline: float = 30) -> RunReport:
         def on_line(event: LineEvent) -> None:
             self.lines[event.line] = event.text
             if event.text == "waiting":
                 self.waiting.set()
 
-        with trio.fail_after(30):
+        with trio.fail_after(deadline):
             return await run_job(
                 Run(
                     directory=self.directory,
@@ -180,3 +181,25 @@ async def test_a_full_disk_costs_the_log_and_not_the_worker(tmp_path: Path) -> N
         report = await job.run()
     assert report.failure is None
     assert list(job.lines.values())[-1] == "done"
+
+
+@pytest.mark.parametrize("step", ["extract_package", "list_tree", "create_beneath"])
+async def test_a_job_on_storage_that_hangs_can_be_stopped(
+    job: Job,
+    step: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mock_clock: MockClock,
+) -> None:
+    fifo = tmp_path / "commands"
+    os.mkfifo(fifo)
+    make_package(job.package, f"act wait {fifo}")
+    with HangingStorage(tmp_path / "fifo") as storage:
+        monkeypatch.setattr(
+            f"sleap_rtc.worker.runner.{step}", lambda *_, **__: storage.touch()
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(job.run, 3000)
+            mock_clock.rate = 20
+            await storage.wait_touched()
+            job.stop.cancel()

@@ -6,20 +6,25 @@ from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import TypeVar
 
+import pytest
 import structlog
 import trio
 import trio.testing
 from blake3 import blake3
+from trio.testing import MockClock
 
 from sleap_rtc.io.nursery import open_background_nursery
+from sleap_rtc.io.storage.call import GRACE_TIMEOUT
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.job.worker import State
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
 from sleap_rtc.worker.jobs import KEEP_PARTS, SWEEP_INTERVAL, JobsHome
 from sleap_rtc.worker.session import serve_link
 from sleap_rtc.worker.slots import SlotQueue
+from sleap_rtc.worker.storage import CHUNK_SIZE
 from sleap_rtc.worker.store import JobRecord, JobStore, StoreWriter, open_store
 from tests.io.link.memory import MemoryLink
+from tests.io.storage.places import HangingStorage
 
 T = TypeVar("T", bound=m.Message)
 
@@ -321,3 +326,32 @@ async def test_a_part_is_free_again_when_its_link_stalls_at_once(
         await third.send(OFFER)
         assert (await third.expect(m.JobState)).progress.state == "RECEIVING"
         assert (await third.expect(m.ChunkGrant)).first == 1
+
+
+async def test_a_job_on_storage_that_hangs_obeys_its_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mock_clock: MockClock
+) -> None:
+    payload = b"PK a package"
+    with HangingStorage(tmp_path / "fifo") as storage:
+        monkeypatch.setattr(
+            "sleap_rtc.worker.runner.open_beneath", lambda *_: storage.touch()
+        )
+        async with open_world(tmp_path) as world:
+            client = await world.connect()
+            submission = m.Submission("job.zip", len(payload))
+            await client.send(m.JobSubmit(JOB, submission))
+            await client.expect(m.JobAccepted)
+            offer = m.OfferedFile("job.zip", len(payload), CHUNK_SIZE)
+            await client.send(m.FileOffer(0, offer))
+            await client.expect(m.ChunkGrant)
+            digest = blake3(payload).digest()
+            header = ChunkHeader(0, 0, len(payload), digest)
+            await client.link.send_frame(Frame(header, payload))
+            await client.expect(m.FileReceived)
+            await client.send(m.FileVerified(0))
+            await storage.wait_touched()
+            await client.send(m.JobCancel(JOB))
+            await trio.testing.wait_all_tasks_blocked()
+            mock_clock.jump(GRACE_TIMEOUT)
+            await client.expect(m.JobFailed)
+            assert world.state() is State.ENDED

@@ -329,8 +329,7 @@ class _Transport(trio.abc.Stream):
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Write all of it, also if this task is cancelled meanwhile."""
-        with trio.CancelScope(shield=True) as self._write_scope:
-            self._write_scope.deadline = trio.current_time() + WRITE_SECONDS
+        with trio.move_on_after(WRITE_SECONDS, shield=True) as self._write_scope:
             try:
                 await self._stream.send_all(data)
             except (trio.BrokenResourceError, trio.ClosedResourceError):

@@ -7,7 +7,6 @@ the source, and nobody changed the source meanwhile. Its content is not hashed:
 
 import math
 import os
-import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -16,6 +15,7 @@ from pathlib import Path
 import msgspec
 import trio
 
+from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.copy_strategies import STRATEGIES
 from sleap_rtc.io.storage.files import PartFile, file_identity, start_part_file
 from sleap_rtc.io.storage.folder import (
@@ -34,9 +34,6 @@ SLOWEST_RATE = 10 * 1024 * 1024
 
 SHORTEST_TIMEOUT = 60.0
 """Seconds that even a small copy may take: network mounts fail over in about 30."""
-
-_CLEANUP_SECONDS = 2.0
-"""How long an ended copy may take to remove its part file before it is left to it."""
 
 _REPORT_SECONDS = 0.1
 """How often the event loop is told of progress: a call costs as much as a block."""
@@ -181,14 +178,12 @@ async def _copy_in_thread(
     size: int,
     on_progress: Callable[[int], None],
 ) -> CopyReport:
-    """Run `copy_file`; when cancelled, give it a moment to clean up."""
-    token = trio.lowlevel.current_trio_token()
-    running, stop = threading.Event(), threading.Event()
-    ended = trio.Event()
+    """Run `copy_file`; once cancelled, it stops and cleans up."""
+    is_over = False
     told = -math.inf
 
     def tell(copied: int) -> None:
-        if not stop.is_set():  # what was given up is over for the caller
+        if not is_over:
             on_progress(copied)
 
     def report(copied: int) -> None:
@@ -199,29 +194,19 @@ async def _copy_in_thread(
             trio.from_thread.run_sync(tell, copied)
 
     def run() -> CopyReport:
-        running.set()
-        try:
-            return copy_file(
-                source,
-                root,
-                relative,
-                progress=report,
-                check=trio.from_thread.check_cancelled,
-                size=size,
-            )
-        finally:
-            try:
-                token.run_sync_soon(ended.set)
-            except trio.RunFinishedError:
-                pass  # this thread hung for longer than the event loop lived
+        return copy_file(
+            source,
+            root,
+            relative,
+            progress=report,
+            check=trio.from_thread.check_cancelled,
+            size=size,
+        )
 
     try:
-        return await trio.to_thread.run_sync(run, abandon_on_cancel=True)
+        return await call_storage(run)
     finally:
-        stop.set()
-        if running.is_set():
-            with trio.move_on_after(_CLEANUP_SECONDS, shield=True):
-                await ended.wait()
+        is_over = True
 
 
 def _fill(

@@ -5,12 +5,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, TypeVarTuple
 
 import msgspec
 import trio
 
 from sleap_rtc.io.storage import probe_child
+from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.files import write_at
 from sleap_rtc.io.storage.folder import (
     StorageError,
@@ -20,6 +21,7 @@ from sleap_rtc.io.storage.folder import (
 )
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 MAX_PROBE_BYTES = 64
 """A mount probe holds a nonce; of anything longer only the beginning is read."""
@@ -33,6 +35,7 @@ class StorageHealth(msgspec.Struct, frozen=True):
     Args:
         ok: True if it answered in time, and could be written to.
         reason: Otherwise why not, for people.
+        answered: False if it did not answer in time.
         free_bytes: Bytes that may still be written.
         total_bytes: Bytes of the whole file system.
         write_seconds: How long it took to write a small file to the disk.
@@ -40,6 +43,7 @@ class StorageHealth(msgspec.Struct, frozen=True):
 
     ok: bool
     reason: str = ""
+    answered: bool = True
     free_bytes: int = 0
     total_bytes: int = 0
     write_seconds: float = 0.0
@@ -71,18 +75,18 @@ async def probe_storage(path: Path, timeout: float) -> StorageHealth:
         await _let_go(child)
     if not answer:
         reason = f"Storage at {path} did not answer within {timeout:g} seconds"
-        return StorageHealth(ok=False, reason=reason)
+        return StorageHealth(ok=False, reason=reason, answered=False)
     return msgspec.json.decode(answer, type=StorageHealth)
 
 
 async def ask_storage(
-    root: Path, function: Callable[..., T], *args: object, timeout: float
+    root: Path, function: Callable[[*Ts], T], *args: *Ts, timeout: float
 ) -> T:
-    """Call a function that touches storage, but do not wait for ever.
+    """Probe storage, then call a function that touches it; see `call_storage`.
 
     Args:
-        root: A directory on the storage; it is probed first.
-        function: Is called in a worker thread, which is left behind if it hangs.
+        root: A directory on the storage.
+        function: The function; it blocks.
         args: Its arguments.
         timeout: Seconds for the probe and the call together.
 
@@ -92,24 +96,7 @@ async def ask_storage(
     health = await probe_storage(root, timeout / 2)
     if not health.ok:
         raise StorageError(health.reason)
-    return await call_in_time(root, function, *args, timeout=timeout / 2)
-
-
-async def call_in_time(
-    root: Path, function: Callable[..., T], *args: object, timeout: float
-) -> T:
-    """Do as `ask_storage`, for storage that has just answered.
-
-    Raises:
-        StorageError: If it takes longer than the timeout, or the storage failed.
-    """
-    with trio.move_on_after(timeout) as scope:
-        answer = await trio.to_thread.run_sync(
-            lambda: function(*args), abandon_on_cancel=True
-        )
-    if scope.cancelled_caught:
-        raise StorageError(f"Storage at {root} does not answer")
-    return answer
+    return await call_storage(function, *args, root=root, timeout=timeout / 2)
 
 
 def write_probe(root: Path, relative: str, nonce: bytes) -> None:

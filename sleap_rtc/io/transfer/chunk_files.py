@@ -127,6 +127,7 @@ class ChunkWriter:
         self._journal = journal
         self._unsaved = 0
         self._unsaved_lock = threading.Lock()
+        self._ending = threading.Lock()
         self._has_ended = False
 
     @classmethod
@@ -228,6 +229,26 @@ class ChunkWriter:
             StorageError: If the name was taken meanwhile, the part file is gone, or
                 the storage failed. Call `keep` or `abandon` then.
         """
+        # A thread that hangs here keeps the others out until it is done.
+        with self._ending:
+            return self._publish()
+
+    def keep(self) -> None:
+        """Leave the part file to a later writer; safe to call again."""
+        with self._ending:
+            self._end()
+
+    def abandon(self) -> None:
+        """Remove the part file unless the writer has ended; safe to call again.
+
+        Raises:
+            StorageError: If the storage failed.
+        """
+        with self._ending:
+            if not self._has_ended:
+                self._abandon()
+
+    def _publish(self) -> Path:
         with explain_errors(f"Failed to write {self._hidden.relative}"):
             with self._file.use() as fd:
                 os.fsync(fd)
@@ -242,18 +263,7 @@ class ChunkWriter:
         self._end()
         return path
 
-    def keep(self) -> None:
-        """Leave the part file to a later writer; safe to call again."""
-        self._end()
-
-    def abandon(self) -> None:
-        """Remove the part file unless the writer has ended; safe to call again.
-
-        Raises:
-            StorageError: If the storage failed.
-        """
-        if self._has_ended:
-            return
+    def _abandon(self) -> None:
         self._file.close()
         what = f"Failed to remove the part file of {self._hidden.relative}"
         try:

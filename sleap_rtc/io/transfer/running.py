@@ -8,6 +8,7 @@ from typing import Protocol, assert_never
 import trio
 
 from sleap_rtc.io.link.link import Link, LinkClosedError
+from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import FileOffer, OfferedFile
@@ -37,6 +38,10 @@ WRITERS = 2
 
 FAREWELL_SECONDS = 2.0
 """How long a transfer that ends early tries to tell the peer."""
+
+PUBLISH_GRACE_TIMEOUT = 10.0
+"""Seconds that a cancelled transfer waits for a whole file to get its name: disks may
+have much to write before."""
 
 
 class TransferError(Exception):
@@ -227,7 +232,7 @@ class ReceivingFile(RunningTransfer):
 
     async def _store(self, index: int, payload: Buffer, digest: bytes) -> None:
         try:
-            is_good = await trio.to_thread.run_sync(
+            is_good = await call_storage(
                 self._sink.write, index, payload, digest, limiter=self._writers
             )
         except StorageError as error:
@@ -242,7 +247,9 @@ class ReceivingFile(RunningTransfer):
 
     async def _publish(self) -> None:
         try:
-            self._path = await trio.to_thread.run_sync(self._sink.publish)
+            self._path = await call_storage(
+                self._sink.publish, grace=PUBLISH_GRACE_TIMEOUT
+            )
         except StorageError as error:
             self._receiver.cancel(str(error))
         else:
@@ -293,7 +300,7 @@ class SendingFile(RunningTransfer):
 
     async def _send_chunk(self, index: int) -> None:
         try:
-            chunk = await trio.to_thread.run_sync(self._read, index)
+            chunk = await call_storage(self._read, index)
             if chunk is None:
                 self._sender.source_changed()
             else:
@@ -313,7 +320,7 @@ class SendingFile(RunningTransfer):
 
     async def _hash(self, indexes: range) -> None:
         try:
-            digests = await trio.to_thread.run_sync(self._read_hashes, indexes)
+            digests = await call_storage(self._read_hashes, indexes)
         except StorageError as error:
             self._sender.source_failed(str(error))
         else:

@@ -7,6 +7,7 @@ from pathlib import Path
 import trio
 
 from sleap_rtc.io.link.link import Link, LinkClosedError
+from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.io.transfer.running import (
     Buffer,
@@ -41,6 +42,9 @@ __all__ = [
 
 MAX_REFUSALS = 64
 """Refusals of unknown transfers that wait to be sent; what is over is not refused."""
+
+LEAVE_TIMEOUT = 5.0
+"""Seconds for leaving or removing the part of a file whose transfer has ended."""
 
 _UNKNOWN = "there is no such transfer here; it ended, or was never begun"
 
@@ -184,11 +188,10 @@ class Transfers:
             leave = sink.abandon
             raise
         finally:
-            with trio.CancelScope(shield=True):
-                try:
-                    await trio.to_thread.run_sync(leave)
-                except StorageError:
-                    pass  # a hidden part file stays; what led here matters more
+            try:
+                await call_storage(leave, timeout=LEAVE_TIMEOUT, shield=True)
+            except StorageError:
+                pass  # a hidden part file stays; what led here matters more
 
     @contextmanager
     def _registered(

@@ -1,15 +1,19 @@
 """What the tests of the file side share: both kinds of storage, and a full one."""
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Self
 
 import pytest
+import trio
 
 MEMORY = Path("/dev/shm")
 """A tmpfs on Linux: copy_file_range() and fallocate() differ there."""
@@ -102,3 +106,44 @@ def _mounted(*arguments: str) -> Iterator[None]:
     finally:
         # Lazily: a test that failed may still hold a file there.
         subprocess.run(["umount", "-l", arguments[-1]], check=True)
+
+
+class HangingStorage:
+    """Storage whose server does not answer: each touch waits inside the kernel.
+
+    Use it in a ``with`` block, which lets all threads go at its end.
+    """
+
+    def __init__(self, fifo: Path) -> None:
+        self._fifo = fifo
+        self.touched = threading.Event()
+        self.hangs = True
+        os.mkfifo(fifo)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.recover()
+
+    def touch(self) -> str:
+        """Wait until the storage answers, in a system call that nothing interrupts."""
+        self.touched.set()
+        if self.hangs:
+            os.close(os.open(self._fifo, os.O_RDONLY))
+        return "answered"
+
+    def recover(self) -> None:
+        """Answer every touch from now on, and those that wait."""
+        self.hangs = False
+        try:
+            os.close(os.open(self._fifo, os.O_WRONLY | os.O_NONBLOCK))
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # no thread waits
+                raise
+
+    async def wait_touched(self) -> None:
+        """Wait until a thread hangs."""
+        while not self.touched.is_set():
+            await trio.lowlevel.checkpoint()
+        self.touched.clear()

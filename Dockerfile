@@ -14,7 +14,7 @@ COPY sleap_rtc sleap_rtc
 RUN python -m venv /opt/sleap-rtc \
     && /opt/sleap-rtc/bin/pip install --no-cache-dir --constraint constraints.txt .
 
-# An environment of its own: the trainer's dependencies and ours never have to agree.
+# An environment of its own, so the trainer's dependencies need not agree with ours.
 ARG SLEAP_NN=""
 RUN python -m venv /opt/sleap-nn \
     && if [ -n "${SLEAP_NN}" ]; then \

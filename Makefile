@@ -1,8 +1,8 @@
-# Everything is made in .venv with pinned versions; only Python 3.11 or later, pip and
-# make have to be there.
+# Everything is installed into .venv with pinned versions; only Python 3.11 or later, pip
+# and make are required.
 
 PYTHON ?= python3
-# Most tests wait for other processes: more of them than cores keep the cores busy.
+# Most tests wait for other processes, so more of them than cores run at once.
 PYTEST_ARGS ?= -n $(shell $(PYTHON) -c 'import os; print(max(4, os.cpu_count() or 1))') --dist worksteal
 BENCH_ARGS ?=
 BENCH_OUT ?= build

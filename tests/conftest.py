@@ -4,11 +4,19 @@ import os
 import signal
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.io.storage.places import ignores_permissions
 
 # A shell's jobs in the background ignore interrupts, and so do their own processes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# A busy machine may take any time for an example.
+settings.register_profile(
+    "busy", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("busy")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

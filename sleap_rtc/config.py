@@ -3,7 +3,6 @@
 import difflib
 import os
 import stat
-import tempfile
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import platformdirs
 from msgspec import Meta
 
 from sleap_rtc.errors import UsageError
+from sleap_rtc.io.storage.private import write_private
 
 APPLICATION = "sleap-rtc"
 
@@ -31,7 +31,7 @@ ENVIRONMENTS = ("development", "staging", "production")
 
 
 class ConfigError(UsageError):
-    """The configuration can't be used; the message says which key, where and why."""
+    """The configuration can't be used; the message names the key, the file and why."""
 
 
 class SharedStorageConfigError(ConfigError):
@@ -46,7 +46,7 @@ class Environment(
     Args:
         signaling_websocket: Its address, ``ws://`` or ``wss://``. Without one, a
             worker runs a signaling server of its own.
-        signaling_http: Where the same server answers to HTTP, for `doctor` to ask.
+        signaling_http: Address at which the same server answers HTTP; `doctor` asks it.
     """
 
     signaling_websocket: (
@@ -60,16 +60,16 @@ class Environment(
 class WorkerSettings(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
 ):
-    """What the owner of a worker decides.
+    """Settings of the worker role.
 
     Args:
         slots: Jobs at the same time; by default one for each GPU, at least one.
-        allow: Programs that jobs may run beside those of SLEAP.
-        gpus: Numbers of the GPUs that jobs may use; by default all of them.
+        allow: Programs that jobs may run besides those of SLEAP.
+        gpus: Indexes of the GPUs that jobs may use; by default all of them.
         link_port: Port of the links; 0 takes a free one.
-        public_address: ``HOST:PORT`` of the links as others see it, if a provider or
+        public_address: ``HOST:PORT`` of the links for other machines, if a provider or
             a router maps the port to another one.
-        name: What the worker is called in lists; by default the host name.
+        name: Name of the worker in lists; by default the host name.
     """
 
     slots: Annotated[int, Meta(ge=1, le=1024)] | None = None
@@ -83,7 +83,7 @@ class WorkerSettings(
 class Settings(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True
 ):
-    """Everything that can be configured.
+    """All settings.
 
     Args:
         shared_storage_root: Where this machine mounts the shared storage.
@@ -97,7 +97,7 @@ class Settings(
 
 
 def config_path(environ: Mapping[str, str] = os.environ) -> Path:
-    """Say where the configuration file is, or would be."""
+    """Return the path of the configuration file, whether or not it exists."""
     named = environ.get(CONFIG_VARIABLE)
     if named:
         return Path(named)
@@ -105,7 +105,7 @@ def config_path(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def state_directory(environ: Mapping[str, str] = os.environ) -> Path:
-    """Say where invites and the worker's jobs are kept."""
+    """Return the directory of the invite, the notes and the worker's jobs."""
     named = environ.get(STATE_VARIABLE)
     if named:
         return Path(named).absolute()
@@ -130,17 +130,17 @@ def make_state_directory(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
-    """Read the configuration file, if there is one, and the environment variables.
+    """Read the configuration file, if it exists, and the environment variables.
 
     Args:
         environ: Environment variables.
 
     Returns:
-        The settings; values of the environment have replaced those of the file.
+        The settings; environment variables replace values of the file.
 
     Raises:
-        ConfigError: If the file can't be read, is no TOML, or has an unknown key or
-            a bad value. A file that was named in the environment must exist.
+        ConfigError: If the file can't be read, is not TOML, or has an unknown key or
+            a bad value. A file that is named in the environment must exist.
     """
     required = bool(environ.get(CONFIG_VARIABLE))
     settings = _read_file(config_path(environ), required=required)
@@ -170,7 +170,7 @@ def _read_file(path: Path, *, required: bool) -> Settings:
 
 
 def _check_keys(path: Path, document: dict[str, Any]) -> None:
-    """Name a misspelt key and what it may have meant."""
+    """Raise an error for an unknown key, with the key that was probably meant."""
     tables: list[tuple[str, object, tuple[str, ...]]] = [
         ("", document, Settings.__struct_fields__),
         ("worker.", document.get("worker"), WorkerSettings.__struct_fields__),
@@ -188,13 +188,13 @@ def _check_keys(path: Path, document: dict[str, Any]) -> None:
                 close = difflib.get_close_matches(key, known, n=1)
                 hint = f" Did you mean '{close[0]}'?" if close else ""
                 raise ConfigError(
-                    f"{path}: there is no setting '{prefix}{key}'.{hint} "
-                    f"Known here: {', '.join(known)}."
+                    f"{path}: unknown setting '{prefix}{key}'.{hint} "
+                    f"Known settings here: {', '.join(known)}."
                 )
 
 
 def environment_name(environ: Mapping[str, str] = os.environ) -> str:
-    """Say which environment is chosen.
+    """Return the name of the chosen environment.
 
     Raises:
         ConfigError: If the variable names none of `ENVIRONMENTS`.
@@ -211,10 +211,10 @@ def environment_name(environ: Mapping[str, str] = os.environ) -> str:
 def chosen_environment(
     settings: Settings, environ: Mapping[str, str] = os.environ
 ) -> Environment:
-    """Give the signaling addresses that are in force.
+    """Return the signaling addresses of the chosen environment.
 
     Raises:
-        ConfigError: If a variable names no environment, or holds no address.
+        ConfigError: If a variable does not name an environment or an address.
     """
     chosen = settings.environments.get(environment_name(environ), Environment())
     values = msgspec.structs.asdict(chosen)
@@ -230,7 +230,7 @@ def chosen_environment(
 
 
 class SharedStorageConfig:
-    """Where this machine mounts the storage that it shares with its peers.
+    """The mount point of the storage that this machine shares with its peers.
 
     Example:
         >>> root = SharedStorageConfig.get_shared_storage_root()
@@ -248,14 +248,14 @@ class SharedStorageConfig:
         beats ``shared_storage_root`` in the configuration file.
 
         Args:
-            cli_override: What the command line said, if anything.
+            cli_override: The value of the command line, if any.
 
         Returns:
             The absolute path of the root, or None if none is configured.
 
         Raises:
-            SharedStorageConfigError: If one is configured that does not exist, is not
-                a directory, or can't be read and written.
+            SharedStorageConfigError: If the configured root does not exist, is not a
+                directory, or can't be read and written.
             ConfigError: If the configuration file can't be used.
         """
         value = os.fspath(cli_override) if cli_override else None
@@ -299,7 +299,7 @@ def _checked_root(value: str, source: str) -> Path:
 
 
 def invite_path(environ: Mapping[str, str] = os.environ) -> Path:
-    """Say where the invite of this machine's room is kept."""
+    """Return the path of the invite of this machine's room."""
     return state_directory(environ) / "invite"
 
 
@@ -307,7 +307,7 @@ def load_invite_text(environ: Mapping[str, str] = os.environ) -> str | None:
     """Read the invite of the room that this machine has made or joined.
 
     Raises:
-        ConfigError: If the file is there but can't be read.
+        ConfigError: If the file exists but can't be read.
     """
     named = environ.get(INVITE_VARIABLE, "").strip()
     if named:
@@ -322,7 +322,7 @@ def load_invite_text(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def save_invite_text(text: str, environ: Mapping[str, str] = os.environ) -> Path:
-    """Keep an invite, readable by its owner only.
+    """Write an invite, readable by its owner only.
 
     Args:
         text: The invite.
@@ -335,19 +335,10 @@ def save_invite_text(text: str, environ: Mapping[str, str] = os.environ) -> Path
         ConfigError: If it can't be written.
     """
     path = make_state_directory(environ) / "invite"
-    fresh: Path | None = None
     try:
-        # A file made by mkstemp is new, and nobody else's to read from the start.
-        descriptor, name = tempfile.mkstemp(prefix=".invite.", dir=path.parent)
-        fresh = Path(name)
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(text + "\n")
-        fresh.replace(path)
+        write_private(path, f"{text}\n".encode("ascii"))
     except OSError as error:
         raise ConfigError(
             f"The invite can't be written to {path}: {error.strerror}."
         ) from None
-    finally:
-        if fresh is not None:
-            fresh.unlink(missing_ok=True)  # it is still there only after an error
     return path

@@ -1,4 +1,4 @@
-"""Look for what could keep this machine from sending or running jobs."""
+"""Checks for problems that keep this machine from sending or running jobs."""
 
 import os
 import platform
@@ -29,19 +29,19 @@ STORAGE_TIMEOUT = 10.0
 """Seconds after which storage counts as hanging."""
 
 SIGNALING_TIMEOUT = 5.0
-"""Seconds to enter the room."""
+"""Seconds to join the room, and for an answer over HTTP."""
 
 Verdict = Literal["ok", "note", "failed"]
 
 
 class Check(msgspec.Struct, frozen=True):
-    """One finding.
+    """The result of one check.
 
     Args:
-        name: What was looked at.
-        verdict: ``failed`` needs a remedy; ``note`` is fine for many, not for all.
-        found: What was found.
-        advice: What to do about it.
+        name: The subject of the check.
+        verdict: ``failed`` needs a remedy; ``note`` is fine on most machines.
+        found: The finding.
+        advice: The remedy.
     """
 
     name: str
@@ -54,14 +54,14 @@ async def examine(
     shared_storage_root: Path | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> AsyncIterator[Check]:
-    """Check one thing after the other.
+    """Run all checks, one after the other.
 
     Args:
-        shared_storage_root: What the command line said.
+        shared_storage_root: The value of the command line.
         environ: Environment variables.
 
     Yields:
-        The findings, as they come.
+        Each result as soon as it is known.
     """
     yield _check_python()
     yield await _check_room(environ)
@@ -91,7 +91,7 @@ async def examine(
             "GPU",
             "note",
             "no NVIDIA GPU was found",
-            "Jobs run here on the CPU. If there is a GPU, install its driver "
+            "Jobs run here on the CPU. If the machine has a GPU, install its driver "
             "(`nvidia-smi` must list it; in a container it needs --gpus all).",
         )
 
@@ -118,7 +118,7 @@ async def _check_room(environ: Mapping[str, str]) -> Check:
 
 
 async def _check_http(url: str) -> Check:
-    """Ask the HTTP side of the configured signaling server for any answer at all."""
+    """Check that the configured signaling server answers HTTP with any status."""
     name = "Signaling over HTTP"
     with trio.move_on_after(SIGNALING_TIMEOUT):
         try:
@@ -141,7 +141,7 @@ def _http_status(url: str) -> int:
         with urllib.request.urlopen(url, timeout=SIGNALING_TIMEOUT) as response:
             return int(response.status)
     except urllib.error.HTTPError as error:
-        return error.code  # it answers, and that is the question
+        return error.code  # an error is an answer as well
 
 
 async def _check_storage(shared_storage_root: Path | None) -> Check:
@@ -180,7 +180,7 @@ async def _check_storage(shared_storage_root: Path | None) -> Check:
 
 
 def _check_udp() -> Check:
-    """See how large a socket buffer the system gives."""
+    """Check the size of the socket buffers that the system grants."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
         udp.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_SIZE)
         given = udp.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)

@@ -1,14 +1,14 @@
-"""Failures that a user can expect, each with the exit code of the command line."""
+"""Expected failures for people, each with an exit code of the command line."""
 
 from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """What `sleap-rtc` returns to the shell. These numbers do not change."""
+    """The exit codes of `sleap-rtc`. These numbers do not change."""
 
     DONE = 0
     UNEXPECTED = 1
-    """A bug, or a check of `doctor` that failed."""
+    """The exit code of a bug, and of `doctor` if a check failed."""
 
     USAGE = 2
     NO_WORKER = 3
@@ -18,15 +18,15 @@ class ExitCode(IntEnum):
     CONNECTION_LOST = 7
     TIMEOUT = 8
     INTERRUPTED = 130
-    """As shells do for a program that Ctrl-C ended: 128 and the signal's number."""
+    """The exit code of shells for Ctrl-C: 128 plus the number of the signal."""
 
 
 class UserError(Exception):
-    """A failure that is no bug.
+    """A failure that is not a bug.
 
     Args:
-        message: What happened, to which file or peer, and why.
-        hint: What to do next.
+        message: The failure, the file or peer concerned, and the reason.
+        hint: The next step for the user.
     """
 
     exit_code = ExitCode.UNEXPECTED
@@ -50,13 +50,13 @@ class NoWorkerError(UserError):
 
 
 class TransferFailedError(UserError):
-    """The package or the results could not be brought to the other side."""
+    """The package or the results could not be transferred."""
 
     exit_code = ExitCode.TRANSFER_FAILED
 
 
 class JobFailedError(UserError):
-    """The job ran, or was about to, and failed."""
+    """The job failed while it ran, or could not start."""
 
     exit_code = ExitCode.JOB_FAILED
 
@@ -68,7 +68,7 @@ class RefusedError(UserError):
 
 
 class ConnectionLostError(UserError):
-    """The worker went away while something was under way."""
+    """The link to the worker was lost and could not be opened again."""
 
     exit_code = ExitCode.CONNECTION_LOST
 

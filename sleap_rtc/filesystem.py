@@ -32,7 +32,7 @@ StrPath = str | os.PathLike[str]
 
 
 class DiskUsage(TypedDict):
-    """How full a file system is, in bytes, and in percent of the total."""
+    """Usage of a file system in bytes, and in percent of the total."""
 
     total: int
     used: int
@@ -41,17 +41,17 @@ class DiskUsage(TypedDict):
 
 
 def safe_copy(src: StrPath, dst: StrPath, preserve_metadata: bool = False) -> None:
-    """Copy a file, so that nobody ever sees half of the copy.
+    """Copy a file, so that no reader ever sees half of the copy.
 
     Args:
         src: The file.
-        dst: The new file, in a directory that is there, or that directory itself. A
-            file of that name is replaced.
+        dst: The new file in an existing directory, or that directory itself. A file of
+            that name is replaced.
         preserve_metadata: Give the copy the permissions and times of the source.
 
     Raises:
-        SharedStorageError: If the copy failed, or less than 120 % of the size is free;
-            nothing is left of it then.
+        SharedStorageError: If the copy failed, or less than 120 % of the size is free.
+            Nothing of the copy is left then.
     """
     source, target = Path(src), Path(dst)
     if target.is_dir():
@@ -79,8 +79,8 @@ def safe_mkdir(path: StrPath, parents: bool = True, exist_ok: bool = True) -> No
 
     Args:
         path: The directory.
-        parents: Create those above it that are missing.
-        exist_ok: Be content if it is there already.
+        parents: Create missing parent directories.
+        exist_ok: Accept a directory that exists already.
 
     Raises:
         SharedStorageError: If it can't be created.
@@ -90,14 +90,14 @@ def safe_mkdir(path: StrPath, parents: bool = True, exist_ok: bool = True) -> No
 
 
 def check_disk_space(path: StrPath, required_bytes: int) -> bool:
-    """Tell whether so many bytes are free.
+    """Check that a number of bytes is free.
 
     Args:
         path: A place on the storage; it need not exist yet.
         required_bytes: Bytes needed.
 
     Returns:
-        False also if the storage does not say.
+        True if they are free, False if they are not or the storage does not answer.
     """
     try:
         return get_disk_usage(path)["free"] >= required_bytes
@@ -106,7 +106,7 @@ def check_disk_space(path: StrPath, required_bytes: int) -> bool:
 
 
 def get_disk_usage(path: StrPath) -> DiskUsage:
-    """Say how full the file system is that a path is on.
+    """Return the usage of the file system of a path.
 
     Args:
         path: A place on the storage; if it does not exist yet, the nearest directory
@@ -134,8 +134,8 @@ def validate_path_in_root(
 ) -> Path:
     """Check that a path lies beneath a root.
 
-    The answer holds for the moment of the call. Code that opens what somebody else
-    named uses `sleap_rtc.io.storage.folder.open_beneath`, which nobody can outrun.
+    The answer holds for the moment of the call. Code that opens a path named by a peer
+    uses `sleap_rtc.io.storage.folder.open_beneath` instead, which has no such race.
 
     Args:
         path: Absolute, or relative to the root. It need not exist.
@@ -163,14 +163,14 @@ def validate_path_in_root(
 
 
 def to_relative_path(path: StrPath, root: StrPath) -> Path:
-    """Name a file beneath a root as the other side knows it.
+    """Return the path of a file relative to a root, as the peer names it.
 
     Args:
         path: Absolute, or relative to the root.
         root: The root as this machine mounts it.
 
     Returns:
-        The path relative to the root, without links; `Path.as_posix` gives the text
+        The path relative to the root, without links. Its `Path.as_posix` is the text
         that crosses the wire.
 
     Raises:
@@ -180,14 +180,14 @@ def to_relative_path(path: StrPath, root: StrPath) -> Path:
 
 
 def to_absolute_path(path: StrPath, root: StrPath) -> Path:
-    """Name a file as this machine knows it.
+    """Return the path of a file on this machine.
 
     Args:
         path: Relative to the root.
         root: The root as this machine mounts it.
 
     Returns:
-        The path beneath the root; it need not exist, and links are not looked at.
+        The path beneath the root. It need not exist, and links are not followed.
 
     Raises:
         PathValidationError: If it is absolute or contains ``..``.

@@ -27,7 +27,7 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No setting of whoever runs the tests reaches them."""
+    """No setting of the user who runs the tests reaches them."""
     for name in list(os.environ):
         if name.startswith("SLEAP_RTC_") or name == "SHARED_STORAGE_ROOT":
             monkeypatch.delenv(name)
@@ -38,7 +38,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Where the configuration file is read from; it is not there yet."""
+    """The path of the configuration file, which does not exist yet."""
     path = tmp_path / "config.toml"
     monkeypatch.setenv("SLEAP_RTC_CONFIG", str(path))
     return path
@@ -71,7 +71,7 @@ def roots(tmp_path: Path) -> dict[str, Path]:
         ([], None),
     ],
 )
-def test_the_flag_beats_the_variable_and_that_the_file(
+def test_the_flag_beats_the_variable_and_the_variable_beats_the_file(
     given: list[str],
     winner: str | None,
     roots: dict[str, Path],
@@ -149,7 +149,7 @@ BAD_ROOTS = [
 
 @pytest.mark.parametrize(("kind", "words"), BAD_ROOTS)
 @posix
-def test_a_root_that_is_no_directory_is_refused(
+def test_a_root_that_is_not_a_directory_is_refused(
     kind: str, words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(SharedStorageConfigError, match=words) as caught:
@@ -186,7 +186,7 @@ def test_a_root_without_permission_is_refused(
 # ------------------------------------------------------------------------- the file
 
 
-def test_without_a_file_the_defaults_are_in_force() -> None:
+def test_without_a_file_the_defaults_apply() -> None:
     settings = load_settings()
     assert settings == config.Settings()
     assert settings.worker == WorkerSettings()
@@ -236,7 +236,7 @@ BAD_FILES = [
         "[environments.staging]\nsignaling_websockt = 'ws://x'",
         "'environments.staging.signaling_websockt'. Did you mean 'signaling_websocket'",
     ),
-    ("xyzzy = 1", "no setting 'xyzzy'. Known here: shared_storage_root"),
+    ("xyzzy = 1", "unknown setting 'xyzzy'. Known settings here: shared_storage_root"),
     ("worker = [", "not valid TOML"),
     ("a = 1\na = 2", "not valid TOML"),
     ("worker = 3", "$.worker"),
@@ -266,7 +266,7 @@ def test_a_bad_file_is_refused_and_the_key_named(
     assert str(file) in str(caught.value)
 
 
-def test_a_file_that_is_no_text_is_refused(file: Path) -> None:
+def test_a_file_that_is_not_text_is_refused(file: Path) -> None:
     file.write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not valid TOML"):
         load_settings()
@@ -330,7 +330,9 @@ signaling_websocket = "ws://staging"
         ("SLEAP_RTC_SIGNALING_HTTP", "ws://here"),
     ],
 )
-def test_a_variable_that_is_no_address_is_refused(variable: str, value: str) -> None:
+def test_a_variable_that_is_not_an_address_is_refused(
+    variable: str, value: str
+) -> None:
     with pytest.raises(ConfigError, match=variable):
         chosen_environment(config.Settings(), {variable: value})
 
@@ -383,12 +385,12 @@ def test_the_variable_beats_the_stored_invite(state: dict[str, str]) -> None:
 
 @posix
 @pytest.mark.parametrize("umask", [0, 0o022, 0o077])
-def test_nobody_else_can_read_an_invite_at_any_moment(
+def test_other_users_can_not_read_an_invite_at_any_moment(
     umask: int, state: dict[str, str]
 ) -> None:
     seen: list[int] = []
     directory = make_state_directory(state)
-    # An earlier version of the file that everybody could read changes nothing.
+    # An earlier version of the file that all users could read changes nothing.
     for name in ("invite", f".invite.{os.getpid()}"):
         (directory / name).write_text("old")
         (directory / name).chmod(0o666)
@@ -399,7 +401,7 @@ def test_nobody_else_can_read_an_invite_at_any_moment(
                 seen.append(permissions(path))
 
     before = os.umask(umask)
-    sys.setprofile(look)  # after every single call, also those of the C functions
+    sys.setprofile(look)  # after every single call, even of a C function
     try:
         path = save_invite_text("secret", state)
     finally:

@@ -98,7 +98,7 @@ def test_directories_are_made(tmp_path: Path) -> None:
         safe_mkdir(tmp_path / "file/d")
 
 
-def test_the_space_of_a_path_that_is_still_to_come(tmp_path: Path) -> None:
+def test_the_space_of_a_path_that_does_not_exist_yet(tmp_path: Path) -> None:
     assert check_disk_space(tmp_path / "not/yet/there", 1)
     assert not check_disk_space(tmp_path, 2**60)
     usage = get_disk_usage(tmp_path / "not/yet/there")
@@ -107,7 +107,7 @@ def test_the_space_of_a_path_that_is_still_to_come(tmp_path: Path) -> None:
     assert 0 < usage["percent_used"] < 100
 
 
-def test_storage_that_says_nothing_has_no_space(tmp_path: Path) -> None:
+def test_storage_that_does_not_answer_has_no_space(tmp_path: Path) -> None:
     (tmp_path / "dead").symlink_to("nowhere")
     assert not check_disk_space(tmp_path / "dead", 1)
     with pytest.raises(SharedStorageError, match=r"disk usage of .*dead"):

@@ -80,13 +80,13 @@ class TerminalWatch(Watch):
             case client.LinkLost(reason=reason):
                 self._say("Link", f"lost: {reason}; opening another one")
             case client.JobResumed(job_id=job_id):
-                self._say("Job", f"going on with {job_id}")
+                self._say("Job", f"continuing {job_id}")
             case client.NoteTrouble(reason=reason):
-                self._say("Note", f"{reason}; after a crash it would start over")
+                self._say("Note", f"{reason}; after a crash the job would start over")
             case client.PackageChanged(job_id=job_id):
                 self._say(
                     "Package",
-                    f"changed since {job_id} was begun with it: this is a new job",
+                    f"changed since it was submitted as {job_id}: this is a new job",
                 )
             case client.RouteChosen(route=route, reason=reason):
                 self._say("Route", f"{route} ({reason})")
@@ -105,7 +105,7 @@ class TerminalWatch(Watch):
             case client.StageComplete(stage=stage):
                 self._say("Job", f"{stage} complete")
             case client.ResultsChosen():
-                pass  # it is said once they are there
+                pass  # `ResultsStored` prints the directory
             case client.ResultsStored(directory=directory, files=files, size=size):
                 self._say(
                     "Results", f"{files} files, {human_size(size)}, in {directory}"
@@ -130,7 +130,7 @@ class TerminalWatch(Watch):
         self._bar.update(self._tasks[what], completed=done)
 
     def _tell_progress(self, what: str, done: int, total: int) -> None:
-        """Print a line now and then where a bar can't be drawn."""
+        """Print a line at every step, where a bar can't be drawn."""
         percent = 100 if done >= total else done * 100 // max(total, 1)
         step = percent // _STEP * _STEP
         if step > self._told.get(what, -1):
@@ -157,9 +157,9 @@ class _Lines:
         self._redraws = sys.stdout.isatty()
 
     def show(self, number: int, text: str) -> None:
-        """Show a line; a number that was there before replaces that line.
+        """Show a line; the number of the last line replaces that line.
 
-        Only the last line can be replaced: what is above has scrolled away.
+        Earlier lines can't be replaced: they have scrolled away.
         """
         if number < self._number:
             return
@@ -173,7 +173,7 @@ class _Lines:
             sys.stdout.flush()
 
     def _tell_gap(self, count: int) -> None:
-        """Say that a job was faster than the link to it."""
+        """Print how many lines were left out because the link was slower."""
         if count:
             lines = "line" if count == 1 else "lines"
             sys.stdout.write(f"... {count} {lines} left out; job.log has them\n")

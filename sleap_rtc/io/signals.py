@@ -1,4 +1,4 @@
-"""The end that a signal asks for."""
+"""An orderly end on signals."""
 
 import signal
 
@@ -10,11 +10,11 @@ async def end_on_signal(
     scope: trio.CancelScope,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """End in order on Ctrl-C and on SIGTERM.
+    """Cancel a scope on Ctrl-C and on SIGTERM.
 
     Args:
-        scope: Cancelled when one of them comes.
-        task_status: Told as soon as none of them kills the process any more.
+        scope: The scope.
+        task_status: Started as soon as the signals no longer kill the process.
     """
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as arrived:
         task_status.started()

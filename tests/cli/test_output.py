@@ -127,7 +127,7 @@ def test_output_is_printed_once_a_line_is_final(
     assert capsys.readouterr().out == "one\n100 %\nthree\n"
 
 
-def test_a_gap_in_the_output_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_gap_in_the_output_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with closing(TerminalWatch()) as watch:
         for number in (1, 2, 4, 100):
             watch(LinePrinted(number, f"line {number}"))
@@ -141,7 +141,7 @@ def test_a_gap_in_the_output_is_told(capsys: pytest.CaptureFixture[str]) -> None
     ]
 
 
-def test_output_of_a_job_can_not_take_the_terminal_over(
+def test_output_of_a_job_can_not_control_the_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for watch in (TerminalWatch(), JsonWatch()):
@@ -154,7 +154,7 @@ def test_output_of_a_job_can_not_take_the_terminal_over(
         assert "[red]d" in text
 
 
-def test_progress_is_a_line_now_and_then_where_nothing_can_be_redrawn(
+def test_progress_is_a_line_at_every_step_where_lines_can_not_be_redrawn(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with closing(TerminalWatch()) as watch:
@@ -165,14 +165,14 @@ def test_progress_is_a_line_now_and_then_where_nothing_can_be_redrawn(
     assert lines[-1].startswith("Sending x: 100 %")
 
 
-def test_a_copy_tells_how_it_was_made(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_method_of_a_copy_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with closing(TerminalWatch()) as watch:
         watch(PackageCopied("read/write", 3 * 2**30, 1.5))
     shown = capsys.readouterr().err
     assert shown == "Copied: 3.0 GiB in 1.5 s (read/write)\n"
 
 
-def test_json_tells_each_event_on_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_has_each_event_on_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     with closing(JsonWatch()) as watch:
         watch(LinePrinted(7, "two\nlines"))
         watch(TransferProgress("Sending x", 1, 2))

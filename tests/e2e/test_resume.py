@@ -107,7 +107,7 @@ def test_an_upload_goes_on_when_send_is_typed_again(lab: Lab) -> None:
     worker.wait_for("client gone")
     assert len(machine.jobs_left()) == 1
     again = machine.run("send", package, "--route", "quic").expect(0)
-    assert "going on with job_" in again.err
+    assert "continuing job_" in again.err
     told = [int(n) for n in re.findall(r"Sending big\.zip: (\d+) %", again.err)]
     assert told[0] >= 20, again.err
     assert worker.err.count("job runs") == 1
@@ -138,7 +138,7 @@ def test_a_changed_package_is_a_new_job(lab: Lab) -> None:
     worker.wait_for("client gone")
     make_package(package, "act say changed")
     done = machine.run("send", package).expect(0)
-    assert "changed since job_" in done.err.replace("\n", " ")
+    assert "changed since it was submitted as job_" in done.err.replace("\n", " ")
     assert "changed\n" in done.out
 
 

@@ -5,19 +5,25 @@ from enum import Enum, auto
 import pytest
 
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.machine import ReconnectingMachine, Table, move, move_untrusted
+from sleap_rtc.proto.machine import (
+    ReconnectingMachine,
+    ServerMachine,
+    Table,
+    move,
+    move_untrusted,
+)
 from sleap_rtc.proto.rendezvous.member import RoomMember
 from sleap_rtc.proto.rendezvous.member_outputs import MemberOutput
 from sleap_rtc.proto.rendezvous.messages import Signal
+from sleap_rtc.proto.rendezvous.server import RoomServer, ServerOutput
 
 # ------------------------------------------------------- which machine has which verbs
 
 
-def check_types(
-    member: RoomMember,
-) -> tuple[ReconnectingMachine[Signal, MemberOutput]]:
+def check_types(member: RoomMember, server: RoomServer) -> None:
     """Let mypy check each machine against its protocol. This function never runs."""
-    return (member,)
+    _member: ReconnectingMachine[Signal, MemberOutput] = member
+    _server: ServerMachine[Signal, ServerOutput] = server
 
 
 # --------------------------------------------------------------------------- tables

@@ -1,7 +1,7 @@
 """The signaling server, over real sockets.
 
-What happens is decided by `sleap_rtc.proto.rendezvous.server`; this module moves texts
-and time.
+`sleap_rtc.proto.rendezvous.server` decides what happens; this module moves texts and
+time.
 """
 
 import itertools
@@ -11,9 +11,14 @@ from typing import assert_never
 import trio
 from structlog.typing import FilteringBoundLogger
 
+from sleap_rtc.io.alarm import Alarm
 from sleap_rtc.io.signaling.websocket import WebSocket
+from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.rendezvous.envelope import NONCE_BYTES
-from sleap_rtc.proto.rendezvous.messages import MAX_SIGNAL_BYTES
+from sleap_rtc.proto.rendezvous.messages import (
+    MAX_SIGNAL_BYTES,
+    decode_signal_untrusted,
+)
 from sleap_rtc.proto.rendezvous.server import (
     Deliver,
     Drop,
@@ -38,16 +43,16 @@ async def serve_signaling(
     Args:
         host: The address or the name to listen on.
         port: The port, or 0 for any that is free.
-        log: Where comings, goings and refusals are noted.
+        log: Log of registrations, departures and refusals.
         task_status: Gets the port that the server listens on.
 
     Raises:
-        OSError: If the address can't be listened on.
+        OSError: If the server can't listen on the address.
     """
     listeners = await trio.open_tcp_listeners(port, host=host)
     server = _Server(log)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(server.keep_time)
+        nursery.start_soon(server.serve_deadlines)
         await nursery.start(trio.serve_listeners, server.serve_connection, listeners)
         bound: int = listeners[0].socket.getsockname()[1]
         log.info("signaling server listens", host=host, port=bound)
@@ -62,7 +67,7 @@ class _Server:
         self._machine = RoomServer()
         self._sockets: dict[int, WebSocket] = {}
         self._numbers = itertools.count()
-        self._wake = trio.Event()
+        self._alarm = Alarm()
 
     async def serve_connection(self, stream: trio.SocketStream) -> None:
         """Serve one connection from its first byte to its last."""
@@ -80,34 +85,36 @@ class _Server:
             self._drain()
             del self._sockets[number]
 
-    async def keep_time(self) -> None:
-        """Tell the machine when its deadlines come."""
+    async def serve_deadlines(self) -> None:
+        """Call the machine at its deadlines, until cancelled."""
         while True:
-            wake, deadline = self._wake, self._machine.deadline()
-            with trio.move_on_at(float("inf") if deadline is None else deadline):
-                await wake.wait()
-                continue
+            await self._alarm.wait()
             self._machine.handle_timeout(trio.current_time())
             self._drain()
 
     def received_text(self, number: int, text: str) -> None:
-        """Pass a message on."""
-        self._machine.receive_text_untrusted(number, text, trio.current_time())
+        """Decode a message and pass it to the machine."""
+        now = trio.current_time()
+        try:
+            signal = decode_signal_untrusted(text)
+        except RemoteProtocolError as error:
+            self._machine.reject_message(number, error.reason, now)
+        else:
+            self._machine.receive_message(number, signal, now)
         self._drain()
 
     def heard(self, number: int) -> None:
-        """Pass a sign of life on."""
+        """Record a sign of life."""
         self._machine.heard_from(number, trio.current_time())
         self._drain()
 
     def _drain(self) -> None:
-        """Do all that the machine asks for; nothing here waits."""
+        """Run all outputs of the machine, without waiting."""
         while (output := self._machine.next_output()) is not None:
-            self._do(output)
-        self._wake.set()
-        self._wake = trio.Event()
+            self._run_output(output)
+        self._alarm.set(self._machine.deadline())
 
-    def _do(self, output: ServerOutput) -> None:
+    def _run_output(self, output: ServerOutput) -> None:
         match output:
             case Deliver(connection=number, text=text):
                 self._sockets[number].send_text(text)
@@ -128,7 +135,7 @@ class _Server:
 
 
 class _ServerEnd:
-    """Tells the server which connection something came on."""
+    """The user of one WebSocket: it adds the number of the connection."""
 
     def __init__(self, server: _Server, number: int) -> None:
         self._server = server

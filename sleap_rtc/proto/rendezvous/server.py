@@ -1,7 +1,7 @@
 """The signaling server as a pure machine: it introduces the peers of a room.
 
-One machine serves all connections. It holds no secret: whoever signs its challenge with
-the key that a room is named after may enter that room.
+One machine serves all connections. It holds no secret: a peer that signs the challenge
+with the key that a room is named after may enter that room.
 """
 
 from collections import deque
@@ -9,15 +9,14 @@ from collections import deque
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+from sleap_rtc.proto.errors import LocalProtocolError
+from sleap_rtc.proto.rendezvous.filters import matches
 from sleap_rtc.proto.rendezvous.invite import verify_registration
 from sleap_rtc.proto.rendezvous.messages import (
     MAX_METADATA_BYTES,
     MAX_PEERS_PER_ROOM,
     AnswerSignal,
     Challenge,
-    Comparison,
-    Condition,
     DiscoverPeers,
     ErrorCode,
     ErrorSignal,
@@ -29,36 +28,42 @@ from sleap_rtc.proto.rendezvous.messages import (
     PeerInfo,
     PeerList,
     PeerMessage,
-    Property,
     Register,
     RegisteredAuth,
     Signal,
     UpdateMetadata,
-    decode_signal_untrusted,
     encode_signal,
     metadata_fits,
 )
 
-MAX_CONNECTIONS = 1024
-"""Leaves room below the usual limit of open files of one process on a server."""
 
-MAX_ROOMS = 512
-"""Anybody may open a room, but not fill the server with them."""
+class ServerLimits(msgspec.Struct, frozen=True):
+    """Limits of a `RoomServer`; times are in seconds.
 
-MESSAGES_PER_SECOND = 20.0
-"""What a connection may send on average; a busy client sends a few in a minute."""
+    Args:
+        max_connections: Leaves room below the usual limit of open files of a process.
+        max_rooms: Any peer may open a room, so one must not fill the server with them.
+        messages_per_second: Of one connection, on average; a busy client sends a few in
+            a minute.
+        message_burst: Messages of one connection at once, such as a client sends that
+            asks several workers.
+        registration_timeout: For the WebSocket handshake and `Register`: ten round
+            trips of a bad line.
+        ping_interval: Well below the 60 s after which home routers forget a silent
+            connection.
+        idle_timeout: Without a message or pong of a peer: four pings unanswered.
+    """
 
-MESSAGE_BURST = 40.0
-"""What it may send at once: some bursts of a busy client."""
+    max_connections: int = 1024
+    max_rooms: int = 512
+    messages_per_second: float = 20.0
+    message_burst: float = 40.0
+    registration_timeout: float = 10.0
+    ping_interval: float = 20.0
+    idle_timeout: float = 90.0
 
-REGISTRATION_SECONDS = 10.0
-"""For the WebSocket handshake and `Register`, ten round trips of a bad line."""
 
-PING_SECONDS = 20.0
-"""Well below the 60 s after which home routers forget a silent connection."""
-
-IDLE_SECONDS = 90.0
-"""Four pings without an answer."""
+LIMITS = ServerLimits()
 
 # --------------------------------------------------------------- effects and events
 
@@ -71,13 +76,13 @@ class Deliver(msgspec.Struct, frozen=True):
 
 
 class Ping(msgspec.Struct, frozen=True):
-    """Effect: ask a connection whether it is still there."""
+    """Effect: send a ping on a connection."""
 
     connection: int
 
 
 class Drop(msgspec.Struct, frozen=True):
-    """Effect: close a connection after what was delivered; it is forgotten already."""
+    """Effect: close a connection once all texts are sent; it is forgotten already."""
 
     connection: int
     reason: str
@@ -92,7 +97,7 @@ class PeerJoined(msgspec.Struct, frozen=True):
 
 
 class PeerLeft(msgspec.Struct, frozen=True):
-    """Event: a peer is gone, and why."""
+    """Event: a peer left its room; the reason is for people."""
 
     room_id: str
     peer_id: str
@@ -100,7 +105,7 @@ class PeerLeft(msgspec.Struct, frozen=True):
 
 
 class Refused(msgspec.Struct, frozen=True):
-    """Event: a connection was told no."""
+    """Event: a request of a connection was refused."""
 
     connection: int
     code: str
@@ -124,7 +129,7 @@ class _Peer(msgspec.Struct):
 
 
 class _Connection(msgspec.Struct):
-    """What the server knows of one socket."""
+    """State of one connection; without a peer it has yet to register."""
 
     nonce: bytes
     tokens: float
@@ -133,10 +138,10 @@ class _Connection(msgspec.Struct):
     ping_at: float
     peer: _Peer | None = None
 
-    def take_token(self, now: float) -> bool:
-        """Count one message; False if there were too many (a token bucket)."""
-        gained = max(0.0, now - self.tokens_at) * MESSAGES_PER_SECOND
-        self.tokens = min(MESSAGE_BURST, self.tokens + gained)
+    def spend_token(self, now: float, limits: ServerLimits) -> bool:
+        """Count one message in a token bucket; False if no token is left."""
+        gained = max(0.0, now - self.tokens_at) * limits.messages_per_second
+        self.tokens = min(limits.message_burst, self.tokens + gained)
         self.tokens_at = now
         if self.tokens < 1.0:
             return False
@@ -145,7 +150,7 @@ class _Connection(msgspec.Struct):
 
 
 class _Refusal(Exception):
-    """Inside the machine only: the answer to one message is an `ErrorSignal`."""
+    """Raised inside the machine only: the reply to one message is an `ErrorSignal`."""
 
     def __init__(
         self,
@@ -163,18 +168,22 @@ class _Refusal(Exception):
 class RoomServer:
     """All rooms of one signaling server.
 
-    A driver numbers its connections, never twice the same, and calls
+    It serves many connections (see `ServerMachine`). A driver calls
 
-    * `connection_opened`, with fresh random bytes, when a socket comes;
-    * `receive_text_untrusted` for each message, `heard_from` for each ping and pong;
+    * `connection_opened`, with fresh random bytes, when a socket is accepted;
+    * `receive_message` for each message, `reject_message` for each that can't be
+      decoded, and `heard_from` for each ping and pong;
     * `connection_lost` when the socket is gone;
     * `handle_timeout` at `deadline`,
 
     and after each of them drains `next_output`. ``now`` is a monotonic clock, seconds.
-    Input for a connection that was dropped is ignored.
+
+    Args:
+        limits: How many peers it serves, and how long it waits for them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limits: ServerLimits = LIMITS) -> None:
+        self._limits = limits
         self._connections: dict[int, _Connection] = {}
         self._rooms: dict[str, dict[str, _Peer]] = {}
         self._outputs: deque[ServerOutput] = deque()
@@ -182,7 +191,7 @@ class RoomServer:
     # ---------------------------------------------------------------------- inputs
 
     def connection_opened(self, connection: int, nonce: bytes, now: float) -> None:
-        """Take a new connection and challenge it.
+        """Add a connection and challenge its peer.
 
         Raises:
             LocalProtocolError: If the number is in use.
@@ -191,46 +200,52 @@ class RoomServer:
             raise LocalProtocolError(f"connection {connection} is open already")
         self._connections[connection] = _Connection(
             nonce=nonce,
-            tokens=MESSAGE_BURST,
+            tokens=self._limits.message_burst,
             tokens_at=now,
-            drop_at=now + REGISTRATION_SECONDS,
-            ping_at=now + PING_SECONDS,
+            drop_at=now + self._limits.registration_timeout,
+            ping_at=now + self._limits.ping_interval,
         )
-        if len(self._connections) > MAX_CONNECTIONS:
+        if len(self._connections) > self._limits.max_connections:
             full = _Refusal(ErrorCode.SERVER_FULL, "this server is full: try later")
             self._refuse(connection, full)
             self._drop(connection, "the server is full")
             return
         self._deliver(connection, Challenge(nonce))
 
-    def receive_text_untrusted(self, connection: int, text: str, now: float) -> None:
-        """Handle a message; whatever is wrong with it becomes an answer to the peer."""
+    def receive_message(self, connection: int, message: Signal, now: float) -> None:
+        """Handle a message; a fault in it becomes a reply to the peer."""
         if not self.heard_from(connection, now):
             return
         try:
-            try:
-                self._receive(connection, decode_signal_untrusted(text), now)
-            except RemoteProtocolError as error:
-                raise _Refusal(
-                    ErrorCode.INVALID_MESSAGE, error.reason, drop=True
-                ) from None
+            self._receive(connection, message, now)
         except _Refusal as refusal:
             self._refuse(connection, refusal)
             if refusal.drop:
                 self._drop(connection, refusal.signal.reason)
 
+    def reject_message(self, connection: int, reason: str, now: float) -> None:
+        """Handle a message that can't be decoded: reply, and drop the connection."""
+        if self.heard_from(connection, now):
+            self._refuse(connection, _Refusal(ErrorCode.INVALID_MESSAGE, reason))
+            self._drop(connection, reason)
+
     def heard_from(self, connection: int, now: float) -> bool:
-        """Note a sign of life; it counts as a message. False if the peer is dropped."""
+        """Record a sign of life, which counts as a message.
+
+        Returns:
+            Whether the connection is still served.
+        """
         state = self._connections.get(connection)
         if state is None:
             return False
-        if not state.take_token(now):
-            reason = f"more than {MESSAGES_PER_SECOND:.0f} messages per second"
+        if not state.spend_token(now, self._limits):
+            rate = self._limits.messages_per_second
+            reason = f"more than {rate:.0f} messages per second"
             self._refuse(connection, _Refusal(ErrorCode.TOO_MANY_MESSAGES, reason))
             self._drop(connection, reason)
             return False
         if state.peer is not None:
-            state.drop_at = now + IDLE_SECONDS
+            state.drop_at = now + self._limits.idle_timeout
         return True
 
     def connection_lost(self, connection: int, reason: str) -> None:
@@ -238,26 +253,26 @@ class RoomServer:
         self._forget(connection, reason)
 
     def handle_timeout(self, now: float) -> None:
-        """Ping and drop whoever it is time for; nothing happens before `deadline`."""
+        """Ping and drop the connections that are due; nothing before `deadline`."""
         for connection, state in list(self._connections.items()):
             if now >= state.drop_at:
                 late = "it did not register in time" if state.peer is None else "silent"
                 self._drop(connection, late)
             elif now >= state.ping_at:
-                state.ping_at = now + PING_SECONDS
+                state.ping_at = now + self._limits.ping_interval
                 self._outputs.append(Ping(connection))
 
     # --------------------------------------------------------------------- outputs
 
     def deadline(self) -> float | None:
-        """When `handle_timeout` has something to do."""
+        """Return when `handle_timeout` has something to do; None if never."""
         return min(
             (min(state.drop_at, state.ping_at) for state in self._connections.values()),
             default=None,
         )
 
     def next_output(self) -> ServerOutput | None:
-        """Take the oldest effect or event, or None if there is none."""
+        """Remove and return the oldest effect or event; None if none is left."""
         return self._outputs.popleft() if self._outputs else None
 
     # ------------------------------------------------------------------- messages
@@ -271,22 +286,22 @@ class RoomServer:
             raise _Refusal(ErrorCode.NOT_IN_ROOM, "register first")
         match signal:
             case DiscoverPeers(from_peer_id=claimed, filters=filters):
-                _check_is(peer, claimed)
+                _check_sender(peer, claimed)
                 self._list_peers(peer, filters)
             case UpdateMetadata(peer_id=claimed, metadata=change):
-                _check_is(peer, claimed)
+                _check_sender(peer, claimed)
                 self._update(peer, change)
             case OfferSignal(sender=claimed, target=target):
-                _check_is(peer, claimed)
+                _check_sender(peer, claimed)
                 self._forward(peer, target, signal)
             case AnswerSignal(sender=claimed, target=target):
-                _check_is(peer, claimed)
+                _check_sender(peer, claimed)
                 self._forward(peer, target, signal)
             case PeerMessage(from_peer_id=claimed, to_peer_id=target):
-                _check_is(peer, claimed)
+                _check_sender(peer, claimed)
                 self._forward(peer, target, signal)
             case _:
-                # A message of a newer version, or one that only servers send.
+                # A message of a newer version, or one that only a server sends.
                 pass
 
     def _register(self, connection: int, register: Register, now: float) -> None:
@@ -307,16 +322,16 @@ class RoomServer:
         )
         is_new = state.peer is None
         state.peer = room[register.peer_id] = peer
-        state.drop_at = now + IDLE_SECONDS
+        state.drop_at = now + self._limits.idle_timeout
         self._deliver(connection, RegisteredAuth(peer.room_id, peer.peer_id))
         if is_new:
             self._outputs.append(PeerJoined(peer.room_id, peer.peer_id, peer.role))
 
     def _check_registration(self, state: _Connection, register: Register) -> None:
-        """Refuse a registration that is not proven, or for which there is no room."""
+        """Check that a registration is proven and that the server has room for it."""
         names = (register.room_id, register.peer_id)
         if state.peer and (state.peer.room_id, state.peer.peer_id) != names:
-            raise _Refusal(ErrorCode.NOT_YOU, "this connection is another peer's")
+            raise _Refusal(ErrorCode.NOT_YOU, "this connection belongs to another peer")
         if not verify_registration(
             register.public_key, names[0], state.nonce, names[1], register.signature
         ):
@@ -324,7 +339,7 @@ class RoomServer:
             raise _Refusal(ErrorCode.REGISTRATION_REFUSED, reason, drop=True)
         _check_size(register.metadata)
         room = self._rooms.get(register.room_id)
-        if room is None and len(self._rooms) >= MAX_ROOMS:
+        if room is None and len(self._rooms) >= self._limits.max_rooms:
             reason = "this server has no room left: try later"
             raise _Refusal(ErrorCode.SERVER_FULL, reason, drop=True)
         if room and register.peer_id not in room and len(room) >= MAX_PEERS_PER_ROOM:
@@ -380,7 +395,7 @@ class RoomServer:
         self._outputs.append(PeerLeft(peer.room_id, peer.peer_id, reason))
 
 
-def _check_is(peer: _Peer, claimed: str) -> None:
+def _check_sender(peer: _Peer, claimed: str) -> None:
     if peer.peer_id != claimed:
         raise _Refusal(ErrorCode.NOT_YOU, f"this connection is not {claimed}")
 
@@ -389,41 +404,3 @@ def _check_size(metadata: Metadata) -> None:
     if not metadata_fits(metadata):
         reason = f"metadata of more than {MAX_METADATA_BYTES} bytes"
         raise _Refusal(ErrorCode.METADATA_TOO_LARGE, reason)
-
-
-# ----------------------------------------------------------------------- discovery
-
-
-def matches(peer: PeerInfo, filters: Filters) -> bool:
-    """Tell whether a peer is one of those that are looked for."""
-    if filters.role is not UNSET and peer.role != filters.role:
-        return False
-    if filters.tags and not set(filters.tags) & set(peer.metadata.tags):
-        return False
-    properties = peer.metadata.properties
-    return all(
-        key in properties and _holds(properties[key], condition)
-        for key, condition in filters.properties.items()
-    )
-
-
-def _holds(value: Property, condition: Condition) -> bool:
-    if not isinstance(condition, Comparison):
-        return _equal(value, condition)
-    return (
-        (condition.equal is UNSET or _equal(value, condition.equal))
-        and (condition.at_least is UNSET or _number(value) >= condition.at_least)
-        and (condition.at_most is UNSET or _number(value) <= condition.at_most)
-    )
-
-
-def _equal(value: Property, wanted: Property) -> bool:
-    # In JSON, unlike in Python, true is not 1.
-    return value == wanted and isinstance(value, bool) == isinstance(wanted, bool)
-
-
-def _number(value: Property) -> float:
-    """Give a value for a comparison; what is no number compares as false."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return float("nan")
-    return value

@@ -23,6 +23,7 @@ from sleap_rtc.io.signaling.client import open_room
 from sleap_rtc.io.signaling.websocket import (
     CLOSE_SECONDS,
 )
+from sleap_rtc.proto.rendezvous import server as room_server
 from sleap_rtc.proto.rendezvous.member import LIMITS
 from sleap_rtc.proto.rendezvous.messages import (
     MAX_SIGNAL_BYTES,
@@ -32,7 +33,6 @@ from sleap_rtc.proto.rendezvous.messages import (
     RegisteredAuth,
     encode_signal,
 )
-from sleap_rtc.proto.rendezvous.server import PING_SECONDS, REGISTRATION_SECONDS
 from tests.io.signaling.lab import (
     DEADLINE,
     HOST,
@@ -325,7 +325,7 @@ async def test_who_says_nothing_is_dropped(mock_clock: MockClock) -> None:
         await server.start()
         async with await trio.open_tcp_stream(HOST, server.port) as stream:
             await trio.testing.wait_all_tasks_blocked(0.05)
-            mock_clock.jump(REGISTRATION_SECONDS)
+            mock_clock.jump(room_server.LIMITS.registration_timeout)
             assert await stream.receive_some() == b""
 
 
@@ -340,7 +340,7 @@ async def test_pings_tell_who_is_there(mock_clock: MockClock) -> None:
             await deaf.register("deaf")
             assert (await deaf.reply())["type"] == "registered_auth"
             for _ in range(5):
-                await pass_time(mock_clock, PING_SECONDS)
+                await pass_time(mock_clock, room_server.LIMITS.ping_interval)
             await pass_time(mock_clock, CLOSE_SECONDS)
             kinds = [type(event) for event in await deaf.rest()]
             assert kinds == [Ping, Ping, Ping, Ping, CloseConnection]

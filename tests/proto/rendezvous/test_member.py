@@ -154,7 +154,8 @@ def test_it_and_the_server_understand_each_other() -> None:
                 machine.receive_message(signal, NOW)
         for event in drain(machine):
             if isinstance(event, SendText):
-                server.receive_text_untrusted(1, event.text, NOW)
+                sent_signal = decode_signal_untrusted(event.text)
+                server.receive_message(1, sent_signal, NOW)
             elif event == Registered():
                 machine.discover(Filters())
                 machine.send_offer("absent", "sealed")

@@ -1,4 +1,4 @@
-"""The signaling role: introduce the peers of any room to each other."""
+"""The signaling role: it introduces the peers of any room to each other."""
 
 import structlog
 import trio
@@ -15,7 +15,7 @@ async def run_signaling(
     *,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
-    """Run a signaling server until cancelled, and log what happens.
+    """Run a signaling server until cancelled, and log its events.
 
     Args:
         host: The address or the name to listen on.
@@ -23,17 +23,21 @@ async def run_signaling(
         task_status: Gets the port that the server listens on.
 
     Raises:
-        OSError: If the address can't be listened on.
+        OSError: If the server can't listen on the address.
     """
     log = structlog.get_logger().bind(role="signaling")
-    await serve_signaling(host, port, log=log, task_status=task_status)
+    listeners = await trio.open_tcp_listeners(port, host=host)
+    bound: int = listeners[0].socket.getsockname()[1]
+    log.info("signaling server listens", host=host, port=bound)
+    task_status.started(bound)
+    await serve_signaling(listeners, log=log)
 
 
 async def run_signaling_daemon(host: str, port: int) -> None:
     """Run a signaling server until Ctrl-C or SIGTERM ends it.
 
     Raises:
-        ConfigError: If the address can't be listened on.
+        ConfigError: If the server can't listen on the address.
     """
     async with open_background_nursery() as nursery:
         await nursery.start(end_on_signal, nursery.cancel_scope)

@@ -6,13 +6,14 @@ time.
 
 import itertools
 import secrets
+from collections.abc import Iterable
 from typing import assert_never
 
 import trio
 from structlog.typing import FilteringBoundLogger
 
 from sleap_rtc.io.alarm import Alarm
-from sleap_rtc.io.signaling.websocket import WebSocket
+from sleap_rtc.io.signaling.websocket import WebSocket, WebSocketLimits
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.rendezvous.envelope import NONCE_BYTES
 from sleap_rtc.proto.rendezvous.messages import (
@@ -32,31 +33,21 @@ from sleap_rtc.proto.rendezvous.server import (
 
 
 async def serve_signaling(
-    host: str,
-    port: int,
+    listeners: Iterable[trio.abc.Listener[trio.SocketStream]],
     *,
     log: FilteringBoundLogger,
-    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Run a signaling server until cancelled.
 
     Args:
-        host: The address or the name to listen on.
-        port: The port, or 0 for any that is free.
+        listeners: Where connections come from, such as `trio.open_tcp_listeners`
+            returns them. They are closed at the end.
         log: Log of registrations, departures and refusals.
-        task_status: Gets the port that the server listens on.
-
-    Raises:
-        OSError: If the server can't listen on the address.
     """
-    listeners = await trio.open_tcp_listeners(port, host=host)
     server = _Server(log)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(server.serve_deadlines)
-        await nursery.start(trio.serve_listeners, server.serve_connection, listeners)
-        bound: int = listeners[0].socket.getsockname()[1]
-        log.info("signaling server listens", host=host, port=bound)
-        task_status.started(bound)
+        await trio.serve_listeners(server.serve_connection, list(listeners))
 
 
 class _Server:
@@ -72,7 +63,7 @@ class _Server:
     async def serve_connection(self, stream: trio.SocketStream) -> None:
         """Serve one connection from its first byte to its last."""
         number = next(self._numbers)
-        socket = WebSocket(stream, MAX_SIGNAL_BYTES)
+        socket = WebSocket(stream, WebSocketLimits(MAX_SIGNAL_BYTES))
         self._sockets[number] = socket
         reason = "the server ends"
         try:

@@ -1,29 +1,31 @@
 """One WebSocket (RFC 6455) over one stream, driven by trio-websocket.
 
-It is made for signaling: texts only, and small ones. `WebSocket` takes texts without
-waiting, and whatever the other end does, `WebSocket.run` ends with a reason and never
-with an error. This is how it gets along with the library:
+It is made for signaling: texts only, and small ones. `WebSocket` queues texts without
+waiting. Whatever the peer does, `WebSocket.run` returns a reason and raises no error.
+This is how it copes with the library:
 
-* The library stops reading, and answering pings, while nobody takes its messages. So
-  one task takes them at once, and hands them on to a user who must not block.
-* A cancelled write leaves half a frame, and the next one is lost in it. So the library
-  writes through `_Transport`: cancellation waits for a write, and a write that takes
-  too long ends the connection. Texts are sent by one task.
-* The handshake waits forever if the other end leaves meanwhile, and so does a ping.
-  Both have a deadline here, and the end of the stream ends the handshake.
-* Its reader fails in many ways if the other end breaks the protocol. It runs in a
-  nursery of its own, and what it raises is a reason to end this connection.
+* The library stops reading and answering pings until its messages are read. So one
+  task reads them at once, and passes them to a user that must not block.
+* A cancelled write leaves half a frame, and the next frame is lost in it. So the
+  library writes through `_Transport`: cancellation waits for a write, and a write that
+  takes too long ends the connection. Texts are sent by one task.
+* The handshake waits forever if the peer leaves meanwhile, and so does a ping. Both
+  have a deadline here, and the end of the stream ends the handshake.
+* Its reader fails in many ways if the peer breaks the protocol. It runs in a nursery of
+  its own, and an exception there is a reason to end this connection.
 
-What the library does not offer, and `_Transport` adds:
+`_Transport` adds what the library lacks:
 
-* It does not tell of the pings that it answers. Every pong that it writes is one.
-* It collects the empty parts of a message, and the page of a web server that is no
-  signaling server, without a limit. What comes between two messages is limited.
-* It closes the stream at once after a failure, and data that it did not read makes the
-  kernel throw away what the other end did not read. So the stream closes here, last.
+* The library does not report the pings that it answers. Each pong that it writes
+  stands for one.
+* It collects the empty parts of a message, and the page of a web server that is not a
+  signaling server, without a limit. Here the bytes between two messages are limited.
+* It closes the stream at once after a failure. If received data is then unread, the
+  kernel discards the data that the peer has not read yet. So the stream closes here,
+  last.
 
-One thing it does not do, and neither does this: after a frame that breaks the protocol
-the stream ends without a close frame. The reason is there for the log.
+Neither the library nor this module sends a close frame after a frame that breaks the
+protocol: the stream ends. The reason is in the log.
 """
 
 import itertools
@@ -34,32 +36,43 @@ from enum import IntEnum
 from typing import Protocol
 from urllib.parse import urlsplit
 
+import msgspec
 import trio
 import trio_websocket
 from trio_websocket import ConnectionClosed, ConnectionRejected, WebSocketConnection
 
-MAX_QUEUED_BYTES = 1024 * 1024
-"""Three lists of a full room. Who has more than this waiting does not read."""
+from sleap_rtc.proto.terminal import printable
 
-MAX_UNFINISHED_BYTES = 4 * 1024 * 1024
-"""Received without a whole message. The longest list of peers is far below, and the
-pongs of a peer that says nothing else take three months to get there."""
+CONNECT_TIMEOUT = 10.0
+"""Seconds for name look-up, TCP and TLS together."""
 
-WRITE_SECONDS = 5.0
-"""For one write, into the buffer of the kernel in nearly all cases. A cancellation
-waits for it, so that no frame is cut."""
 
-CLOSE_SECONDS = 2.0
-"""To send what is queued and to hear that the other end closes, too."""
+class WebSocketLimits(msgspec.Struct, frozen=True):
+    """Limits of one `WebSocket`; times are in seconds.
 
-CONNECT_SECONDS = 10.0
-"""For name look-up, TCP and TLS together."""
+    Args:
+        max_message: Characters of the longest message to accept.
+        max_queued: Bytes that wait to be sent, three lists of a full room. A peer that
+            lets more of them wait does not read.
+        max_unfinished: Bytes received without a whole message. The longest list of
+            peers is far below. The pongs of a silent peer take three months to get
+            there.
+        write_timeout: For one write, which nearly always goes into the kernel's buffer.
+            A cancellation waits for it, so that no frame is cut.
+        close_timeout: To send all that is queued and to receive the peer's close.
+        handshake_timeout: For the handshake of the WebSocket, after those of TCP and
+            TLS.
+        pong_timeout: For the reply to a ping, which RFC 6455 requires (5.5.3).
+    """
 
-HANDSHAKE_SECONDS = 10.0
-"""For the handshake of the WebSocket, which follows."""
+    max_message: int
+    max_queued: int = 1024 * 1024
+    max_unfinished: int = 4 * 1024 * 1024
+    write_timeout: float = 5.0
+    close_timeout: float = 2.0
+    handshake_timeout: float = 10.0
+    pong_timeout: float = 90.0
 
-PONG_SECONDS = 90.0
-"""For the answer to a ping: it is the duty of the other end (RFC 6455, 5.5.3)."""
 
 _GONE = "it went away"
 _DOES_NOT_READ = "it does not read what it is sent"
@@ -68,11 +81,11 @@ _PONG = b"\x8a"
 """The first byte of a pong (RFC 6455, 5.2): a whole frame, opcode 10."""
 
 _MAX_REASON_BYTES = 120
-"""A close frame has room for 123 bytes."""
+"""Bytes of the reason in a close frame, which has room for 123."""
 
 
 class CloseCode(IntEnum):
-    """Why a WebSocket is closed, for programs (RFC 6455, 7.4.1)."""
+    """Status codes of a close frame (RFC 6455, 7.4.1)."""
 
     NORMAL = 1000
     PROTOCOL_ERROR = 1002
@@ -80,13 +93,13 @@ class CloseCode(IntEnum):
 
 
 class WebSocketUser(Protocol):
-    """Who gets what comes in; the methods must not block."""
+    """The receiver of all that comes in; the methods must not block."""
 
     def received_text(self, text: str) -> None:
-        """A whole message came."""
+        """Handle a whole message."""
 
     def heard(self) -> None:
-        """A ping came, or the pong to one of ours."""
+        """Handle a ping, or the pong to a ping of ours."""
 
 
 class WebSocketConnectError(Exception):
@@ -94,7 +107,7 @@ class WebSocketConnectError(Exception):
 
     Args:
         message: Why, for people.
-        is_refused: Whether its host said that nobody listens there.
+        is_refused: True if its host refused the connection.
     """
 
     def __init__(self, message: str, *, is_refused: bool = False) -> None:
@@ -107,17 +120,17 @@ class WebSocket:
 
     Args:
         stream: The TCP or TLS stream; `run` closes it.
-        max_message: Characters of the longest message to accept.
-        url: The address that a client asks for; a server has none.
+        limits: Sizes and timeouts.
+        url: The address that a client asks for; None for a server.
     """
 
     def __init__(
-        self, stream: trio.abc.Stream, max_message: int, url: str | None = None
+        self, stream: trio.abc.Stream, limits: WebSocketLimits, url: str | None = None
     ) -> None:
         self._stream = stream
         self._url = url
-        self._max_message = max_message
-        self._transport = _Transport(stream, self._abort)
+        self._limits = limits
+        self._transport = _Transport(stream, limits, self._abort)
         self._queue: deque[str] = deque()
         self._queued_bytes = 0
         self._wake = trio.Event()
@@ -129,21 +142,21 @@ class WebSocket:
     # ------------------------------------------------------------------ synchronous
 
     def send_text(self, text: str) -> None:
-        """Queue a message; before the handshake is complete it waits for it."""
+        """Queue a message; it is sent once the handshake is complete."""
         if self._reason is not None:
             return
         self._queue.append(text)
         self._queued_bytes += len(text.encode())
         self._wake.set()
-        if self._queued_bytes > MAX_QUEUED_BYTES:
+        if self._queued_bytes > self._limits.max_queued:
             self._abort(_DOES_NOT_READ)
 
     def send_ping(self) -> None:
-        """Send a ping soon; `WebSocketUser.heard` tells when the pong has come."""
+        """Send a ping soon; `WebSocketUser.heard` reports the pong."""
         self._ping_wanted.set()
 
     def close(self, reason: str, code: CloseCode = CloseCode.NORMAL) -> None:
-        """End after what is queued, and tell the other end why."""
+        """Close once all queued messages are sent, and send the peer the reason."""
         if self._reason is not None:
             return
         self._code = code
@@ -151,19 +164,19 @@ class WebSocket:
         self._transport.opening.cancel(reason="closed before it was open")
 
     def _finish(self, reason: str) -> None:
-        """Let `run` end as soon as everything is written, and soon in any case."""
+        """End `run` once everything is written, within the close timeout."""
         if self._reason is None:
             self._reason = reason
-            self._scope.deadline = trio.current_time() + CLOSE_SECONDS
+            self._scope.deadline = trio.current_time() + self._limits.close_timeout
             self._wake.set()
 
     def _fail(self, reason: str) -> None:
-        """Let `run` end now, after the write that is on its way."""
+        """End `run` after the write in progress."""
         self._finish(reason)
         self._scope.cancel(reason="the WebSocket has failed")
 
     def _abort(self, reason: str) -> None:
-        """Let `run` end at once: nothing more gets through."""
+        """End `run` at once, without finishing the write in progress."""
         self._fail(reason)
         self._transport.cut()
 
@@ -173,10 +186,10 @@ class WebSocket:
         """Read and write until the connection ends, and close the stream.
 
         Args:
-            user: Gets everything that comes in.
+            user: The receiver of all that comes in.
 
         Returns:
-            Why it ended: what was given to `close`, or what happened.
+            Why it ended: the argument of `close`, or the failure.
         """
         self._transport.heard = user.heard
         try:
@@ -189,10 +202,10 @@ class WebSocket:
         return self._reason or _GONE
 
     async def _hold_library(self, nursery: trio.Nursery, user: WebSocketUser) -> None:
-        """Let the library work; what it raises ends this connection and no more.
+        """Run the library; an exception of it ends this connection and nothing else.
 
-        Only tasks of the library run in its nursery, so only its errors end here. They
-        come from three packages, and are no promise of any of them.
+        Only tasks of the library run in its nursery, so only its exceptions end here.
+        They come from three packages, and none of these documents them.
         """
         try:
             async with trio.open_nursery() as library:
@@ -207,17 +220,17 @@ class WebSocket:
             error = _innermost(group)
             if isinstance(error, ConnectionRejected):
                 status = error.status_code
-                self._fail(f"it answered HTTP {status}: no signaling server is there")
+                self._fail(f"it answered HTTP {status}: not a signaling server")
             else:
                 self._fail(f"it does not speak WebSocket ({type(error).__name__})")
 
     async def _shake_hands(self, library: trio.Nursery) -> WebSocketConnection | None:
-        """Open the WebSocket; None if the other end leaves or is too slow."""
+        """Open the WebSocket; None if the peer leaves or is too slow."""
         with self._transport.opening as scope:
-            scope.deadline = trio.current_time() + HANDSHAKE_SECONDS
+            scope.deadline = trio.current_time() + self._limits.handshake_timeout
             if self._url is None:
                 request = await trio_websocket.wrap_server_stream(
-                    library, self._transport, max_message_size=self._max_message
+                    library, self._transport, max_message_size=self._limits.max_message
                 )
                 return await request.accept()
             parts = urlsplit(self._url)
@@ -226,12 +239,12 @@ class WebSocket:
                 self._transport,  # type: ignore[arg-type]  # any stream will do
                 parts.netloc,
                 (parts.path or "/") + (f"?{parts.query}" if parts.query else ""),
-                max_message_size=self._max_message,
+                max_message_size=self._limits.max_message,
             )
         return None
 
     async def _write(self, connection: WebSocketConnection) -> None:
-        """Send what is queued, in order, then close."""
+        """Send all queued messages in order, then close."""
         try:
             while self._queue or self._reason is None:
                 if self._queue:
@@ -248,7 +261,7 @@ class WebSocket:
         self._scope.cancel(reason="the WebSocket is closed")
 
     async def _read(self, connection: WebSocketConnection, user: WebSocketUser) -> None:
-        """Take in everything until either end closes."""
+        """Read messages until either end closes."""
         while True:
             try:
                 message = await connection.get_message()
@@ -261,12 +274,14 @@ class WebSocket:
             if isinstance(message, str):
                 user.received_text(message)
             else:
-                self.close("only texts, please", CloseCode.UNSUPPORTED_DATA)
+                self.close(
+                    "binary messages are not supported", CloseCode.UNSUPPORTED_DATA
+                )
 
     async def _keep_alive(
         self, connection: WebSocketConnection, user: WebSocketUser
     ) -> None:
-        """Send the pings that are asked for, without waiting for their pongs."""
+        """Send the requested pings, without waiting for their pongs."""
         async with trio.open_nursery() as nursery:
             for number in itertools.count():
                 await self._ping_wanted.wait()
@@ -276,7 +291,7 @@ class WebSocket:
     async def _ping(
         self, connection: WebSocketConnection, user: WebSocketUser, number: int
     ) -> None:
-        with trio.move_on_after(PONG_SECONDS) as scope:
+        with trio.move_on_after(self._limits.pong_timeout) as scope:
             try:
                 await connection.ping(str(number).encode())
             except ConnectionClosed:
@@ -286,7 +301,7 @@ class WebSocket:
             self._abort("it does not answer pings")
 
     async def _linger(self) -> None:
-        """Leave the other end the time to read what was sent last."""
+        """Wait until the peer has read all that was sent, or the close timeout."""
         if self._transport.is_cut:
             return
         with trio.CancelScope(deadline=self._scope.deadline):
@@ -300,40 +315,49 @@ class WebSocket:
 
 
 class _Transport(trio.abc.Stream):
-    """What the library reads and writes; see the module.
+    """The stream that the library reads and writes; see the module.
 
     Args:
-        stream: What the bytes really go through; it is never closed here.
-        drop: Called with a reason when the connection is of no use any more.
+        stream: The real stream; it is never closed here.
+        limits: Sizes and timeouts.
+        drop: Called with a reason when the connection has become useless.
 
     Attributes:
-        opening: Wraps the handshake; cancelled when no handshake can follow.
+        opening: Scope of the handshake; cancelled when no handshake can follow.
         heard: Called for each ping that is answered.
-        unfinished_bytes: Received since the last whole message; its reader resets it.
-        is_cut: True if a write may have been left half done.
+        unfinished_bytes: Bytes received since the last whole message; the reader of
+            messages resets it.
+        is_cut: True if a write may have been cut in the middle.
     """
 
-    def __init__(self, stream: trio.abc.Stream, drop: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        stream: trio.abc.Stream,
+        limits: WebSocketLimits,
+        drop: Callable[[str], None],
+    ) -> None:
         self.opening = trio.CancelScope()
         self.heard: Callable[[], None] = lambda: None
         self.unfinished_bytes = 0
         self.is_cut = False
         self._stream = stream
+        self._limits = limits
         self._drop = drop
         self._write_scope = trio.CancelScope()
 
     def cut(self) -> None:
-        """End the write that is on its way; the owner cancels all that follow."""
+        """End the write in progress; the owner cancels all later writes."""
         self.is_cut = True
         self._write_scope.cancel(reason="the connection is given up")
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """Write all of it, also if this task is cancelled meanwhile."""
-        with trio.move_on_after(WRITE_SECONDS, shield=True) as self._write_scope:
+        """Write all of it, even if this task is cancelled meanwhile."""
+        timeout = self._limits.write_timeout
+        with trio.move_on_after(timeout, shield=True) as self._write_scope:
             try:
                 await self._stream.send_all(data)
             except (trio.BrokenResourceError, trio.ClosedResourceError):
-                # After a write that fails the library reads no more, and waits.
+                # The library stops reading after a failed write, and waits.
                 self.opening.cancel(reason="the stream ended")
                 raise
         if self._write_scope.cancelled_caught:
@@ -343,17 +367,17 @@ class _Transport(trio.abc.Stream):
             self.heard()
 
     async def wait_send_all_might_not_block(self) -> None:
-        """Wait until there is room for a write."""
+        """Wait until a write has room in the buffer."""
         await self._stream.wait_send_all_might_not_block()
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
-        """Read some bytes; whatever ends the stream looks like its end."""
+        """Read some bytes; a broken stream looks like one that has ended."""
         try:
             data = await self._stream.receive_some(max_bytes)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             data = b""
         self.unfinished_bytes += len(data)
-        if self.unfinished_bytes > MAX_UNFINISHED_BYTES:
+        if self.unfinished_bytes > self._limits.max_unfinished:
             self._drop("it sends no whole message")
             data = b""
         if not data:
@@ -361,16 +385,16 @@ class _Transport(trio.abc.Stream):
         return data
 
     async def aclose(self) -> None:
-        """Note that the library gives up; the stream closes later."""
+        """End the handshake, because the library gave up; the stream closes later."""
         self.opening.cancel(reason="the library gave up")
         await trio.lowlevel.checkpoint()
 
 
 def _explain(closed: ConnectionClosed) -> str:
-    """Say why either end, or the library, closed the connection."""
-    said = closed.reason.reason if closed.reason is not None else None
-    printable = "".join(c for c in said or "" if c.isprintable())
-    return f"the connection was closed: {printable}" if printable else _GONE
+    """Return why either end, or the library, closed the connection."""
+    reason = closed.reason.reason if closed.reason is not None else None
+    shown = printable(reason or "").strip()
+    return f"the connection was closed: {shown}" if shown else _GONE
 
 
 # ---------------------------------------------------------------------- connecting
@@ -385,27 +409,27 @@ async def connect_websocket(url: str, max_message: int) -> WebSocket:
         max_message: Characters of the longest message to accept.
 
     Raises:
-        WebSocketConnectError: If it can't be reached within `CONNECT_SECONDS`.
+        WebSocketConnectError: If it can't be reached within `CONNECT_TIMEOUT`.
     """
     parts = urlsplit(url)
     host, secure = parts.hostname or "", parts.scheme == "wss"
     port = parts.port or (443 if secure else 80)
     where = f"{host}:{port}"
     try:
-        with trio.fail_after(CONNECT_SECONDS):
+        with trio.fail_after(CONNECT_TIMEOUT):
             stream: trio.abc.Stream = await trio.open_tcp_stream(host, port)
             if secure:
                 stream = await _secured(stream, host)
     except trio.TooSlowError:
         raise WebSocketConnectError(
-            f"{where} did not answer within {CONNECT_SECONDS:.0f} s"
+            f"{where} did not answer within {CONNECT_TIMEOUT:.0f} s"
         ) from None
     except (OSError, trio.BrokenResourceError) as error:
         raise WebSocketConnectError(
             f"can't connect to {where}: {_cause(error)}",
             is_refused=isinstance(_innermost(error), ConnectionRefusedError),
         ) from error
-    return WebSocket(stream, max_message, url)
+    return WebSocket(stream, WebSocketLimits(max_message), url)
 
 
 async def _secured(stream: trio.abc.Stream, host: str) -> trio.abc.Stream:
@@ -423,7 +447,7 @@ async def _secured(stream: trio.abc.Stream, host: str) -> trio.abc.Stream:
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """Find what really happened, inside of what the libraries wrapped it in."""
+    """Return the cause of an exception that libraries have wrapped."""
     while True:
         if isinstance(error, BaseExceptionGroup):
             error = error.exceptions[0]
@@ -434,7 +458,7 @@ def _innermost(error: BaseException) -> BaseException:
 
 
 def _cause(error: BaseException) -> str:
-    """Say what really happened."""
+    """Describe the cause of a failed connection, for people."""
     error = _innermost(error)
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"

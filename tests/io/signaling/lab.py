@@ -1,14 +1,16 @@
-"""A signaling server to start and stop, and a peer that does as it is told."""
+"""A signaling server to start and stop, and a peer that does nothing by itself."""
 
 import json
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import NoReturn
 
 import structlog
 import trio
 import trio.testing
+from structlog.typing import FilteringBoundLogger
 from trio.testing import MockClock
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import (
@@ -38,7 +40,8 @@ from sleap_rtc.proto.rendezvous.messages import (
 KEYS = RoomKeys.from_secret(b"k" * 32)
 LOG = structlog.get_logger()
 QUICK = MemberLimits(backoff=Backoff(0.01, 0.05))
-DEADLINE = 20.0
+DEADLINE = 60.0
+"""Seconds after which a test has hung; far more than any of them needs."""
 HOST = "127.0.0.1"
 
 
@@ -46,7 +49,7 @@ class RawPeer:
     """One end of a WebSocket, without anything that happens by itself.
 
     Args:
-        stream: What it speaks over.
+        stream: The stream to the other end.
         kind: Which end it is.
     """
 
@@ -63,7 +66,7 @@ class RawPeer:
         await self.send(TextMessage(text))
 
     async def event(self) -> Event:
-        """Wait for what comes next; the end of the stream is an error."""
+        """Wait for the next event; the end of the stream is an error."""
         while not self._events:
             data = await self.stream.receive_some()
             if not data:
@@ -73,7 +76,7 @@ class RawPeer:
         return self._events.popleft()
 
     async def rest(self) -> list[Event]:
-        """Wait for everything that comes until the stream ends."""
+        """Return all events until the stream ends."""
         async for data in self.stream:
             self._protocol.receive_data(bytes(data))
             self._events += self._protocol.events()
@@ -98,7 +101,7 @@ class RawPeer:
         return answer
 
     async def closing(self) -> tuple[int, str]:
-        """Wait for the other end to close; give the code and the reason."""
+        """Wait for the other end to close; return the code and the reason."""
         while not isinstance(event := await self.event(), CloseConnection):
             pass
         await self.send(event.response())
@@ -115,27 +118,102 @@ class RawPeer:
         )
 
 
-class Server:
-    """A server that can be stopped and started again on its port."""
+class LogRecorder:
+    """A logger whose entries a test can wait for.
 
-    def __init__(self, nursery: trio.Nursery) -> None:
+    Attributes:
+        log: The logger to pass to the product.
+        entries: What was logged: the fields, and the message as ``event``.
+    """
+
+    def __init__(self) -> None:
+        self.log: FilteringBoundLogger = structlog.wrap_logger(
+            None,
+            processors=[self._record],
+            wrapper_class=structlog.make_filtering_bound_logger(0),
+        )
+        self.entries: list[dict[str, object]] = []
+        self._changed = trio.Event()
+
+    def count(self, event: str, **fields: object) -> int:
+        """Return how many entries have this message and these fields."""
+        wanted = fields | {"event": event}
+        return sum(wanted.items() <= entry.items() for entry in self.entries)
+
+    async def wait_for(self, event: str, times: int = 1, **fields: object) -> None:
+        """Wait until this many entries have this message and these fields."""
+        while self.count(event, **fields) < times:
+            await self._changed.wait()
+
+    def _record(
+        self, logger: object, method: str, entry: MutableMapping[str, object]
+    ) -> NoReturn:
+        self.entries.append(dict(entry))
+        self._changed.set()
+        self._changed = trio.Event()
+        raise structlog.DropEvent
+
+
+class SharedListener(trio.abc.Listener[trio.SocketStream]):
+    """A listener that stays open when its server stops, so that it keeps its port."""
+
+    def __init__(self, listener: trio.SocketListener) -> None:
+        self._listener = listener
+
+    async def accept(self) -> trio.SocketStream:
+        return await self._listener.accept()
+
+    async def aclose(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
+class Server:
+    """A server that can be stopped and started again on its port.
+
+    While it is stopped, connections are accepted and closed at once.
+
+    Args:
+        listener: The socket that it listens on.
+        nursery: Runs its tasks.
+
+    Attributes:
+        port: The port that it listens on.
+        logs: The log of the server.
+    """
+
+    def __init__(self, listener: trio.SocketListener, nursery: trio.Nursery) -> None:
+        self.port: int = listener.socket.getsockname()[1]
+        self.logs = LogRecorder()
+        self._listener = SharedListener(listener)
         self._nursery = nursery
         self._scope = trio.CancelScope()
-        self._stopped = trio.Event()
-        self.port = 0
+        self._ended = trio.Event()
+        self._ended.set()
 
     async def start(self) -> None:
-        self._scope, self._stopped = trio.CancelScope(), trio.Event()
-        self.port = await self._nursery.start(self._run)
+        await self._replace(self._serve)
 
     async def stop(self) -> None:
-        self._scope.cancel()
-        await self._stopped.wait()
+        await self._replace(self._refuse)
 
-    async def _run(self, task_status: trio.TaskStatus[int]) -> None:
+    async def _replace(self, serve: Callable[[], Awaitable[None]]) -> None:
+        """End the running task and start another one."""
+        self._scope.cancel(reason="another task takes over")
+        await self._ended.wait()
+        self._scope, self._ended = trio.CancelScope(), trio.Event()
+        self._nursery.start_soon(self._run, serve)
+
+    async def _run(self, serve: Callable[[], Awaitable[None]]) -> None:
         with self._scope:
-            await serve_signaling(HOST, self.port, log=LOG, task_status=task_status)
-        self._stopped.set()
+            await serve()
+        self._ended.set()
+
+    async def _serve(self) -> None:
+        await serve_signaling([self._listener], log=self.logs.log)
+
+    async def _refuse(self) -> None:
+        while True:
+            await trio.aclose_forcefully(await self._listener.accept())
 
     @property
     def url(self) -> str:
@@ -159,7 +237,7 @@ class Server:
             assert isinstance(await peer.event(), AcceptConnection)
             yield peer
 
-    async def works(self) -> None:
+    async def check(self) -> None:
         """Check that the server still serves."""
         async with self.room(f"check-{secrets.token_hex(4)}") as room:
             await room.wait_registered()
@@ -167,16 +245,16 @@ class Server:
 
 @asynccontextmanager
 async def running_server() -> AsyncIterator[Server]:
-    with trio.fail_after(DEADLINE):
-        async with open_background_nursery() as nursery:
-            server = Server(nursery)
-            await server.start()
-            yield server
+    [listener] = await trio.open_tcp_listeners(0, host=HOST)
+    async with listener, open_background_nursery() as nursery:
+        server = Server(listener, nursery)
+        await server.start()
+        yield server
 
 
 @asynccontextmanager
 async def lying_server(*texts: str) -> AsyncIterator[str]:
-    """Serve these messages to everybody; gives its URL."""
+    """Serve these messages on each connection; yield the URL."""
 
     async def handle(stream: trio.SocketStream) -> None:
         peer = RawPeer(stream, ConnectionType.SERVER)
@@ -197,7 +275,7 @@ async def lying_server(*texts: str) -> AsyncIterator[str]:
 async def plain_server(
     handle: Callable[[trio.SocketStream], object],
 ) -> AsyncIterator[int]:
-    """Serve anything over TCP; gives its port."""
+    """Serve anything over TCP; yield the port."""
     async with open_background_nursery() as nursery:
         [listener] = await trio.open_tcp_listeners(0, host=HOST)
         await nursery.start(trio.serve_listeners, handle, [listener])
@@ -217,13 +295,7 @@ def sealed(sender: str = "client", target: str = "worker") -> str:
     )
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait until something has happened that nobody announces."""
-    while not condition():  # noqa: ASYNC110
-        await trio.sleep(0.01)
-
-
 async def pass_time(clock: MockClock, seconds: float) -> None:
-    """Let time pass, and whatever happens then happen."""
+    """Move the clock, and wait until all tasks have dealt with it."""
     clock.jump(seconds)
     await trio.testing.wait_all_tasks_blocked(0.05)

@@ -1,4 +1,4 @@
-"""Rooms and the signaling server over real sockets: who meets whom, and comes back."""
+"""Rooms and the signaling server over real sockets: peers meet, and come back."""
 
 import json
 import ssl
@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import structlog
 import trio
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -19,7 +18,6 @@ from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.signaling.client import (
     PeerUnreachableError,
     RegistrationRefusedError,
-    RoomConnection,
     open_room,
 )
 from sleap_rtc.proto.rendezvous.invite import RoomKeys
@@ -38,11 +36,11 @@ from tests.io.signaling.lab import (
     KEYS,
     LOG,
     QUICK,
+    LogRecorder,
     Server,
     lying_server,
     running_server,
     sealed,
-    until,
 )
 
 STRANGER = RoomKeys.from_secret(b"x" * 32)
@@ -50,24 +48,16 @@ STRANGER = RoomKeys.from_secret(b"x" * 32)
 
 @pytest.fixture
 async def server() -> AsyncIterator[Server]:
-    async with running_server() as server:
-        yield server
+    with trio.fail_after(DEADLINE):
+        async with running_server() as server:
+            yield server
 
 
 def answer_to(offer: str) -> str:
     return json.dumps(json.loads(offer) | {"kind": "answer"})
 
 
-async def wait_for_peers(room: RoomConnection, *peers: str) -> None:
-    """Ask until the room holds exactly these other peers."""
-    while True:
-        found = await room.discover()
-        if sorted(peer.peer_id for peer in found) == sorted(peers):
-            return
-        await trio.sleep(0.06)
-
-
-# ---------------------------------------------------------------------- the good way
+# --------------------------------------------------------------------- golden paths
 
 
 async def test_peers_are_found_by_role(server: Server) -> None:
@@ -126,8 +116,8 @@ async def test_answers_find_their_offers_in_any_order(server: Server) -> None:
 
 async def test_an_absent_peer_is_unreachable(server: Server) -> None:
     async with server.room("client") as client:
-        with pytest.raises(PeerUnreachableError, match="nobody can't be reached"):
-            await client.exchange("nobody", sealed(target="nobody"))
+        with pytest.raises(PeerUnreachableError, match="absent can't be reached"):
+            await client.exchange("absent", sealed(target="absent"))
 
 
 async def test_changed_properties_reach_the_room(server: Server) -> None:
@@ -156,8 +146,9 @@ async def test_a_peer_is_gone_when_its_socket_closes(server: Server) -> None:
     async with server.room("client") as client:
         async with server.room("worker", "worker") as worker:
             await worker.wait_registered()
-            await wait_for_peers(client, "worker")
-        await wait_for_peers(client)
+            assert [peer.peer_id for peer in await client.discover()] == ["worker"]
+        await server.logs.wait_for("peer left", peer="worker")
+        assert await client.discover() == []
 
 
 # -------------------------------------------------------------------------- trouble
@@ -169,11 +160,11 @@ async def test_peers_come_back_when_the_server_does(server: Server) -> None:
         server.room("client") as client,
     ):
         await worker.wait_registered()
-        await wait_for_peers(client, "worker")
+        await client.wait_registered()
         await worker.update_metadata({"b": 2})
         await server.stop()
         await server.start()
-        await wait_for_peers(client, "worker")
+        await server.logs.wait_for("peer joined", times=2, peer="worker")
         [found] = await client.discover(role="worker")
         assert found.metadata.properties == {"a": 1, "b": 2}
 
@@ -182,7 +173,7 @@ async def test_a_room_waits_for_a_server_that_is_late(server: Server) -> None:
     await server.stop()
     async with server.room("client") as client, trio.open_nursery() as nursery:
         nursery.start_soon(client.wait_registered)
-        await trio.sleep(0.05)
+        await client.failed.wait()
         await server.start()
 
 
@@ -246,7 +237,9 @@ async def test_impersonation_is_refused(server: Server) -> None:
             victim.offers.receive_nowait()
 
 
-async def test_what_the_body_raises_leaves_the_room_unchanged(server: Server) -> None:
+async def test_an_exception_of_the_body_leaves_the_room_unchanged(
+    server: Server,
+) -> None:
     async def body() -> None:
         async with server.room("client") as room:
             await room.wait_registered()
@@ -271,23 +264,16 @@ CHALLENGE = encode_signal(Challenge(b"n" * 16))
         (CHALLENGE, '{"type":"error","code":"ROOM_FULL","reason":"full"}', "garbage"),
     ],
 )
-async def test_a_broken_server_is_left_and_tried_again(texts: tuple[str, ...]) -> None:
-    with trio.fail_after(DEADLINE), structlog.testing.capture_logs() as logs:
+async def test_a_server_that_breaks_the_protocol_is_tried_again(
+    texts: tuple[str, ...],
+) -> None:
+    logs = LogRecorder()
+    with trio.fail_after(DEADLINE):
         async with (
             lying_server(*texts) as url,
-            open_room(
-                url,
-                KEYS,
-                "a",
-                "client",
-                Metadata(),
-                log=structlog.get_logger(),
-                limits=QUICK,
-            ),
+            open_room(url, KEYS, "a", "client", Metadata(), log=logs.log, limits=QUICK),
         ):
-            await until(
-                lambda: [e["event"] for e in logs].count("no signaling server") >= 3
-            )
+            await logs.wait_for("no signaling server", times=3)
 
 
 async def test_the_list_of_a_full_room_is_not_too_long() -> None:
@@ -344,7 +330,7 @@ def make_tls(folder: Path) -> tuple[ssl.SSLContext, Path]:
 async def test_a_secure_server_is_used_only_if_it_is_trusted(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
 ) -> None:
-    """In front of the server stands a proxy that ends TLS, as is usual."""
+    """A proxy in front of the server ends TLS, as is usual."""
     context, certificate = make_tls(tmp_path)
     if trusted:
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
@@ -365,24 +351,21 @@ async def test_a_secure_server_is_used_only_if_it_is_trusted(
             nursery.start_soon(pump, behind, stream)
             await pump(stream, behind)
 
-    with structlog.testing.capture_logs() as logs:
-        async with open_background_nursery() as nursery:
-            serve = partial(
-                trio.serve_ssl_over_tcp,
-                proxy,
-                0,
-                context,
-                host=HOST,
-                https_compatible=True,
-            )
-            [listener] = await nursery.start(serve)
-            port = listener.transport_listener.socket.getsockname()[1]
-            url = f"wss://localhost:{port}"
-            async with open_room(url, KEYS, "a", "client", Metadata(), log=LOG) as room:
-                if trusted:
-                    assert await room.discover() == []
-                else:
-                    await until(lambda: any("reason" in entry for entry in logs))
-    if not trusted:
-        [reason] = [entry["reason"] for entry in logs if "retry_in" in entry]
-        assert "certificate is not trusted" in reason
+    async with open_background_nursery() as nursery:
+        serve = partial(
+            trio.serve_ssl_over_tcp,
+            proxy,
+            0,
+            context,
+            host=HOST,
+            https_compatible=True,
+        )
+        [listener] = await nursery.start(serve)
+        port = listener.transport_listener.socket.getsockname()[1]
+        url = f"wss://localhost:{port}"
+        async with open_room(url, KEYS, "a", "client", Metadata(), log=LOG) as room:
+            if trusted:
+                assert await room.discover() == []
+            else:
+                await room.failed.wait()
+                assert "certificate is not trusted" in room.trouble

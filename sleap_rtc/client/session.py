@@ -231,18 +231,21 @@ class _Session:
         """Deliver messages until the link ends or the worker breaks the protocol."""
         while True:
             message = await connection.link.receive_message()
-            if not self._results.deliver_offer(
+            if self._results.deliver_offer(
                 message
-            ) and not connection.transfers.deliver_message(message):
-                self._job.receive_message(message, trio.current_time())
-                self._drain()
+            ) or connection.transfers.deliver_message(message):
+                continue
+            if not isinstance(message, m.WorkerJobMessage | m.Error):
+                raise RemoteProtocolError(f"{type(message).__name__} is not expected")
+            self._job.receive_message(message, trio.current_time())
+            self._drain()
 
     def _begin(self, worker: m.Greeting) -> None:
         """Start the job, or continue it over a new link."""
         now, plan = trio.current_time(), self._plan
         client_root, worker_root = plan.shared_root is not None, worker.shared_storage
         if self._job.state is not core.State.IDLE:
-            self._job.link_restored(now)
+            self._job.connection_restored(now)
         elif plan.resumes:
             self._on_event(JobResumed(plan.job_id))
             self._job.resume(

@@ -173,7 +173,7 @@ class Job:
         """Serve the first client of a new job."""
         self._link = link
 
-    async def attach(self, link: JobLink, next_sequence: int) -> bool:
+    async def attach(self, link: JobLink, message: m.JobResume) -> bool:
         """Serve a client that comes back, and no other link from now on.
 
         A client that is still there over an older link is told, so that it does not
@@ -181,7 +181,7 @@ class Job:
 
         Args:
             link: The link over which it came.
-            next_sequence: The first line of output that it misses.
+            message: Its request, with what it misses.
 
         Returns:
             False if there is nothing to come back to any more.
@@ -189,24 +189,26 @@ class Job:
         async with self._attaching:
             if self._link is not None and self.core.can_resume:
                 self._link.leave("a newer connection has taken over the job")
-                self.detach(self._link)
+                self.detach(self._link, "a newer connection has taken over the job")
             await self._settled.wait()
             if not self.core.can_resume:
                 return False
             self._link = link
-            self.core.attached(next_sequence, trio.current_time())
+            now = trio.current_time()
+            self.core.connection_restored(now)
+            self.core.receive_message(message, now)
             self.drain()
             return True
 
-    def detach(self, link: JobLink) -> None:
+    def detach(self, link: JobLink, reason: str) -> None:
         """A link has ended; it matters only if the client has no newer one."""
         if self._link is link:
-            self.core.connection_lost(trio.current_time())
+            self.core.connection_lost(reason, trio.current_time())
             self.drain()
             self._link = None
             self._updated = time.time()
 
-    def receive_message(self, link: JobLink, message: m.Message) -> None:
+    def receive_message(self, link: JobLink, message: m.ClientJobMessage) -> None:
         """Take a message of the client; one from an older link changes nothing.
 
         Raises:
@@ -326,7 +328,7 @@ class Job:
         root = self._home.shared_root
         try:
             await ask_shared(root, look_at_package, path)
-            if root is not None and self.core.state is core.State.CHECKING_INPUT:
+            if root is not None and self.core.state is core.State.SHARING:
                 self._directory = root / PurePosixPath(path).parent
             self.core.input_valid()
         except (InvalidInput, StorageError) as error:
@@ -340,7 +342,7 @@ class Job:
                 raise InvalidInput(
                     f"{path} is not in the job directory, beside the package"
                 )
-            if self.core.state is core.State.MAKING_OUTPUT:
+            if self.core.state is core.State.SHARING:
                 await ask_shared(root, make_directories_beneath, path)
             self.core.output_made()
         except (InvalidInput, StorageError) as error:

@@ -36,7 +36,7 @@ async def serve_link(home: JobsHome, link: Link) -> None:
     try:
         reason = await session.serve()
     finally:
-        session.job.detach(session)
+        session.job.detach(session, reason)
         with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
             await link.aclose(reason)
         log.info("client gone", reason=reason)
@@ -111,6 +111,8 @@ class _Session:
                 continue
             if isinstance(message, m.JobResume):
                 await self._resume(message)
+            elif not isinstance(message, m.ClientJobMessage):
+                raise RemoteProtocolError(f"{type(message).__name__} is not expected")
             else:
                 self._check_is_free(message)
                 self.job.receive_message(self, message)
@@ -123,7 +125,7 @@ class _Session:
         if known is not None:
             # Whatever happens to the link meanwhile, it is this job that it had.
             self.job = known
-            if await known.attach(self, message.point.next_sequence):
+            if await known.attach(self, message):
                 self._log.info("client came back", job=message.job_id)
                 return
             self.job = Job(self._home)

@@ -4,11 +4,24 @@ from enum import Enum, auto
 
 import pytest
 
+from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+from sleap_rtc.proto.job import client_outputs, worker_outputs
+from sleap_rtc.proto.job.client import ClientJob
+from sleap_rtc.proto.job.shared_intake import (
+    IntakeOutput,
+    SharedIntake,
+    SharedRequest,
+)
+from sleap_rtc.proto.job.shared_route import SharedAnswer, SharedOutput, SharedRoute
+from sleap_rtc.proto.job.worker import WorkerJob
 from sleap_rtc.proto.machine import (
+    ConnectedMachine,
+    Machine,
     ReconnectingMachine,
     ServerMachine,
     Table,
+    TimedMachine,
     move,
     move_untrusted,
 )
@@ -24,6 +37,21 @@ def check_types(member: RoomMember, server: RoomServer) -> None:
     """Let mypy check each machine against its protocol. This function never runs."""
     _member: ReconnectingMachine[Signal, MemberOutput] = member
     _server: ServerMachine[Signal, ServerOutput] = server
+
+
+def check_types_of_jobs(
+    client: ClientJob, worker: WorkerJob, route: SharedRoute, intake: SharedIntake
+) -> None:
+    """Let mypy check the machines of jobs. This function never runs."""
+    _client: TimedMachine[
+        messages.WorkerJobMessage | messages.Error, client_outputs.Output
+    ] = client
+    _connected: ConnectedMachine[
+        messages.WorkerJobMessage | messages.Error, client_outputs.Output
+    ] = client
+    _worker: ConnectedMachine[messages.ClientJobMessage, worker_outputs.Output] = worker
+    _route: TimedMachine[SharedAnswer, SharedOutput] = route
+    _intake: Machine[SharedRequest, IntakeOutput] = intake
 
 
 # --------------------------------------------------------------------------- tables

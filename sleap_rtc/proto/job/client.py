@@ -1,13 +1,17 @@
-"""One job as the client sees it: which route, what to send, what to wait for."""
+"""One job as the client sees it, from the decision on a route to the results."""
 
-from sleap_rtc.proto import messages as m
+from collections import deque
+from typing import assert_never
+
+import msgspec
+
+from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 from sleap_rtc.proto.job.client_outputs import (
     CopyPackage,
     DiscardShared,
     FetchResults,
     JobEnded,
-    LinePrinted,
     Outcome,
     Output,
     PrepareShared,
@@ -15,25 +19,30 @@ from sleap_rtc.proto.job.client_outputs import (
     RouteChosen,
     SendMessage,
     SendPackage,
-    StageComplete,
-    StateChanged,
     StopSending,
 )
-from sleap_rtc.proto.job.client_steps import (
-    CANCEL_TIMEOUT,
-    PACKAGE_TRANSFER_ID,
-    PROBE_TIMEOUT,
-    REPLY_TIMEOUT,
-    JobSteps,
+from sleap_rtc.proto.job.client_table import TRANSITIONS, State, Trigger
+from sleap_rtc.proto.job.reports import (
+    LinePrinted,
+    ReportReader,
+    StageComplete,
+    StateChanged,
 )
-from sleap_rtc.proto.job.client_table import EXPECTED, STALE, State
-from sleap_rtc.proto.route.routes import RoutePreference, first_route
+from sleap_rtc.proto.job.results import ResultList
+from sleap_rtc.proto.job.shared_route import SharedAnswer, SharedRoute, SharedState
+from sleap_rtc.proto.machine import move, move_untrusted
+from sleap_rtc.proto.route.routes import (
+    GiveUp,
+    RoutePreference,
+    TryShared,
+    UseChannel,
+    after_shared_failure,
+    first_route,
+)
 
 __all__ = [
     "CANCEL_TIMEOUT",
-    "EXPECTED",
     "PACKAGE_TRANSFER_ID",
-    "PROBE_TIMEOUT",
     "REPLY_TIMEOUT",
     "ClientJob",
     "CopyPackage",
@@ -54,22 +63,69 @@ __all__ = [
     "StopSending",
 ]
 
+REPLY_TIMEOUT = 30.0
+"""Seconds for the worker to accept a package, or to resume a job."""
 
-class ClientJob(JobSteps):
-    """One job, from the decision on a route to the results.
+CANCEL_TIMEOUT = 20.0
+"""Seconds for the worker to stop a job: it gives the trainer ten to save its model."""
+
+PACKAGE_TRANSFER_ID = 0
+"""The package is the first file of a link; results follow it."""
+
+_HAS_PACKAGE = frozenset({"QUEUED", "RUNNING", "COMPLETE"})
+"""States that a worker reports only after it has received the whole package."""
+
+
+class _Cancellation(msgspec.Struct, frozen=True):
+    """The wish of the user to stop the job, with its reason."""
+
+    reason: str
+    stopped: bool = False
+    """True once the worker has ended the job."""
+
+
+class _Transfer(msgspec.Struct, frozen=True):
+    """The package or the results, on their way."""
+
+    stopped: bool = False
+    """True once `StopSending` was returned; its report may still come."""
+
+
+class ClientJob:
+    """One job, over as many links as it takes.
 
     Inputs from the world: `receive_message`, `handle_timeout`, `connection_lost`, and
-    then `link_restored` or `give_up`. Commands: `submit` once, or `resume` if an
+    then `connection_restored` or `give_up`. Commands: `submit` once, or `resume` if an
     earlier process submitted the job, then `cancel` at any time. Reports on effects:
     `probe_written`, `package_copied`, `shared_failed`, `package_sent`,
     `results_fetched`, `transfer_failed`. After each of them call `next_output` until it
-    gives None, then look at `deadline`.
+    returns None, then `deadline`.
 
     Args:
         job_id: A fresh id, ``job_`` and hexadecimal digits.
         package: Name of the package file.
         size: Its size in bytes.
     """
+
+    def __init__(self, job_id: str, package: str, size: int) -> None:
+        self.job_id = job_id
+        self.state = State.IDLE
+        self.route: messages.Route | None = None
+        self._package = package
+        self._size = size
+        self._preference: RoutePreference = "auto"
+        self._decision: TryShared | UseChannel | GiveUp = GiveUp("not submitted")
+        self._shared: SharedRoute | None = None
+        self._connected = True
+        self._resumed_from = State.IDLE
+        self._is_known = False
+        self._reports = ReportReader()
+        self._results = ResultList()
+        self._transfer: _Transfer | None = None
+        self._cancellation: _Cancellation | None = None
+        self._ending = JobEnded("lost")
+        self._deadline: float | None = None
+        self._outputs: deque[Output] = deque()
 
     # ------------------------------------------------------------------- commands
 
@@ -81,21 +137,20 @@ class ClientJob(JobSteps):
         client_root: bool,
         worker_root: bool,
     ) -> None:
-        """Start; does nothing if the job was cancelled or lost before.
+        """Start the job, unless it was cancelled or lost before.
 
         Args:
             preference: The route that the user asked for.
             now: Seconds on the owner's clock.
             client_root: Whether shared storage is configured here.
-            worker_root: Whether the worker's greeting says so of itself.
+            worker_root: Whether the worker's greeting reports shared storage.
 
         Raises:
             LocalProtocolError: If it has started already.
         """
-        if self.state is State.ENDED:
-            return
-        self._decide(preference, client_root, worker_root)
-        self._take(self._decision, now)
+        if self.state is not State.ENDED:
+            self._decide(preference, client_root, worker_root)
+            self._follow(self._decision, now)
 
     def resume(
         self,
@@ -104,99 +159,82 @@ class ClientJob(JobSteps):
         *,
         client_root: bool,
         worker_root: bool,
-        route: m.Route | None,
+        route: messages.Route | None,
     ) -> None:
-        """Go on with a job that an earlier process submitted, or start it if it is not.
+        """Resume a job of an earlier process, or start it if the worker lacks it.
 
         Args:
             preference: As in `submit`, as are the next three.
             now: Seconds on the owner's clock.
             client_root: Whether shared storage is configured here.
-            worker_root: Whether the worker's greeting says so of itself.
+            worker_root: Whether the worker's greeting reports shared storage.
             route: The route that the earlier process took; None if it took none yet.
 
         Raises:
             LocalProtocolError: If it has started already.
         """
-        if self.state is State.ENDED:
-            return
-        self._decide(preference, client_root, worker_root)
-        self.route = route
-        self._ask_to_resume(now)
-
-    def _decide(
-        self, preference: RoutePreference, client_root: bool, worker_root: bool
-    ) -> None:
-        """Decide on the first route, over the first link or another one."""
-        self._require(State.IDLE)
-        self._connected = True
-        self._preference = preference
-        self._decision = first_route(
-            preference, client_root=client_root, worker_root=worker_root
-        )
+        if self.state is not State.ENDED:
+            self._decide(preference, client_root, worker_root)
+            self.route = route
+            self._ask_to_resume(now)
 
     def cancel(self, reason: str, now: float) -> None:
-        """Stop the job; the last event says when it has stopped.
+        """Stop the job; `JobEnded` follows when it has stopped.
 
-        A job that does not depend on the worker any more, or not yet, ends at once.
-        While the worker is stopping it a second call changes nothing.
+        A job that does not depend on the worker ends at once. While the worker is
+        stopping it, a second call changes nothing.
 
         Args:
             reason: Why, for people.
             now: Seconds on the owner's clock.
         """
-        if self.state is State.ENDED or self._is_cancelling():
+        if self.state is State.ENDED or self._is_stopping():
             return
-        self._cancel_reason = self._cancel_reason or reason
-        self._is_cancelled = True
+        if self._cancellation is not None:
+            reason = self._cancellation.reason
         self._abandon()
         match self.state:
             case State.RESUMING if self._resumed_from is not State.FETCHING:
-                self._resumed_from = State.CANCELLING
                 self._deadline = now + CANCEL_TIMEOUT
             case State.SUBMITTING | State.SENDING | State.WAITING:
-                self._send(m.JobCancel(self.job_id))
-                self._enter(State.CANCELLING, now + CANCEL_TIMEOUT)
+                self._ask_to_stop(now)
             case _:
-                self._end("cancelled", self._cancel_reason)
+                self._end("cancelled", reason)
+        self._cancellation = _Cancellation(reason)
 
     # ----------------------------------------------------------- reports on effects
 
     def probe_written(self, path: str, content: str, now: float) -> None:
-        """The probe file is there.
+        """Handle a report: the probe file exists.
 
         Args:
-            path: Where, beneath the root.
-            content: BLAKE3 hash of what it holds, in hexadecimal digits.
+            path: Where it is, beneath the root.
+            content: BLAKE3 hash of its content, in hexadecimal digits.
             now: Seconds on the owner's clock.
 
         Raises:
-            LocalProtocolError: If nobody asked for it.
+            LocalProtocolError: If it was not asked for.
         """
-        if self._is_over():
-            return
-        self._require(State.PREPARING)
-        self._probe_path, self._probe_content = path, content
-        self._probe(now)
+        if not self._is_late():
+            self._sharing().probe_written(path, content, now)
+            self._follow_shared(now)
 
     def package_copied(self, path: str, now: float) -> None:
-        """The package lies in the job directory.
+        """Handle a report: the package is in the job directory.
 
         Args:
-            path: Where, beneath the root.
+            path: Where it is, beneath the root.
             now: Seconds on the owner's clock.
 
         Raises:
-            LocalProtocolError: If nobody asked for it.
+            LocalProtocolError: If it was not asked for.
         """
-        if self._is_over():
-            return
-        self._require(State.COPYING)
-        self._copied_path = path
-        self._announce(now)
+        if not self._is_late():
+            self._sharing().package_copied(path, now)
+            self._follow_shared(now)
 
     def shared_failed(self, reason: str, now: float) -> None:
-        """The shared storage can't be used from here.
+        """Handle a report: the shared storage cannot be used from here.
 
         Args:
             reason: Why, a sentence without its full stop.
@@ -205,111 +243,104 @@ class ClientJob(JobSteps):
         Raises:
             LocalProtocolError: If the shared route is not being tried.
         """
-        if self._is_over():
-            return
-        if self.state not in (State.PREPARING, State.COPYING):
-            raise LocalProtocolError(f"no copy is under way while {self._doing()}")
-        self._leave_shared(reason, now)
+        if not self._is_late():
+            self._sharing().storage_failed(reason)
+            self._follow_shared(now)
 
     def package_sent(self) -> None:
-        """The worker has the package and has verified it.
+        """Handle a report: the worker has the package and has verified it.
 
         Raises:
             LocalProtocolError: If it was not being sent.
         """
-        if self._is_over():
+        if self._is_late():
             return
         match self.state:
-            case State.SENDING if self._transferring:
-                self._transferring = False
-                self._enter(State.WAITING)
-            case State.WAITING if self._transferring:
-                self._transferring = False
-            case _ if self._was_stopped:
-                pass  # the job or the loss of the link was quicker than this report
-            case _:
-                raise LocalProtocolError(f"no package is sent while {self._doing()}")
+            case State.SENDING if self._is_transferring():
+                self._transfer = None
+                self._move(Trigger.SENT)
+            case State.WAITING if self._is_transferring():
+                self._transfer = None
+            case State.FETCHING if self._is_transferring():
+                pass  # the worker ended the job before this report
+            case _ if self._transfer is None:
+                raise LocalProtocolError(f"no package is sent in {self.state.name}")
 
     def results_fetched(self) -> None:
-        """The results are where the user wants them.
+        """Handle a report: the results are where the user wants them.
 
         Raises:
-            LocalProtocolError: If nobody asked for them.
+            LocalProtocolError: If they were not asked for.
         """
-        if self._is_over():
+        if self._is_late():
             return
-        if self._was_stopped and self.state is not State.FETCHING:
-            return  # they are asked for once more
-        self._require(State.FETCHING)
-        self._transferring = False
-        self._send(m.ResultsReceived(self.job_id))
-        self._end_as(self._ending)
+        if self.state is State.FETCHING:
+            self._transfer = None
+            self._send(messages.ResultsReceived(self.job_id))
+            self._end_as(self._ending)
+        elif self._transfer is None or not self._transfer.stopped:
+            raise LocalProtocolError(f"no results are fetched in {self.state.name}")
 
     def transfer_failed(self, reason: str) -> None:
-        """The package could not be sent, or the results could not be fetched.
+        """Handle a report: the package was not sent, or the results not fetched.
 
         Raises:
             LocalProtocolError: If nothing was being transferred.
         """
-        if self._is_over():
+        if self._is_late():
             return
-        if not self._transferring:
-            if self._was_stopped:
-                return  # it had failed already, and is tried again
-            raise LocalProtocolError(f"no transfer is under way while {self._doing()}")
-        self._transferring = False
+        if self._transfer is None:
+            raise LocalProtocolError(f"no transfer is under way in {self.state.name}")
+        if self._transfer.stopped:
+            return
+        self._transfer = None
         if self.state is State.SENDING:
-            self._send(m.JobCancel(self.job_id))  # nothing will follow
+            self._send(messages.JobCancel(self.job_id))  # nothing will follow
         if self.state is not State.WAITING:
             self._end("transfer_failed", reason)
-        # Otherwise the worker has said that it has the package, and that counts.
+        # Otherwise the worker has reported that it has the package, and that counts.
 
     # ------------------------------------------------------------ inputs of the world
 
-    def receive_message(self, message: m.Message, now: float) -> None:
-        """Take a message of the worker; after the end of the link it changes nothing.
+    def receive_message(
+        self, message: messages.WorkerJobMessage | messages.Error, now: float
+    ) -> None:
+        """Handle a message of the worker; after the end of the link it is ignored.
 
         Raises:
-            RemoteProtocolError: If it does not belong here; the state is unchanged.
+            RemoteProtocolError: If the worker may not send it now; nothing changed.
         """
         if self.state is State.ENDED or not self._connected:
             return
-        if isinstance(message, m.Unknown):
-            return
-        if isinstance(message, m.Error):
+        if isinstance(message, messages.Error):
             self._lose(f"the worker ended the connection: {message.reason}")
             return
-        expected = EXPECTED[self.state]
-        if type(message) not in expected:
-            if type(message) in STALE and self.route == "channel":
-                return
-            raise RemoteProtocolError(
-                f"{type(message).__name__} is not expected while {self._doing()}"
-            )
-        if getattr(message, "job_id", self.job_id) != self.job_id:
+        if isinstance(message, SharedAnswer) and self.route == "channel":
+            return  # the answer to a question of the shared route, which was given up
+        move_untrusted(TRANSITIONS, self.state, type(message))
+        if isinstance(message, messages.JobMessage) and message.job_id != self.job_id:
             raise RemoteProtocolError(f"{type(message).__name__} is for another job")
-        self._dispatch(message, now)
+        self._handle(message, now)
 
     def connection_lost(self, reason: str, now: float) -> None:
-        """The link is gone; what needs none goes on meanwhile.
+        """Stop what needs a link, and ask for another one.
 
         Args:
-            reason: Why, for people.
-            now: Not used, but part of every machine's contract.
+            reason: Why the link ended, for people.
+            now: Seconds on the owner's clock.
         """
-        del now
         if self.state is State.ENDED or not self._connected:
             return
         self._connected = False
         if self._needs_no_link():
             return
         self._stop_transfer()
-        if not self._is_cancelling():
+        if not self._is_stopping():
             self._deadline = None
-        self._put(Reconnect(reason))
+        self._outputs.append(Reconnect(reason))
 
-    def link_restored(self, now: float) -> None:
-        """There is another link to the same worker, and both sides have greeted.
+    def connection_restored(self, now: float) -> None:
+        """Go on over another link to the same worker.
 
         Raises:
             LocalProtocolError: If no link was lost, or the job has not been submitted.
@@ -320,18 +351,14 @@ class ClientJob(JobSteps):
         if self.state is State.IDLE:
             raise LocalProtocolError("the job has not been submitted")
         self._connected = True
-        match self.state:
-            case State.PREPARING | State.COPYING:
-                pass  # what is under way tells the worker when it is ready
-            case State.PROBING:
-                self._probe(now)
-            case State.CHECKING_INPUT | State.CHECKING_OUTPUT:
-                self._announce(now)
-            case _:
-                self._ask_to_resume(now)
+        if self.state is State.SHARING:
+            self._sharing().connection_restored(now)
+            self._follow_shared(now)
+        else:
+            self._ask_to_resume(now)
 
     def give_up(self, reason: str) -> None:
-        """There will be no other link.
+        """End the job, because no other link can be opened.
 
         Args:
             reason: Why, for people.
@@ -342,40 +369,288 @@ class ClientJob(JobSteps):
         if self.state is State.ENDED or self._needs_no_link():
             return
         self._require_lost_link()
-        if self._is_cancelling():
+        if self._is_stopping():
             self._end("cancelled", "the worker was not told", confirmed=False)
         else:
             self._lose(reason)
 
     def handle_timeout(self, now: float) -> None:
-        """Look at the clock; does nothing before the deadline."""
-        if self._deadline is None or now < self._deadline:
+        """End a job whose worker has not answered; nothing before `deadline`."""
+        deadline = self.deadline()
+        if deadline is None or now < deadline:
             return
-        match self.state:
-            case State.PROBING:
-                self._leave_shared(
-                    "The worker did not find the probe file in time", now
-                )
-            case State.CHECKING_INPUT | State.CHECKING_OUTPUT:
-                self._leave_shared("The worker did not check the paths in time", now)
-            case State.SUBMITTING:
-                self._send(m.JobCancel(self.job_id))
-                self._end(
-                    "lost", f"the worker did not answer for {REPLY_TIMEOUT:.0f} s"
-                )
-            case _ if self._is_cancelling():
-                self._end("cancelled", "the worker is silent", confirmed=False)
-            case State.RESUMING:
-                self._end(
-                    "lost", f"the worker did not resume for {REPLY_TIMEOUT:.0f} s"
-                )
-            case _:
-                self._deadline = None
+        if self.state is State.SHARING:
+            self._sharing().handle_timeout(now)
+            self._follow_shared(now)
+        elif self._is_stopping():
+            self._end("cancelled", "the worker is silent", confirmed=False)
+        elif self.state is State.SUBMITTING:
+            self._send(messages.JobCancel(self.job_id))
+            self._end("lost", f"the worker did not answer for {REPLY_TIMEOUT:.0f} s")
+        else:
+            self._end("lost", f"the worker did not resume for {REPLY_TIMEOUT:.0f} s")
 
     def deadline(self) -> float | None:
-        """When `handle_timeout` wants to be called, if ever."""
+        """Return when `handle_timeout` has something to do; None if never."""
+        if self.state is State.SHARING:
+            return self._sharing().deadline() if self._connected else None
         return self._deadline
 
     def next_output(self) -> Output | None:
-        """Give the next thing to do or to show."""
+        """Remove and return the oldest effect or event; None if none is left."""
         return self._outputs.popleft() if self._outputs else None
+
+    # ----------------------------------------------------------- the way to the worker
+
+    def _decide(
+        self, preference: RoutePreference, client_root: bool, worker_root: bool
+    ) -> None:
+        """Decide on the first route, over the first link or another one."""
+        if self.state is not State.IDLE:
+            raise LocalProtocolError(f"the job was submitted: it is {self.state.name}")
+        self._connected = True
+        self._preference = preference
+        self._decision = first_route(
+            preference, client_root=client_root, worker_root=worker_root
+        )
+
+    def _follow(self, decision: TryShared | UseChannel | GiveUp, now: float) -> None:
+        match decision:
+            case TryShared():
+                self._move(Trigger.SHARED)
+                self._shared = SharedRoute(self.job_id, self._package)
+                self._follow_shared(now)
+            case UseChannel(reason=reason):
+                self._use_channel(reason)
+                self._submit(now)
+            case GiveUp(reason=reason):
+                self._end("transfer_failed", reason)
+            case _:
+                assert_never(decision)
+
+    def _follow_shared(self, now: float) -> None:
+        """Carry out what the shared route asks for, and leave it at its end."""
+        shared = self._sharing()
+        while (output := shared.next_output()) is not None:
+            match output:
+                case SendMessage(message=message):
+                    self._send(message)
+                case RouteChosen(route=route):
+                    self.route = route
+                    self._outputs.append(output)
+                case _:
+                    self._outputs.append(output)
+        if shared.state is SharedState.STARTED:
+            self._move(Trigger.STARTED)
+        elif shared.state is SharedState.FAILED:
+            self._abandon()
+            self._follow(after_shared_failure(self._preference, shared.failure), now)
+
+    def _use_channel(self, reason: str) -> None:
+        if self.route != "channel":
+            self.route = "channel"
+            self._outputs.append(RouteChosen("channel", reason))
+
+    def _submit(self, now: float) -> None:
+        submission = messages.Submission(self._package, self._size)
+        self._send(messages.JobSubmit(self.job_id, submission))
+        self._move(Trigger.CHANNEL, now + REPLY_TIMEOUT if self._connected else None)
+
+    def _send_package(self) -> None:
+        self._outputs.append(SendPackage(PACKAGE_TRANSFER_ID))
+        self._transfer = _Transfer()
+
+    # --------------------------------------------------------- messages of the worker
+
+    def _handle(self, message: messages.WorkerJobMessage, now: float) -> None:
+        """Handle a message that the table expects now."""
+        match message:
+            case (
+                messages.MountProbed()
+                | messages.MountProbeFailed()
+                | messages.PathValidated()
+                | messages.PathError()
+            ):
+                self._sharing().receive_message(message, now)
+                self._follow_shared(now)
+            case messages.JobAccepted():
+                if self.state is State.SUBMITTING:
+                    self._send_package()
+                    self._move(messages.JobAccepted)
+            case messages.JobRejected(reason=reason):
+                cancelled = self._cancellation is not None
+                self._end("cancelled" if cancelled else "rejected", reason)
+            case messages.JobResumed(progress=progress):
+                self._resumed(progress, now)
+            case messages.JobUnknown():
+                self._start_again(now)
+            case messages.JobState(progress=progress):
+                self._is_known = True
+                self._report(message)
+                if self.state is State.SENDING and progress.state in _HAS_PACKAGE:
+                    # The worker may be quicker than the report that all is sent.
+                    self._move(Trigger.SENT)
+            case (
+                messages.JobLog()
+                | messages.TrainingComplete()
+                | messages.InferenceComplete()
+            ):
+                self._report(message)
+            case messages.JobResults(page=page):
+                self._results.add_untrusted(page)
+            case messages.JobComplete(path=path):
+                self._fetch(JobEnded("complete", path=path), messages.JobComplete)
+            case messages.JobFailed(reason=reason):
+                if self._cancellation is None:
+                    ending = JobEnded("failed", reason)
+                else:
+                    ending = JobEnded("cancelled", self._cancellation.reason)
+                self._fetch(ending, messages.JobFailed)
+            case _:
+                assert_never(message)
+
+    def _report(self, report: messages.JobReport) -> None:
+        if (event := self._reports.read(report)) is not None:
+            self._outputs.append(event)
+
+    def _ask_to_resume(self, now: float) -> None:
+        deadline = self._deadline if self._is_stopping() else now + REPLY_TIMEOUT
+        self._results = ResultList()  # the worker lists them again
+        point = messages.ResumePoint(self._reports.next_sequence)
+        self._send(messages.JobResume(self.job_id, point))
+        if self.state is not State.RESUMING:
+            self._resumed_from = self.state
+        self._move(Trigger.RESUME, deadline)
+
+    def _resumed(self, progress: messages.JobProgress, now: float) -> None:
+        """Go on with a job that the worker has, from where it is there."""
+        self._is_known = self._is_known or progress.state != "RECEIVING"
+        if self.route is None or progress.state == "RECEIVING":
+            self._use_channel("the worker has the job already")
+        if self._is_stopping():
+            self._ask_to_stop(now)
+            return
+        if (event := self._reports.read_progress(progress)) is not None:
+            self._outputs.append(event)
+        if progress.state == "RECEIVING":
+            self._send_package()
+            self._move(Trigger.SEND)
+        else:
+            self._move(messages.JobResumed)
+
+    def _start_again(self, now: float) -> None:
+        """Submit a job that the worker does not have, unless it had it once."""
+        announced = self._shared if self._may_announce() else None
+        if self._cancellation is not None and not self._cancellation.stopped:
+            if announced is not None:
+                self._outputs.append(DiscardShared(self.job_id))
+            self._end("cancelled", self._cancellation.reason)
+            return
+        match self._resumed_from:
+            case State.IDLE:
+                self.route = None
+                self._follow(self._decision, now)
+            case State.SUBMITTING | State.SENDING:
+                self._submit(now)
+            case State.WAITING if announced is not None:
+                self._move(Trigger.SHARED)
+                announced.announce(now)
+                self._follow_shared(now)
+            case _:
+                self._end("lost", "the worker no longer has the job")
+
+    def _may_announce(self) -> bool:
+        """Return whether a worker without the job may have missed its start."""
+        return self.route == "shared" and not self._is_known
+
+    # ----------------------------------------------------------------- the end of it
+
+    def _fetch(
+        self,
+        ending: JobEnded,
+        message: type[messages.JobComplete] | type[messages.JobFailed],
+    ) -> None:
+        """End the job, after its results have come home."""
+        self._abandon()
+        self._move(message)
+        self._ending = ending
+        if self._cancellation is not None:
+            self._cancellation = _Cancellation(self._cancellation.reason, stopped=True)
+        files = self._results.files
+        if files and self.route is not None:
+            self._outputs.append(FetchResults(self.job_id, self.route, files))
+            self._transfer = _Transfer()
+        else:
+            # Nothing is fetched, so the worker needs no copy either.
+            self._send(messages.ResultsReceived(self.job_id))
+            self._end_as(ending)
+
+    def _ask_to_stop(self, now: float) -> None:
+        self._send(messages.JobCancel(self.job_id))
+        self._move(Trigger.CANCEL, now + CANCEL_TIMEOUT)
+
+    def _lose(self, reason: str) -> None:
+        self._abandon()
+        self._end("lost", reason)
+
+    def _abandon(self) -> None:
+        """Stop the effect that is under way, and undo what will not be used."""
+        if self.state is State.SHARING:
+            self._outputs.append(DiscardShared(self.job_id))
+        self._stop_transfer()
+
+    def _stop_transfer(self) -> None:
+        if self._is_transferring():
+            self._transfer = _Transfer(stopped=True)
+            self._outputs.append(StopSending())
+
+    def _end(
+        self, outcome: Outcome, reason: str = "", *, confirmed: bool = True
+    ) -> None:
+        self._end_as(JobEnded(outcome, reason, confirmed=confirmed))
+
+    def _end_as(self, ending: JobEnded) -> None:
+        self._move(Trigger.END)
+        self._outputs.append(ending)
+
+    # ------------------------------------------------------------------ small helpers
+
+    def _move(
+        self,
+        trigger: Trigger | type[messages.WorkerJobMessage],
+        deadline: float | None = None,
+    ) -> None:
+        self.state = move(TRANSITIONS, self.state, trigger)
+        self._deadline = deadline
+
+    def _send(self, message: messages.ClientJobMessage) -> None:
+        if self._connected:
+            self._outputs.append(SendMessage(message))
+
+    def _sharing(self) -> SharedRoute:
+        """Return the shared route, if it is being tried."""
+        if self._shared is None or self.state is not State.SHARING:
+            raise LocalProtocolError(
+                f"the shared route is not tried in {self.state.name}"
+            )
+        return self._shared
+
+    def _is_late(self) -> bool:
+        """Return whether a report may come from an effect that was given up."""
+        return self.state in (State.CANCELLING, State.RESUMING, State.ENDED)
+
+    def _is_stopping(self) -> bool:
+        """Return whether the worker has to stop the job, and has not confirmed it."""
+        return self._cancellation is not None and not self._cancellation.stopped
+
+    def _is_transferring(self) -> bool:
+        return self._transfer is not None and not self._transfer.stopped
+
+    def _needs_no_link(self) -> bool:
+        """Return whether the results are copied without the worker, which is gone."""
+        fetching = self.state is State.FETCHING and self.route == "shared"
+        return fetching and not self._connected
+
+    def _require_lost_link(self) -> None:
+        if self._connected:
+            raise LocalProtocolError(f"no link was lost in {self.state.name}")

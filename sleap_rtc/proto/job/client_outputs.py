@@ -4,7 +4,8 @@ from typing import Literal
 
 import msgspec
 
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
+from sleap_rtc.proto.job.reports import ReportEvent
 
 Outcome = Literal[
     "complete", "failed", "cancelled", "rejected", "transfer_failed", "lost"
@@ -14,7 +15,7 @@ Outcome = Literal[
 class SendMessage(msgspec.Struct, frozen=True):
     """Send this to the worker."""
 
-    message: m.Message
+    message: messages.ClientJobMessage
 
 
 class PrepareShared(msgspec.Struct, frozen=True):
@@ -36,7 +37,7 @@ class CopyPackage(msgspec.Struct, frozen=True):
 
 
 class DiscardShared(msgspec.Struct, frozen=True):
-    """Stop copying, and remove the job directory: nobody will use it."""
+    """Stop copying, and remove the job directory, which no job will use."""
 
     job_id: str
 
@@ -53,7 +54,8 @@ class SendPackage(msgspec.Struct, frozen=True):
 class StopSending(msgspec.Struct, frozen=True):
     """Stop sending the package, or fetching the results.
 
-    Its report changes nothing any more, if it comes before the next transfer begins.
+    The report of what was stopped changes nothing. It may come late, but not after the
+    next transfer has begun.
     """
 
 
@@ -64,15 +66,15 @@ class FetchResults(msgspec.Struct, frozen=True):
     """
 
     job_id: str
-    route: m.Route
-    files: tuple[m.ResultFile, ...]
+    route: messages.Route
+    files: tuple[messages.ResultFile, ...]
 
 
 class Reconnect(msgspec.Struct, frozen=True):
-    """Open another link to the same worker: this one is gone.
+    """Open another link to the same worker, because the last one is lost.
 
-    The owner answers with `link_restored` or `give_up`; `submit` and `resume` do for
-    a job that has not begun.
+    The owner answers with `connection_restored` or `give_up`. A job that has not begun
+    is answered with `submit` or `resume` instead.
     """
 
     reason: str
@@ -81,27 +83,8 @@ class Reconnect(msgspec.Struct, frozen=True):
 class RouteChosen(msgspec.Struct, frozen=True):
     """Event: how the package will travel, and why."""
 
-    route: m.Route
+    route: messages.Route
     reason: str
-
-
-class StateChanged(msgspec.Struct, frozen=True):
-    """Event: what the worker says of the job."""
-
-    progress: m.JobProgress
-
-
-class LinePrinted(msgspec.Struct, frozen=True):
-    """Event: a line of the job's output, or a new version of an earlier one."""
-
-    line: int
-    text: str
-
-
-class StageComplete(msgspec.Struct, frozen=True):
-    """Event: all commands of one kind have succeeded."""
-
-    stage: Literal["training", "inference"]
 
 
 class JobEnded(msgspec.Struct, frozen=True):
@@ -127,6 +110,9 @@ class JobEnded(msgspec.Struct, frozen=True):
         return not self.confirmed or self.outcome in ("lost", "transfer_failed")
 
 
+JobEvent = RouteChosen | ReportEvent
+"""Events for the user; `JobEnded` follows them."""
+
 Output = (
     SendMessage
     | PrepareShared
@@ -136,9 +122,6 @@ Output = (
     | StopSending
     | FetchResults
     | Reconnect
-    | RouteChosen
-    | StateChanged
-    | LinePrinted
-    | StageComplete
+    | JobEvent
     | JobEnded
 )

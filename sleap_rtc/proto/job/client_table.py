@@ -1,101 +1,108 @@
-"""The states of a client's job, and the messages that each of them expects."""
+"""The states of a client's job, and what leads from one to another."""
 
 from enum import Enum, auto
+from typing import get_args
 
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
+from sleap_rtc.proto.job.shared_route import SharedAnswer
+from sleap_rtc.proto.machine import Table
 
 
 class State(Enum):
-    """What the client is busy with."""
+    """Phase of a client's job."""
 
-    IDLE = auto()
-    PREPARING = auto()
-    PROBING = auto()
-    COPYING = auto()
-    CHECKING_INPUT = auto()
-    CHECKING_OUTPUT = auto()
-    SUBMITTING = auto()
-    SENDING = auto()
-    WAITING = auto()
-    CANCELLING = auto()
-    FETCHING = auto()
-    RESUMING = auto()
+    IDLE = auto()  #        not submitted
+    SHARING = auto()  #     `SharedRoute` brings the package to the worker
+    SUBMITTING = auto()  #  the worker decides whether it takes the package
+    SENDING = auto()  #     the package goes through the channel
+    WAITING = auto()  #     the job is queued or runs
+    CANCELLING = auto()  #  the worker has been asked to stop the job
+    FETCHING = auto()  #    the job has ended, and its results come home
+    RESUMING = auto()  #    the worker has been asked about the job over a new link
     ENDED = auto()
 
 
-_LIFE: frozenset[type[m.Message]] = frozenset(
-    {
-        m.JobState,
-        m.JobLog,
-        m.TrainingComplete,
-        m.InferenceComplete,
-        m.JobResults,
-        m.JobComplete,
-        m.JobFailed,
-    }
-)
+class Trigger(Enum):
+    """Causes of a transition besides the messages of the worker."""
 
-_STOPPED: frozenset[type[m.Message]] = frozenset(
-    {
-        m.JobState,  #              no change
-        m.JobFailed,  #             ENDED
-    }
-)
-"""The worker's owner may stop a job as soon as the worker knows its id."""
+    SHARED = auto()  #   the shared route is tried
+    CHANNEL = auto()  #  the package is offered through the channel
+    STARTED = auto()  #  the worker has started the job over the shared route
+    SEND = auto()  #     the worker lacks the package, or a part of it
+    SENT = auto()  #     the worker has the whole package
+    CANCEL = auto()  #   the worker is asked to stop the job
+    RESUME = auto()  #   the worker is asked about the job over a new link
+    END = auto()  #      nothing is left to do, or nothing more can be done
 
-_NOTHING: frozenset[type[m.Message]] = frozenset()
 
-# In every state: Error ends the job, and Unknown changes nothing. Nothing that comes
-# after the end of the link changes anything.
-EXPECTED: dict[State, frozenset[type[m.Message]]] = {
-    #                       message                   -> next state
-    State.IDLE: _NOTHING,
-    State.PREPARING: _NOTHING,
-    State.PROBING: _STOPPED
-    | {
-        m.MountProbed,  #           COPYING, or as MountProbeFailed
-        m.MountProbeFailed,  #      SUBMITTING, or ENDED if shared was asked for
+_M, _S, _T = messages, State, Trigger
+
+# The owner of a worker may stop a job as soon as the worker has its id. A message that
+# changes no state is in the table as well: what is not there is the worker's fault.
+TRANSITIONS: Table[State] = {
+    _S.IDLE: {
+        _T.SHARED: _S.SHARING,
+        _T.CHANNEL: _S.SUBMITTING,
+        _T.RESUME: _S.RESUMING,
+        _T.END: _S.ENDED,
     },
-    State.COPYING: _STOPPED,
-    State.CHECKING_INPUT: _STOPPED
-    | {
-        m.PathValidated,  #         CHECKING_OUTPUT
-        m.PathError,  #             SUBMITTING, or ENDED if shared was asked for
+    _S.SHARING: {
+        **dict.fromkeys(get_args(SharedAnswer), _S.SHARING),
+        _M.JobState: _S.SHARING,
+        _M.JobFailed: _S.FETCHING,
+        _T.STARTED: _S.WAITING,
+        _T.CHANNEL: _S.SUBMITTING,
+        _T.END: _S.ENDED,
     },
-    State.CHECKING_OUTPUT: _STOPPED
-    | {
-        m.PathValidated,  #         WAITING
-        m.PathError,  #             SUBMITTING, or ENDED if shared was asked for
+    _S.SUBMITTING: {
+        _M.JobState: _S.SUBMITTING,
+        _M.JobAccepted: _S.SENDING,
+        _M.JobRejected: _S.ENDED,
+        _M.JobFailed: _S.FETCHING,
+        _T.CANCEL: _S.CANCELLING,
+        _T.RESUME: _S.RESUMING,
+        _T.END: _S.ENDED,
     },
-    State.SUBMITTING: _STOPPED
-    | {
-        m.JobAccepted,  #           SENDING
-        m.JobRejected,  #           ENDED
+    _S.SENDING: {
+        _M.JobState: _S.SENDING,
+        _M.JobFailed: _S.FETCHING,
+        _T.SENT: _S.WAITING,
+        _T.CANCEL: _S.CANCELLING,
+        _T.RESUME: _S.RESUMING,
+        _T.END: _S.ENDED,
     },
-    State.SENDING: _STOPPED,  #     also WAITING, by a JobState that says QUEUED
-    State.WAITING: _LIFE,  #        WAITING; FETCHING or ENDED after the last one
-    State.CANCELLING: _LIFE | {m.JobAccepted, m.JobRejected},  # as WAITING
-    State.FETCHING: _NOTHING,
-    State.RESUMING: _STOPPED
-    | frozenset(
-        {
-            m.JobRejected,  #       ENDED
-            m.JobResumed,  #        SENDING or WAITING; CANCELLING if that was asked for
-            m.JobUnknown,  #        SUBMITTING, CHECKING_INPUT, PREPARING, or ENDED
-        }
-    ),
-    State.ENDED: _NOTHING,  #       whatever still comes is ignored
+    _S.WAITING: {
+        **dict.fromkeys(get_args(_M.JobReport), _S.WAITING),
+        _M.JobResults: _S.WAITING,
+        _M.JobComplete: _S.FETCHING,
+        _M.JobFailed: _S.FETCHING,
+        _T.CANCEL: _S.CANCELLING,
+        _T.RESUME: _S.RESUMING,
+        _T.END: _S.ENDED,
+    },
+    _S.CANCELLING: {
+        **dict.fromkeys(get_args(_M.JobReport), _S.CANCELLING),
+        _M.JobAccepted: _S.CANCELLING,
+        _M.JobRejected: _S.ENDED,
+        _M.JobResults: _S.CANCELLING,
+        _M.JobComplete: _S.FETCHING,
+        _M.JobFailed: _S.FETCHING,
+        _T.RESUME: _S.RESUMING,
+        _T.END: _S.ENDED,
+    },
+    _S.FETCHING: {_T.RESUME: _S.RESUMING, _T.END: _S.ENDED},
+    _S.RESUMING: {
+        _M.JobState: _S.RESUMING,
+        _M.JobRejected: _S.ENDED,
+        _M.JobFailed: _S.FETCHING,
+        _M.JobResumed: _S.WAITING,
+        _M.JobUnknown: _S.ENDED,
+        _T.SEND: _S.SENDING,
+        _T.CANCEL: _S.CANCELLING,
+        _T.CHANNEL: _S.SUBMITTING,
+        _T.SHARED: _S.SHARING,
+        _T.RESUME: _S.RESUMING,
+        _T.END: _S.ENDED,
+    },
+    _S.ENDED: {},
 }
-
-STALE = frozenset({m.MountProbed, m.MountProbeFailed, m.PathValidated, m.PathError})
-"""Late answers to questions of the shared route, after it was given up."""
-
-SHARED_STATES = frozenset(
-    {
-        State.PREPARING,
-        State.PROBING,
-        State.COPYING,
-        State.CHECKING_INPUT,
-        State.CHECKING_OUTPUT,
-    }
-)

@@ -1,17 +1,21 @@
 """One job as the worker sees it, from the first message to the end of its run."""
 
 from collections import deque
-from typing import Literal
+from typing import Literal, assert_never
 
-from sleap_rtc.proto import messages as m
+import msgspec
+
+from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 from sleap_rtc.proto.job.log_history import LogHistory
+from sleap_rtc.proto.job.paths import MODELS
 from sleap_rtc.proto.job.results import (
     clean_text,
     end_progress,
     listed_results,
     result_pages,
 )
+from sleap_rtc.proto.job.shared_intake import IntakeState, SharedIntake
 from sleap_rtc.proto.job.worker_outputs import (
     Admit,
     CheckInput,
@@ -27,10 +31,10 @@ from sleap_rtc.proto.job.worker_outputs import (
     StopReceiving,
     StopRun,
 )
-from sleap_rtc.proto.job.worker_table import EARLY, EXPECTED, State
+from sleap_rtc.proto.job.worker_table import TRANSITIONS, State, Trigger
+from sleap_rtc.proto.machine import move, move_untrusted
 
 __all__ = [
-    "EXPECTED",
     "Admit",
     "CheckInput",
     "Discard",
@@ -48,55 +52,52 @@ __all__ = [
     "WorkerJob",
 ]
 
+_NEEDS_ITS_LINK = frozenset({State.NEW, State.SHARING, State.DISCARDED})
+"""States in which nothing is kept for a client that goes away."""
 
-_OUTLIVES_ITS_LINK = frozenset(
-    {
-        State.ADMITTING,
-        State.ADMITTED,
-        State.RECEIVING,
-        State.SUSPENDED,
-        State.QUEUED,
-        State.RUNNING,
-        State.ENDED,
-    }
-)
-
-_NAMES: dict[State, m.JobStateName] = {
+_NAMES: dict[State, messages.JobStateName] = {
     State.QUEUED: "QUEUED",
     State.RUNNING: "RUNNING",
 }
-"""What a job is called that neither waits for its package nor has ended."""
+"""Wire names of the states between the arrival of the package and the end."""
+
+
+class _Ending(msgspec.Struct, frozen=True):
+    """How a job ended, with the reason, or a remark on its results."""
+
+    state: messages.JobStateName
+    detail: str
 
 
 class WorkerJob:
     """One job of a worker.
 
-    Inputs from the world: `receive_message`, `connection_lost`, `attached`. Reports on
-    effects: one method for each, named in the effect. Command of the owner: `cancel`.
-    After each of them call `next_output` until it gives None. It has no deadline of its
-    own: what a silent client leaves behind is ended by the link's idle timeout.
+    Inputs from the world: `receive_message`, `connection_lost`, and then, over another
+    link, `connection_restored` and a `JobResume`. Reports on effects: one method for
+    each, named in the effect. Command of the owner: `cancel`. After each of them call
+    `next_output` until it returns None. It has no deadline of its own: the idle timeout
+    of the link ends what a silent client leaves behind.
 
-    A client that goes away while paths are being checked takes the job with it; later
-    it changes nothing, and may come back over another link.
+    A client that goes away while paths are being checked takes the job with it. Later
+    its loss changes nothing, and it may come back over another link.
     """
 
     def __init__(self) -> None:
         self.state = State.NEW
         self.job_id = ""
-        self.route: m.Route = "shared"
+        self.route: messages.Route = "shared"
         self.cancel_reason = ""
+        self._intake = SharedIntake()
         self._package = ""
         self._size = 0
-        self._output_path = "models"
-        self._early: deque[m.Message] = deque()
+        self._output_path = MODELS
         self._sequence = 0
         self._history = LogHistory()
-        self._stages: list[m.Message] = []
+        self._stages: list[messages.JobReport] = []
         self._position = 0
         self._received = 0
         self._results: dict[str, int] = {}
-        self._unlisted = ""
-        self._failure: str | None = None
+        self._ending: _Ending | None = None
         self._connected = True
         self._resumed = False
         self._outputs: deque[Output] = deque()
@@ -105,23 +106,23 @@ class WorkerJob:
     def restored(
         cls,
         job_id: str,
-        route: m.Route,
-        submission: m.Submission,
-        progress: m.JobProgress,
+        route: messages.Route,
+        submission: messages.Submission,
+        progress: messages.JobProgress,
         *,
         results: dict[str, int],
         output_path: str,
     ) -> "WorkerJob":
-        """Go on with a job that a worker had before it was restarted.
+        """Return a job that the worker had before it was restarted.
 
-        A job that waited waits again; one that ran has failed; one that was on its way
-        can be resumed, as can one whose results were not fetched.
+        A job that waited waits again, and one that ran has failed. One whose package
+        was not complete can be resumed, as can one whose results were not fetched.
 
         Args:
             job_id: Its id.
             route: How its package came.
             submission: Name and size of the package; the name as in `Enqueue`.
-            progress: Where it stood.
+            progress: Where it was.
             results: As in `run_ended`.
             output_path: Where its models are, as in `JobComplete`.
         """
@@ -131,32 +132,35 @@ class WorkerJob:
         job._output_path = output_path
         match progress.state:
             case "RECEIVING":
-                job._enter(State.SUSPENDED)
+                job.state = State.SUSPENDED
             case "QUEUED":
-                job._queue()
+                job.state = State.SUSPENDED
+                job._queue(Trigger.RECEIVED)
             case "RUNNING":
-                job._enter(State.RUNNING)
+                job.state = State.RUNNING
                 job.run_ended("the worker was stopped while the job ran", results)
             case "COMPLETE" | "FAILED" | "CANCELLED":
-                job._enter(State.ENDED)
+                job.state = State.ENDED
                 job._results = listed_results(results)
-                job._restore_ending(progress)
+                job._ending = _Ending(progress.state, progress.detail)
+            case _:
+                assert_never(progress.state)
         return job
 
     @property
-    def progress(self) -> m.JobProgress:
-        """Where the job stands, as its client and the worker's memory are told."""
-        if self.state is State.ENDED:
-            return self._end_progress()
+    def progress(self) -> messages.JobProgress:
+        """Where the job is, as its client and the worker's store see it."""
+        if self._ending is not None:
+            return end_progress(self._ending.state, self._ending.detail)
         name = _NAMES.get(self.state, "RECEIVING")
         position = self._position if name == "QUEUED" else 0
         received = self._received if self.state is State.RECEIVING else 0
-        return m.JobProgress(name, position, received=received)
+        return messages.JobProgress(name, position, received=received)
 
     @property
-    def submission(self) -> m.Submission:
+    def submission(self) -> messages.Submission:
         """Name and size of the package; on shared storage, its path and 0."""
-        return m.Submission(self._package, self._size)
+        return messages.Submission(self._package, self._size)
 
     @property
     def output_path(self) -> str:
@@ -165,377 +169,341 @@ class WorkerJob:
 
     @property
     def results(self) -> dict[str, int]:
-        """The files that the job made, and their sizes; those that are listed."""
+        """The files that the job made and that are listed, with their sizes."""
         return self._results
-
-    # ------------------------------------------------------------ inputs of the world
-
-    def receive_message(self, message: m.Message, now: float) -> None:
-        """Take a message of the client; `now` is part of every machine's contract.
-
-        What comes after the end of the link changes nothing.
-
-        Raises:
-            RemoteProtocolError: If it does not belong here; the state is unchanged.
-        """
-        if isinstance(message, m.Unknown) or not self._connected:
-            return
-        if isinstance(message, m.Error):
-            self.connection_lost(now)
-            return
-        if type(message) not in EXPECTED[self.state]:
-            raise RemoteProtocolError(
-                f"{type(message).__name__} is not expected while the job is "
-                f"{self._doing()}"
-            )
-        named = getattr(message, "job_id", None)
-        if self.job_id and named not in (None, self.job_id):
-            raise RemoteProtocolError(f"{type(message).__name__} is for another job")
-        if type(message) in EARLY.get(self.state, ()):
-            self._keep(message)
-            return
-        match self.state, message:
-            case State.REFUSED, m.SharedOutputPath() | m.SharedStorageJob():
-                pass
-            case State.DISCARDED, _:
-                pass
-            case _:
-                self._dispatch(message)
-
-    def connection_lost(self, now: float) -> None:
-        """The link is gone; `now` is part of every machine's contract."""
-        del now
-        self._connected = False
-        match self.state:
-            case State.ADMITTED:
-                self._enter(State.SUSPENDED)
-            case State.RECEIVING:
-                self._put(StopReceiving())
-                self._enter(State.SUSPENDED)
-            case State.DISCARDED:
-                pass
-            case _ if not self.can_resume:
-                self._discard()
-
-    @property
-    def can_resume(self) -> bool:
-        """True if `attached` may be called once `connection_lost` has been."""
-        return self.state in _OUTLIVES_ITS_LINK
-
-    def attached(self, next_sequence: int, now: float) -> None:
-        """A client has asked for this job over another link, and gets what it missed.
-
-        Args:
-            next_sequence: The first line of output that it misses.
-            now: Part of every machine's contract.
-
-        Raises:
-            LocalProtocolError: If the job has a link, or nothing to go on with.
-        """
-        del now
-        if self._connected or not self.can_resume:
-            raise LocalProtocolError(f"nothing to resume: the job is {self._doing()}")
-        self._connected = True
-        match self.state:
-            case State.ADMITTING:
-                self._resumed = True  # `admitted` answers
-            case State.SUSPENDED:
-                self._enter(State.ADMITTED)
-                self._send(m.JobResumed(self.job_id, self.progress))
-            case _:
-                self._send(m.JobResumed(self.job_id, self.progress))
-                for message in (*self._history.since(next_sequence), *self._stages):
-                    self._send(message)
-                if self.state is State.ENDED:
-                    self._tell_end()
-
-    def cancel(self, reason: str) -> None:
-        """Stop the job; does nothing before the client has named it, or after its end.
-
-        Args:
-            reason: Who wants it and why, for people.
-        """
-        match self.state:
-            case State.QUEUED | State.RUNNING:
-                if not self.cancel_reason:
-                    self.cancel_reason = reason
-                    self._put(StopRun())
-            case State.ENDED | State.DISCARDED:
-                pass
-            case _ if self.job_id:
-                self.cancel_reason = reason
-                self._discard(reason, "CANCELLED")
-
-    def next_output(self) -> Output | None:
-        """Give the next thing to do."""
-        return self._outputs.popleft() if self._outputs else None
 
     @property
     def has_ended(self) -> bool:
         """True once nothing more will run."""
         return self.state in (State.ENDED, State.DISCARDED)
 
-    # ----------------------------------------------------------- reports on effects
+    @property
+    def can_resume(self) -> bool:
+        """True if the job outlives its link, and a client may come back to it."""
+        return self.state not in _NEEDS_ITS_LINK
+
+    # ------------------------------------------------------------ inputs of the world
+
+    def receive_message(self, message: messages.ClientJobMessage, now: float) -> None:
+        """Handle a message of the client; after the end of the link it is ignored.
+
+        Raises:
+            RemoteProtocolError: If the client may not send it now; nothing changed.
+        """
+        if not self._connected:
+            return
+        move_untrusted(TRANSITIONS, self.state, type(message))
+        if (
+            isinstance(message, messages.JobMessage | messages.FileRequest)
+            and self.job_id
+            and message.job_id != self.job_id
+        ):
+            raise RemoteProtocolError(f"{type(message).__name__} is for another job")
+        if self.state is not State.DISCARDED:
+            self._handle(message, now)
+
+    def connection_lost(self, reason: str, now: float) -> None:
+        """Keep or discard the job of a client that went away.
+
+        Args:
+            reason: Why the link ended, for people.
+            now: Seconds on the owner's clock.
+        """
+        self._connected = False
+        before = self.state
+        self._move(Trigger.LOST)
+        if before is State.RECEIVING:
+            self._outputs.append(StopReceiving())
+        elif self.state is State.DISCARDED and before is not State.DISCARDED:
+            self._outputs.append(Discard())
+
+    def connection_restored(self, now: float) -> None:
+        """Serve a client that came back over another link; its `JobResume` follows.
+
+        Raises:
+            LocalProtocolError: If the job has a link, or cannot be resumed.
+        """
+        if self._connected or not self.can_resume:
+            raise LocalProtocolError(f"nothing to resume: the job is {self.state.name}")
+        self._connected = True
+
+    def cancel(self, reason: str) -> None:
+        """Stop the job; nothing happens before the client has named it, or at its end.
+
+        Args:
+            reason: Who cancels it and why, for people.
+        """
+        match self.state:
+            case State.NEW | State.ENDED | State.DISCARDED:
+                pass
+            case State.QUEUED | State.RUNNING:
+                if not self.cancel_reason:
+                    self.cancel_reason = reason
+                    self._outputs.append(StopRun())
+            case _:
+                self.cancel_reason = reason
+                self._move(Trigger.DISCARD)
+                self._discard(_Ending("CANCELLED", reason))
+
+    def next_output(self) -> Output | None:
+        """Remove and return the oldest effect; None if none is left."""
+        return self._outputs.popleft() if self._outputs else None
+
+    # ------------------------------------------------ reports about the shared storage
 
     def probe_read(self, content: str) -> None:
-        """The probe file holds something with this BLAKE3 hash (hexadecimal)."""
-        if self._report(State.PROBING):
-            self._enter(State.NEW)
-            self._send(m.MountProbed(self.job_id, content))
-            self._take_early()
+        """Handle a report: the BLAKE3 hash (hexadecimal) of the probe file."""
+        if (intake := self._sharing()) is not None:
+            intake.probe_read(content)
+            self._follow_intake()
 
     def probe_failed(self, reason: str) -> None:
-        """The probe file can't be read."""
-        if self._report(State.PROBING):
-            self._enter(State.NEW)
-            self._send(m.MountProbeFailed(self.job_id, clean_text(reason)))
-            self._take_early()
+        """Handle a report: the probe file cannot be read."""
+        if (intake := self._sharing()) is not None:
+            intake.probe_failed(reason)
+            self._follow_intake()
 
     def input_valid(self) -> None:
-        """The package is there, beneath the root, and can be read."""
-        if self._report(State.CHECKING_INPUT):
-            self._enter(State.INPUT_VALID)
-            self._send(m.PathValidated("input"))
-            self._take_early()
+        """Handle a report: the package exists beneath the root, and can be read."""
+        if (intake := self._sharing()) is not None:
+            intake.input_valid()
+            self._follow_intake()
 
     def output_made(self) -> None:
-        """The directory for the models is there, beneath the root."""
-        if self._report(State.MAKING_OUTPUT):
-            self._enter(State.READY)
-            self._send(m.PathValidated("output"))
-            self._take_early()
+        """Handle a report: the folder for the models exists beneath the root."""
+        if (intake := self._sharing()) is not None:
+            intake.output_made()
+            self._follow_intake()
 
     def path_refused(self, reason: str) -> None:
-        """The path that was asked about is no good."""
-        if self._report(State.CHECKING_INPUT, State.MAKING_OUTPUT):
-            self._early.clear()
-            self._enter(State.REFUSED)
-            self._send(m.PathError(clean_text(reason)))
+        """Handle a report: the path that was asked about is not acceptable."""
+        if (intake := self._sharing()) is not None:
+            intake.path_refused(reason)
+            self._follow_intake()
+
+    # -------------------------------------------------------- reports about the package
 
     def admitted(self) -> None:
-        """There is room for the package."""
-        if self._report(State.ADMITTING):
-            self._enter(State.ADMITTED if self._connected else State.SUSPENDED)
-            self._put(Remember())
+        """Handle a report: the worker has room for the package."""
+        if self._report(Trigger.ADMITTED):
+            if not self._connected:
+                self._move(Trigger.LOST)
+            self._outputs.append(Remember())
             if self._resumed:
-                self._send(m.JobResumed(self.job_id, self.progress))
+                self._send(messages.JobResumed(self.job_id, self.progress))
             else:
-                self._send(m.JobAccepted(self.job_id))
+                self._send(messages.JobAccepted(self.job_id))
 
     def rejected(self, reason: str) -> None:
-        """The package can't be taken."""
-        if self._report(State.ADMITTING):
-            self._send(m.JobRejected(self.job_id, clean_text(reason)))
+        """Handle a report: the worker does not take the package."""
+        if self._report(Trigger.REJECTED):
+            self._send(messages.JobRejected(self.job_id, clean_text(reason)))
             self._discard()
 
     def package_opened(self, received: int) -> None:
-        """So many bytes of the package are here from before."""
-        if self.state is State.SUSPENDED:
-            return  # the link was lost meanwhile
-        if self._report(State.RECEIVING):
+        """Handle a report: an earlier link delivered `received` bytes."""
+        if self._report(Trigger.OPENED) and self.state is State.RECEIVING:
             self._received = received
-            self._tell()
+            self._send_state()
 
     def package_received(self) -> None:
-        """The package lies in the job directory, verified."""
-        if self._report(State.RECEIVING, State.SUSPENDED):
-            self._queue()
+        """Handle a report: the package is in the job directory, verified."""
+        if not self.has_ended:
+            self._queue(Trigger.RECEIVED)
 
     def package_failed(self, reason: str) -> None:
-        """The package did not arrive.
+        """Handle a report: the package did not arrive.
 
-        Without a link this says little, and nobody hears it: the client tries again.
+        Without a link it is ignored, because the client will try again.
         """
-        if self._report(State.RECEIVING, State.SUSPENDED) and self._connected:
-            self._discard(reason)
+        if self._report(Trigger.RECEIVE_FAILED) and self.state is State.DISCARDED:
+            self._discard(_Ending("FAILED", reason))
+
+    # ------------------------------------------------------------ reports about the run
 
     def queue_moved(self, position: int) -> None:
-        """So many jobs are ahead."""
-        if self._report(State.QUEUED):
+        """Handle a report: `position` jobs are ahead in the queue."""
+        if self._report(Trigger.QUEUE_MOVED):
             self._position = position
-            self._tell()
+            self._send_state()
 
     def slot_granted(self) -> None:
-        """The job runs from now on."""
-        if self._report(State.QUEUED):
-            self._enter(State.RUNNING)
-            self._put(Remember())
-            self._tell()
+        """Handle a report: the job runs."""
+        if self._report(Trigger.SLOT_GRANTED):
+            self._outputs.append(Remember())
+            self._send_state()
 
     def output(self, line: int, text: str) -> None:
-        """A command printed a line, or printed an earlier one anew."""
-        if self._report(State.RUNNING):
-            message = m.JobLog(self.job_id, self._sequence, line, clean_text(text))
+        """Handle a report: a command printed a line, or redrew an earlier one."""
+        if self._report(Trigger.PRINTED):
+            log = messages.JobLog(self.job_id, self._sequence, line, clean_text(text))
             self._sequence += 1
-            self._history.add(message)
-            self._send(message)
+            self._history.add(log)
+            self._send(log)
 
     def stage_complete(self, stage: Literal["training", "inference"]) -> None:
-        """All commands of one kind have succeeded."""
-        if self._report(State.RUNNING):
-            kinds = {"training": m.TrainingComplete, "inference": m.InferenceComplete}
-            self._stages.append(kinds[stage]())
-            self._send(self._stages[-1])
+        """Handle a report: all commands of one kind have succeeded."""
+        if self._report(Trigger.PRINTED):
+            match stage:
+                case "training":
+                    message: messages.JobReport = messages.TrainingComplete()
+                case "inference":
+                    message = messages.InferenceComplete()
+                case _:
+                    assert_never(stage)
+            self._stages.append(message)
+            self._send(message)
 
     def run_ended(self, failure: str | None, results: dict[str, int]) -> None:
-        """The commands have ended, or will never start.
+        """Handle a report: the commands have ended, or will never start.
 
         Args:
-            failure: Why the job failed, or None if it succeeded. What was asked to stop
-                counts as stopped whatever its commands said last: the trainer's exit
-                status does not tell.
+            failure: Why the job failed, or None if it succeeded. A job that was asked
+                to stop counts as cancelled, whatever the exit status of its commands.
             results: Path, relative to the job directory, and size in bytes of each
-                file that the job made. The client hears of those that messages can
-                carry, and of how many they are not.
+                file that the job made. The client gets those that messages can carry,
+                and the number of the others.
         """
-        if not self._report(State.QUEUED, State.RUNNING):
+        if not self._report(Trigger.RUN_ENDED):
             return
         self._results = listed_results(results)
         unlisted = len(results) - len(self._results)
-        if unlisted:
-            self._unlisted = (
-                f"{unlisted} files stay on the worker: too many, or badly named"
-            )
-        self._failure = failure
-        self._enter(State.ENDED)
-        self._put(Remember())
-        self._tell_end()
+        if self.cancel_reason:
+            self._ending = _Ending("CANCELLED", self.cancel_reason)
+        elif failure is not None:
+            self._ending = _Ending("FAILED", failure)
+        elif unlisted:
+            remark = f"{unlisted} files stay on the worker: too many, or badly named"
+            self._ending = _Ending("COMPLETE", remark)
+        else:
+            self._ending = _Ending("COMPLETE", "")
+        self._outputs.append(Remember())
+        self._send_ending(self._ending)
 
-    # ------------------------------------------------------------------- transitions
+    # ---------------------------------------------------------- messages of the client
 
-    def _dispatch(self, message: m.Message) -> None:
+    def _handle(self, message: messages.ClientJobMessage, now: float) -> None:
+        """Handle a message that the table expects now."""
         match message:
-            case m.MountProbe(job_id=job_id, path=path):
-                self.job_id = job_id
-                self._enter(State.PROBING)
-                self._put(ReadProbe(path))
-            case m.JobIdentity(job_id=job_id):
-                self.job_id = job_id
-                self._enter(State.IDENTIFIED)
-            case m.SharedInputPath(path=path):
-                self._package = path
-                self._enter(State.CHECKING_INPUT)
-                self._put(CheckInput(path))
-            case m.SharedOutputPath(path=path):
-                self._output_path = path
-                self._enter(State.MAKING_OUTPUT)
-                self._put(MakeOutput(path))
-            case m.SharedStorageJob():
-                self._queue()
-            case m.JobSubmit(job_id=job_id, submission=submission):
+            case (
+                messages.MountProbe()
+                | messages.JobIdentity()
+                | messages.SharedInputPath()
+                | messages.SharedOutputPath()
+                | messages.SharedStorageJob()
+            ):
+                self._intake.receive_message(message, now)
+                if isinstance(message, messages.JobMessage):
+                    self.job_id = message.job_id
+                if self.state is State.NEW:
+                    self._move(type(message))
+                self._follow_intake()
+            case messages.JobSubmit(job_id=job_id, submission=submission):
+                self._move(messages.JobSubmit)
                 self.job_id, self.route = job_id, "channel"
                 self._package, self._size = submission.name, submission.size
-                self._output_path = "models"
-                self._early.clear()
-                self._enter(State.ADMITTING)
-                self._put(Admit(job_id, submission))
-            case m.FileOffer(transfer_id=transfer_id, file=file):
+                self._outputs.append(Admit(job_id, submission))
+            case messages.JobResume(point=point):
+                self._resume(point)
+            case messages.FileOffer(transfer_id=transfer_id, file=file):
                 if (file.name, file.size) != (self._package, self._size):
                     raise RemoteProtocolError(
                         f"{file.name} of {file.size} bytes was not announced"
                     )
-                self._enter(State.RECEIVING)
-                self._tell()
-                self._put(ReceivePackage(transfer_id, file))
-            case m.JobCancel():
+                self._move(messages.FileOffer)
+                self._send_state()
+                self._outputs.append(ReceivePackage(transfer_id, file))
+            case messages.JobCancel():
                 self.cancel("cancelled by the client")
-            case m.FileRequest(transfer_id=transfer_id, path=path):
+            case messages.FileRequest(transfer_id=transfer_id, path=path):
                 if path in self._results:
-                    self._put(SendResult(transfer_id, path))
+                    self._outputs.append(SendResult(transfer_id, path))
                 else:
-                    reason = f"{path} is no result of this job"
-                    self._send(m.FileError(transfer_id, reason))
-            case m.ResultsReceived():
+                    reason = f"{path} is not a result of this job"
+                    self._send(messages.FileError(transfer_id, reason))
+            case messages.ResultsReceived():
+                self._move(messages.ResultsReceived)
                 self._discard()
             case _:
-                raise RemoteProtocolError(
-                    f"{type(message).__name__} is not for workers"
-                )
+                assert_never(message)
 
-    def _keep(self, message: m.Message) -> None:
-        """Keep what the client sent without waiting for the answer about a path."""
-        if type(message) not in EARLY[self.state][len(self._early) :][:1]:
-            raise RemoteProtocolError(f"{type(message).__name__} came out of turn")
-        self._early.append(message)
+    def _resume(self, point: messages.ResumePoint) -> None:
+        """Tell a client that came back where the job is, and send what it missed."""
+        if self.state is State.ADMITTING:
+            self._resumed = True  # `admitted` answers
+            return
+        self._move(messages.JobResume)
+        self._send(messages.JobResumed(self.job_id, self.progress))
+        if self.state is not State.ADMITTED:
+            for report in (*self._history.since(point.next_sequence), *self._stages):
+                self._send(report)
+        if self._ending is not None:
+            self._send_ending(self._ending)
 
-    def _take_early(self) -> None:
-        """Go on with what was kept, until something has to be waited for again."""
-        while self._early and self.state not in EARLY:
-            self._dispatch(self._early.popleft())
+    def _follow_intake(self) -> None:
+        """Carry out what the intake asks for, and queue the job that it started."""
+        while (output := self._intake.next_output()) is not None:
+            if isinstance(output, SendMessage):
+                self._send(output.message)
+            else:
+                self._outputs.append(output)
+        if self._intake.state is IntakeState.STARTED:
+            self._package = self._intake.package
+            self._output_path = self._intake.output_path
+            self._queue(Trigger.STARTED)
 
-    def _queue(self) -> None:
-        self._enter(State.QUEUED)
-        self._put(Remember())
-        self._put(Enqueue(self.job_id, self.route, self._package))
+    def _queue(self, trigger: Trigger) -> None:
+        self._move(trigger)
+        self._outputs.append(Remember())
+        self._outputs.append(Enqueue(self.job_id, self.route, self._package))
 
-    def _discard(
-        self, failure: str | None = None, state: m.JobStateName = "FAILED"
-    ) -> None:
-        """Leave nothing behind of a job that did not run, or whose results are home."""
-        self._enter(State.DISCARDED)
-        if failure is not None:
-            self._tell_failure(failure, state)
-        self._put(Discard())
+    # ------------------------------------------------------------------- the end of it
 
-    def _end_progress(self) -> m.JobProgress:
-        """Say how a job ended that ran, or was stopped while it waited."""
-        if self.cancel_reason:
-            return end_progress("CANCELLED", self.cancel_reason)
-        if self._failure is not None:
-            return end_progress("FAILED", self._failure)
-        return end_progress("COMPLETE", self._unlisted)
+    def _discard(self, ending: _Ending | None = None) -> None:
+        """Leave nothing of a job that did not run, or whose results were fetched."""
+        if ending is not None:
+            progress = end_progress(ending.state, ending.detail)
+            self._send(messages.JobState(self.job_id, progress))
+            self._send(messages.JobFailed(self.job_id, clean_text(ending.detail)))
+        self._outputs.append(Discard())
 
-    def _restore_ending(self, progress: m.JobProgress) -> None:
-        """The reverse of `_end_progress`."""
-        match progress.state:
-            case "CANCELLED":
-                self.cancel_reason = progress.detail or "cancelled"
-            case "FAILED":
-                self._failure = progress.detail
-            case _:
-                self._unlisted = progress.detail
-
-    def _tell_end(self) -> None:
-        """Tell what the job made and how it ended; a client may miss it, and ask."""
+    def _send_ending(self, ending: _Ending) -> None:
+        """Send what the job made and how it ended; a client that misses it resumes."""
         for page in result_pages(self._results):
-            self._send(m.JobResults(self.job_id, page))
-        self._tell()
-        reason = self.cancel_reason or self._failure
-        if reason is None:
-            self._send(m.JobComplete(self.job_id, self._output_path))
+            self._send(messages.JobResults(self.job_id, page))
+        self._send_state()
+        if ending.state == "COMPLETE":
+            self._send(messages.JobComplete(self.job_id, self._output_path))
         else:
-            self._send(m.JobFailed(self.job_id, clean_text(reason)))
-
-    def _tell_failure(self, reason: str, state: m.JobStateName = "FAILED") -> None:
-        self._send(m.JobState(self.job_id, end_progress(state, reason)))
-        self._send(m.JobFailed(self.job_id, clean_text(reason)))
+            self._send(messages.JobFailed(self.job_id, clean_text(ending.detail)))
 
     # ------------------------------------------------------------------ small helpers
 
-    def _report(self, *states: State) -> bool:
-        """Tell whether a report still matters.
+    def _sharing(self) -> SharedIntake | None:
+        """Return the intake for a report; None if the client has gone another way."""
+        if self.state is State.SHARING:
+            return self._intake
+        if self.has_ended or self.route == "channel":
+            return None
+        raise LocalProtocolError(f"no path is checked in {self.state.name}")
+
+    def _report(self, trigger: Trigger) -> bool:
+        """Move on for a report; return False if it comes after the end of the job.
 
         Raises:
             LocalProtocolError: If nothing of the kind can have been asked for.
         """
-        if self.state in states:
-            return True
-        if self.has_ended or (self.route == "channel" and set(states) <= EARLY.keys()):
-            return False  # it comes too late: the client has gone another way
-        raise LocalProtocolError(f"nobody waits for this while {self._doing()}")
+        if self.has_ended:
+            return False
+        self._move(trigger)
+        return True
 
-    def _enter(self, state: State) -> None:
-        self.state = state
+    def _move(self, trigger: Trigger | type[messages.ClientJobMessage]) -> None:
+        self.state = move(TRANSITIONS, self.state, trigger)
 
-    def _put(self, output: Output) -> None:
-        self._outputs.append(output)
-
-    def _send(self, message: m.Message) -> None:
+    def _send(self, message: messages.WorkerJobMessage | messages.FileError) -> None:
         if self._connected:
-            self._put(SendMessage(message))
+            self._outputs.append(SendMessage(message))
 
-    def _tell(self) -> None:
-        self._send(m.JobState(self.job_id, self.progress))
-
-    def _doing(self) -> str:
-        return self.state.name.lower().replace("_", " ")
+    def _send_state(self) -> None:
+        self._send(messages.JobState(self.job_id, self.progress))

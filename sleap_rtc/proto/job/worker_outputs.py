@@ -2,13 +2,13 @@
 
 import msgspec
 
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
 
 
 class SendMessage(msgspec.Struct, frozen=True):
-    """Send this to the client, if it is still there."""
+    """Send this to the client, if it is still connected."""
 
-    message: m.Message
+    message: messages.WorkerJobMessage | messages.FileError
 
 
 class ReadProbe(msgspec.Struct, frozen=True):
@@ -33,14 +33,14 @@ class Admit(msgspec.Struct, frozen=True):
     """Decide about a package that is to come; `admitted` or `rejected` follows."""
 
     job_id: str
-    submission: m.Submission
+    submission: messages.Submission
 
 
 class ReceivePackage(msgspec.Struct, frozen=True):
     """Receive the package; `package_received` or `package_failed` follows."""
 
     transfer_id: int
-    file: m.OfferedFile
+    file: messages.OfferedFile
 
 
 class StopReceiving(msgspec.Struct, frozen=True):
@@ -59,7 +59,7 @@ class Enqueue(msgspec.Struct, frozen=True):
     """
 
     job_id: str
-    route: m.Route
+    route: messages.Route
     package: str
     """Beneath the shared root, or the name within the job directory."""
 

@@ -1,139 +1,120 @@
-"""The states of a worker's job, and the messages that each of them expects."""
+"""The states of a worker's job, and what leads from one to another."""
 
 from enum import Enum, auto
+from typing import get_args
 
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
+from sleap_rtc.proto.job.shared_intake import SharedRequest
+from sleap_rtc.proto.machine import Table
 
 
 class State(Enum):
-    """How far a job has come."""
+    """Phase of a worker's job."""
 
-    NEW = auto()
-    PROBING = auto()
-    IDENTIFIED = auto()
-    CHECKING_INPUT = auto()
-    INPUT_VALID = auto()
-    MAKING_OUTPUT = auto()
-    READY = auto()
-    REFUSED = auto()
-    ADMITTING = auto()
-    ADMITTED = auto()
-    RECEIVING = auto()
-    SUSPENDED = auto()
-    QUEUED = auto()
+    NEW = auto()  #        a link without a job
+    SHARING = auto()  #    `SharedIntake` checks what lies on the shared storage
+    ADMITTING = auto()  #  the owner decides whether it takes a package
+    ADMITTED = auto()  #   the package may come
+    RECEIVING = auto()  #  the package comes through the channel
+    SUSPENDED = auto()  #  the client went away before the package was complete
+    QUEUED = auto()  #     the job waits for a slot
     RUNNING = auto()
-    ENDED = auto()
-    DISCARDED = auto()
+    ENDED = auto()  #      the results wait for the client
+    DISCARDED = auto()  #  nothing is left of the job
 
 
-# In every state: Error counts as a lost link, and Unknown changes nothing, as nothing
-# does that comes after the end of the link.
-EXPECTED: dict[State, frozenset[type[m.Message]]] = {
-    #                          message                -> next state
-    State.NEW: frozenset(
-        {
-            m.MountProbe,  #       PROBING
-            m.JobIdentity,  #      IDENTIFIED
-            m.JobSubmit,  #        ADMITTING
-        }
-    ),
-    State.PROBING: frozenset(
-        {
-            m.JobIdentity,  #      kept until the probe is read, as all of these:
-            m.SharedInputPath,
-            m.SharedOutputPath,
-            m.SharedStorageJob,
-            m.JobSubmit,  #        ADMITTING: the client did not want to wait
-            m.JobCancel,  #        DISCARDED
-        }
-    ),
-    State.IDENTIFIED: frozenset(
-        {
-            m.SharedInputPath,  #  CHECKING_INPUT
-            m.JobSubmit,  #        ADMITTING: the client fell back
-            m.JobCancel,  #        DISCARDED
-        }
-    ),
-    State.CHECKING_INPUT: frozenset(
-        {
-            m.SharedOutputPath,  # kept until the path is checked
-            m.SharedStorageJob,  # kept after it
-            m.JobSubmit,  #        ADMITTING: the client did not want to wait
-            m.JobCancel,  #        DISCARDED
-        }
-    ),
-    State.INPUT_VALID: frozenset(
-        {
-            m.SharedOutputPath,  # MAKING_OUTPUT
-            m.JobSubmit,  #        ADMITTING: the client fell back
-            m.JobCancel,  #        DISCARDED
-        }
-    ),
-    State.MAKING_OUTPUT: frozenset(
-        {
-            m.SharedStorageJob,  # kept until the directory is made
-            m.JobSubmit,  #        ADMITTING: the client did not want to wait
-            m.JobCancel,  #        DISCARDED
-        }
-    ),
-    State.READY: frozenset(
-        {
-            m.SharedStorageJob,  # QUEUED
-            m.JobSubmit,  #        ADMITTING: the client fell back
-            m.JobCancel,  #        DISCARDED
-        }
-    ),
-    State.REFUSED: frozenset(
-        {
-            m.SharedInputPath,  #  CHECKING_INPUT: another path
-            m.SharedOutputPath,  # REFUSED: it was sent before the refusal came
-            m.SharedStorageJob,  # REFUSED, too
-            m.JobSubmit,  #        ADMITTING: the client fell back
-            m.JobCancel,  #        DISCARDED
-        }
-    ),
-    State.ADMITTING: frozenset({m.JobCancel}),  # DISCARDED
-    State.ADMITTED: frozenset(
-        {
-            m.FileOffer,  #        RECEIVING
-            m.JobCancel,  #        DISCARDED
-        }
-    ),
-    State.RECEIVING: frozenset({m.JobCancel}),  # DISCARDED
-    State.SUSPENDED: frozenset(),  # ADMITTED, once it has a link again
-    State.QUEUED: frozenset({m.JobCancel}),  # ENDED, when it has left the queue
-    State.RUNNING: frozenset({m.JobCancel}),  # ENDED, when the commands have stopped
-    State.ENDED: frozenset(
-        {
-            m.JobCancel,  #        ENDED: it crossed the end of the job
-            m.FileRequest,  #      ENDED
-            m.ResultsReceived,  #  DISCARDED
-        }
-    ),
-    State.DISCARDED: frozenset(  # DISCARDED: these crossed the end of the job
-        {
-            m.JobIdentity,
-            m.SharedInputPath,
-            m.SharedOutputPath,
-            m.SharedStorageJob,
-            m.JobSubmit,
-            m.FileOffer,
-            m.JobCancel,
-            m.ResultsReceived,
-        }
-    ),
+class Trigger(Enum):
+    """Causes of a transition besides the messages of the client."""
+
+    STARTED = auto()  #    the client starts a job whose paths were checked
+    ADMITTED = auto()  #   reports of the owner, named as their methods
+    REJECTED = auto()
+    OPENED = auto()
+    RECEIVED = auto()
+    RECEIVE_FAILED = auto()
+    QUEUE_MOVED = auto()
+    SLOT_GRANTED = auto()
+    PRINTED = auto()
+    RUN_ENDED = auto()
+    LOST = auto()  #       the connection
+    DISCARD = auto()  #    the job ends before it ran
+
+
+_M, _S, _T = messages, State, Trigger
+
+# The client may send these before it learns that the job has ended.
+_CROSSED = (*get_args(SharedRequest)[1:], _M.JobSubmit, _M.FileOffer, _M.JobCancel)
+
+TRANSITIONS: Table[State] = {
+    _S.NEW: {
+        _M.MountProbe: _S.SHARING,
+        _M.JobIdentity: _S.SHARING,
+        _M.JobSubmit: _S.ADMITTING,
+        _T.LOST: _S.DISCARDED,
+    },
+    _S.SHARING: {
+        **dict.fromkeys(get_args(SharedRequest), _S.SHARING),
+        _M.JobSubmit: _S.ADMITTING,  # the client fell back
+        _M.JobCancel: _S.DISCARDED,
+        _T.STARTED: _S.QUEUED,
+        _T.LOST: _S.DISCARDED,
+        _T.DISCARD: _S.DISCARDED,
+    },
+    _S.ADMITTING: {
+        _M.JobCancel: _S.DISCARDED,
+        _M.JobResume: _S.ADMITTING,
+        _T.ADMITTED: _S.ADMITTED,
+        _T.REJECTED: _S.DISCARDED,
+        _T.LOST: _S.ADMITTING,
+        _T.DISCARD: _S.DISCARDED,
+    },
+    _S.ADMITTED: {
+        _M.FileOffer: _S.RECEIVING,
+        _M.JobCancel: _S.DISCARDED,
+        _T.LOST: _S.SUSPENDED,
+        _T.DISCARD: _S.DISCARDED,
+    },
+    _S.RECEIVING: {
+        _M.JobCancel: _S.DISCARDED,
+        _T.OPENED: _S.RECEIVING,
+        _T.RECEIVED: _S.QUEUED,
+        _T.RECEIVE_FAILED: _S.DISCARDED,
+        _T.LOST: _S.SUSPENDED,
+        _T.DISCARD: _S.DISCARDED,
+    },
+    _S.SUSPENDED: {
+        _M.JobResume: _S.ADMITTED,
+        _T.OPENED: _S.SUSPENDED,  # these reports crossed the loss of the link
+        _T.RECEIVED: _S.QUEUED,
+        _T.RECEIVE_FAILED: _S.SUSPENDED,
+        _T.LOST: _S.SUSPENDED,
+        _T.DISCARD: _S.DISCARDED,
+    },
+    _S.QUEUED: {
+        _M.JobCancel: _S.QUEUED,  # it ends when it has left the queue
+        _M.JobResume: _S.QUEUED,
+        _T.QUEUE_MOVED: _S.QUEUED,
+        _T.SLOT_GRANTED: _S.RUNNING,
+        _T.RUN_ENDED: _S.ENDED,
+        _T.LOST: _S.QUEUED,
+    },
+    _S.RUNNING: {
+        _M.JobCancel: _S.RUNNING,  # it ends when its commands have stopped
+        _M.JobResume: _S.RUNNING,
+        _T.PRINTED: _S.RUNNING,
+        _T.RUN_ENDED: _S.ENDED,
+        _T.LOST: _S.RUNNING,
+    },
+    _S.ENDED: {
+        _M.JobCancel: _S.ENDED,
+        _M.JobResume: _S.ENDED,
+        _M.FileRequest: _S.ENDED,
+        _M.ResultsReceived: _S.DISCARDED,
+        _T.LOST: _S.ENDED,
+    },
+    _S.DISCARDED: {
+        **dict.fromkeys(_CROSSED, _S.DISCARDED),
+        _M.ResultsReceived: _S.DISCARDED,
+        _T.LOST: _S.DISCARDED,
+    },
 }
-
-_SHARED_FLOW = (
-    m.JobIdentity,
-    m.SharedInputPath,
-    m.SharedOutputPath,
-    m.SharedStorageJob,
-)
-
-EARLY: dict[State, tuple[type[m.Message], ...]] = {
-    State.PROBING: _SHARED_FLOW,
-    State.CHECKING_INPUT: _SHARED_FLOW[2:],
-    State.MAKING_OUTPUT: _SHARED_FLOW[3:],
-}
-"""What a client may send without waiting for an answer, in this order."""

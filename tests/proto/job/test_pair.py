@@ -5,7 +5,7 @@ from typing import get_args
 import msgspec
 import pytest
 
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
 from sleap_rtc.proto.job import client, worker
 from sleap_rtc.proto.route.routes import RoutePreference
 from tests.proto.job.examples import JOB, NAME, SIZE
@@ -32,14 +32,14 @@ def check_peace(world: World) -> None:
     )
     match ended.outcome:
         case "complete":
-            assert m.JobComplete in kinds
+            assert messages.JobComplete in kinds
             assert world.enqueued[0].route == world.client.route
             assert len(world.fetched) == scenario.results
         case "failed":
-            assert m.JobFailed in kinds
-            assert m.JobComplete not in kinds
+            assert messages.JobFailed in kinds
+            assert messages.JobComplete not in kinds
         case "rejected":
-            assert m.JobRejected in kinds
+            assert messages.JobRejected in kinds
             assert world.enqueued == []
         case "transfer_failed":
             assert ended.reason
@@ -77,7 +77,7 @@ def test_a_shared_job_sends_the_fixed_flow() -> None:
     check_peace(world)
     assert world.ended == client.JobEnded("complete", path=f"jobs/{JOB}/models")
     assert world.client.route == "shared"
-    texts = [m.encode_message(message) for message in world.to_worker]
+    texts = [messages.encode_message(message) for message in world.to_worker]
     assert texts[1:] == [
         f"JOB_ID::{JOB}",
         f"SHARED_INPUT_PATH::jobs/{JOB}/{NAME}",
@@ -99,7 +99,9 @@ def test_a_channel_job_brings_its_results_home() -> None:
 def test_three_thousand_results_come_home(mount: Mount) -> None:
     world = World(Scenario(mount=mount, results=3000)).run()
     check_peace(world)
-    pages = [each.page for each in world.to_client if isinstance(each, m.JobResults)]
+    pages = [
+        each.page for each in world.to_client if isinstance(each, messages.JobResults)
+    ]
     assert len(pages) == 15
     assert [page.last for page in pages] == [False] * 14 + [True]
 
@@ -201,12 +203,12 @@ def test_the_owner_of_the_worker_may_stop_the_job_at_any_moment(
 
 # ------------------------------------------------------------ a client of another kind
 
-FLOW: list[m.Message] = [
-    m.MountProbe(JOB, PROBE_PATH),
-    m.JobIdentity(JOB),
-    m.SharedInputPath(f"jobs/{JOB}/{NAME}"),
-    m.SharedOutputPath(f"jobs/{JOB}/models"),
-    m.SharedStorageJob(),
+FLOW: list[messages.Message] = [
+    messages.MountProbe(JOB, PROBE_PATH),
+    messages.JobIdentity(JOB),
+    messages.SharedInputPath(f"jobs/{JOB}/{NAME}"),
+    messages.SharedOutputPath(f"jobs/{JOB}/models"),
+    messages.SharedStorageJob(),
 ]
 
 
@@ -215,7 +217,7 @@ def test_a_client_that_waits_for_nothing_is_served(first: int) -> None:
     world = World(Scenario())
     world.worker_storage |= {PROBE_PATH: b"nonce", f"jobs/{JOB}/{NAME}": b"package"}
     world.run_script(FLOW[first:])
-    replies = [m.encode_message(message) for message in world.to_client]
+    replies = [messages.encode_message(message) for message in world.to_client]
     assert replies[1 - first : 3 - first] == [
         "PATH_VALIDATED::input",
         "PATH_VALIDATED::output",
@@ -226,12 +228,14 @@ def test_a_client_that_waits_for_nothing_is_served(first: int) -> None:
 
 def test_a_client_that_waits_for_nothing_can_be_refused_and_fall_back() -> None:
     world = World(Scenario())
-    world.run_script([*FLOW[1:], m.JobSubmit(JOB, m.Submission(NAME, SIZE))])
+    world.run_script(
+        [*FLOW[1:], messages.JobSubmit(JOB, messages.Submission(NAME, SIZE))]
+    )
     kinds = [type(message) for message in world.to_client]
     # It fell back before the answer came, which is then of no interest any more.
-    assert kinds == [m.JobAccepted]
+    assert kinds == [messages.JobAccepted]
     other = World(Scenario()).run_script(FLOW[1:])
-    assert [type(message) for message in other.to_client] == [m.PathError]
+    assert [type(message) for message in other.to_client] == [messages.PathError]
 
 
 # -------------------------------------------------------------------- random schedules

@@ -13,7 +13,7 @@ from typing import Literal, assert_never
 import msgspec
 from blake3 import blake3
 
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
 from sleap_rtc.proto.job import client, worker
 from sleap_rtc.proto.route.routes import RoutePreference
 from tests.proto.job.examples import JOB, NAME, SIZE
@@ -84,9 +84,9 @@ class _Link:
 class _Note(msgspec.Struct, frozen=True):
     """What the worker's store holds of the job."""
 
-    route: m.Route
-    submission: m.Submission
-    progress: m.JobProgress
+    route: messages.Route
+    submission: messages.Submission
+    progress: messages.JobProgress
     results: dict[str, int]
     output_path: str
 
@@ -100,8 +100,8 @@ class World:
         self.client = client.ClientJob(JOB, NAME, SIZE)
         self.worker = worker.WorkerJob()
         self.events: list[client.Output] = []
-        self.to_worker: list[m.Message] = []
-        self.to_client: list[m.Message] = []
+        self.to_worker: list[messages.Message] = []
+        self.to_client: list[messages.Message] = []
         self.enqueued: list[worker.Enqueue] = []
         self.enqueued_by: list[int] = []
         self.runs = 0
@@ -123,7 +123,7 @@ class World:
         self._link: _Link | None = _Link()
         self._transfer = 0
         self._sending = False
-        self._noted_route: m.Route | None = None
+        self._noted_route: messages.Route | None = None
         # The worker: its process, its jobs and their links, and what it noted.
         self._worker_life = 0
         self._jobs: dict[worker.WorkerJob, _Link | None] = {self.worker: self._link}
@@ -154,10 +154,10 @@ class World:
             self._at(moment, self._restart_worker)
         return self._go_on()
 
-    def run_script(self, messages: list[m.Message]) -> "World":
+    def run_script(self, script: list[messages.Message]) -> "World":
         """Let a client of another kind say all this at once, and go on."""
         self._scripted = True
-        for message in messages:
+        for message in script:
             self._send("worker", message, self._link)
         return self._go_on()
 
@@ -263,7 +263,7 @@ class World:
         for job, its_link in self._jobs.items():
             if its_link is link:
                 self._jobs[job] = None
-                job.connection_lost(self.now)
+                job.connection_lost("gone", self.now)
 
     def _reconnect(self) -> None:
         if self.scenario.back_after is None:
@@ -275,7 +275,7 @@ class World:
     def _come_back(self, life: int) -> None:
         if life == self._client_life and self.client.state is not client.State.ENDED:
             self._dial()
-            self.client.link_restored(self.now)
+            self.client.connection_restored(self.now)
 
     def _dial(self) -> None:
         self._link = _Link()
@@ -339,58 +339,59 @@ class World:
     def _send(
         self,
         to: Literal["client", "worker"],
-        message: m.Message,
+        message: messages.Message,
         link: _Link | None,
     ) -> None:
         if link is None:
             return
-        text = m.encode_message(message)
+        text = messages.encode_message(message)
         # Messages stay in order, whatever their delays.
         arrival = max(link.arrivals[to], self.now + self.scenario.delay())
         link.arrivals[to] = arrival
-        self._at(
-            arrival, lambda: self._arrive(to, m.decode_message_untrusted(text), link)
-        )
+        arrive = self._arrive_at_worker if to == "worker" else self._arrive_at_client
+        self._at(arrival, lambda: arrive(text, link) if link.is_alive else None)
 
-    def _arrive(
-        self, to: Literal["client", "worker"], message: m.Message, link: _Link
-    ) -> None:
-        if not link.is_alive:
-            return
-        if to == "worker":
-            self.to_worker.append(message)
-            self._worker_takes(message, link)
-        elif not isinstance(message, m.FileError) and link is self._link:
-            self.to_client.append(message)
-            if not self._scripted:
-                self.client.receive_message(message, self.now)
-
-    def _worker_takes(self, message: m.Message, link: _Link) -> None:
+    def _arrive_at_worker(self, text: str, link: _Link) -> None:
+        message = messages.decode_client_message_untrusted(text)
+        assert isinstance(message, messages.ClientJobMessage)
+        self.to_worker.append(message)
         [job] = [job for job, its_link in self._jobs.items() if its_link is link]
-        if not isinstance(message, m.JobResume):
+        if not isinstance(message, messages.JobResume):
             job.receive_message(message, self.now)
             return
         assert job.state is worker.State.NEW
         self._newest = link
-        self._attach(message.point.next_sequence, link, job)
+        self._attach(message, link, job)
 
-    def _attach(self, next_sequence: int, link: _Link, fresh: worker.WorkerJob) -> None:
+    def _arrive_at_client(self, text: str, link: _Link) -> None:
+        message = messages.decode_worker_message_untrusted(text)
+        if isinstance(message, messages.FileError) or link is not self._link:
+            return
+        assert isinstance(message, messages.WorkerJobMessage)
+        self.to_client.append(message)
+        if not self._scripted:
+            self.client.receive_message(message, self.now)
+
+    def _attach(
+        self, message: messages.JobResume, link: _Link, fresh: worker.WorkerJob
+    ) -> None:
         """Give a job to the link that asks for it, once nothing else is done to it."""
         job = self._known.get(JOB)
         if self._jobs.get(fresh) is not link or link is not self._newest:
             return  # the client went away meanwhile, or came back over another link
         if job is None or not job.can_resume:
-            self._send("client", m.JobUnknown(JOB), link)
+            self._send("client", messages.JobUnknown(JOB), link)
             return
         self._jobs[job] = None
-        job.connection_lost(self.now)
+        job.connection_lost("gone", self.now)
         if job in self._receiving:
-            self._later_for_worker(lambda: self._attach(next_sequence, link, fresh))
+            self._later_for_worker(lambda: self._attach(message, link, fresh))
             return
         del self._jobs[fresh]
         self.worker = job
         self._jobs[job] = link
-        job.attached(next_sequence, self.now)
+        job.connection_restored(self.now)
+        job.receive_message(message, self.now)
 
     def _close(self) -> None:
         """The client closes the link when its job has ended; what it sent arrives."""
@@ -416,8 +417,8 @@ class World:
             case client.SendPackage(transfer_id=transfer_id):
                 self._sending = True
                 self._transfer += 1
-                file = m.OfferedFile(NAME, SIZE, 4096)
-                self._send("worker", m.FileOffer(transfer_id, file), self._link)
+                file = messages.OfferedFile(NAME, SIZE, 4096)
+                self._send("worker", messages.FileOffer(transfer_id, file), self._link)
                 if "send" in self.scenario.fails:
                     self._later_for_transfer(
                         lambda: self.client.transfer_failed("file changed")
@@ -467,7 +468,9 @@ class World:
             self._later_for_transfer(self.client.results_fetched)
         else:
             for number, path in enumerate(sorted(paths), start=1):
-                self._send("worker", m.FileRequest(number, JOB, path), self._link)
+                self._send(
+                    "worker", messages.FileRequest(number, JOB, path), self._link
+                )
 
     # ------------------------------------------------------------ effects of the worker
 

@@ -1,0 +1,37 @@
+"""Where the files of a job lie beneath a shared root."""
+
+import msgspec
+
+MODELS = "models"
+"""Name of the folder in a job directory that the models of a package go to."""
+
+_PROBE = "mount-probe"
+
+
+class JobPaths(msgspec.Struct, frozen=True):
+    """Paths of one job, relative to the shared root.
+
+    Args:
+        job_id: The id of the job.
+    """
+
+    job_id: str
+
+    @property
+    def directory(self) -> str:
+        """The job directory."""
+        return f"jobs/{self.job_id}"
+
+    @property
+    def probe(self) -> str:
+        """The small file that shows whether both sides see the same storage."""
+        return self.file(_PROBE)
+
+    @property
+    def models(self) -> str:
+        """The folder that the models of the package go to."""
+        return self.file(MODELS)
+
+    def file(self, path: str) -> str:
+        """Return the path of a file in the job directory, such as the package."""
+        return f"{self.directory}/{path}"

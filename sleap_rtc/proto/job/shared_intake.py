@@ -1,0 +1,186 @@
+"""The worker's side of a start over shared storage.
+
+The client may have a probe file read, names its job, and has the path of the package
+and that of the models checked. It need not wait for the answers about the paths.
+"""
+
+from collections import deque
+from enum import Enum, auto
+from typing import assert_never
+
+from sleap_rtc.proto import messages
+from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.job.results import clean_text
+from sleap_rtc.proto.job.worker_outputs import (
+    CheckInput,
+    MakeOutput,
+    ReadProbe,
+    SendMessage,
+)
+from sleap_rtc.proto.machine import Table, move, move_untrusted
+
+SharedRequest = (
+    messages.MountProbe
+    | messages.JobIdentity
+    | messages.SharedInputPath
+    | messages.SharedOutputPath
+    | messages.SharedStorageJob
+)
+
+IntakeOutput = SendMessage | ReadProbe | CheckInput | MakeOutput
+
+
+class IntakeState(Enum):
+    """Step on the way to a start over shared storage."""
+
+    NEW = auto()
+    PROBING = auto()  #         the owner reads the probe file
+    IDENTIFIED = auto()
+    CHECKING_INPUT = auto()  #  the owner looks at the package
+    INPUT_VALID = auto()
+    MAKING_OUTPUT = auto()  #   the owner makes the folder for the models
+    READY = auto()
+    REFUSED = auto()  #         a path was refused; another one may follow
+    STARTED = auto()
+
+
+class Report(Enum):
+    """Reports of the owner on what it was asked to do."""
+
+    PROBED = auto()
+    INPUT_VALID = auto()
+    OUTPUT_MADE = auto()
+    PATH_REFUSED = auto()
+
+
+_M, _S, _R = messages, IntakeState, Report
+
+# Where a request leads back to its state, it is kept until the owner has reported, or
+# ignored because it was sent before the client saw the refusal.
+TRANSITIONS: Table[IntakeState] = {
+    _S.NEW: {_M.MountProbe: _S.PROBING, _M.JobIdentity: _S.IDENTIFIED},
+    _S.PROBING: {
+        _M.JobIdentity: _S.PROBING,
+        _M.SharedInputPath: _S.PROBING,
+        _M.SharedOutputPath: _S.PROBING,
+        _M.SharedStorageJob: _S.PROBING,
+        _R.PROBED: _S.NEW,
+    },
+    _S.IDENTIFIED: {_M.SharedInputPath: _S.CHECKING_INPUT},
+    _S.CHECKING_INPUT: {
+        _M.SharedOutputPath: _S.CHECKING_INPUT,
+        _M.SharedStorageJob: _S.CHECKING_INPUT,
+        _R.INPUT_VALID: _S.INPUT_VALID,
+        _R.PATH_REFUSED: _S.REFUSED,
+    },
+    _S.INPUT_VALID: {_M.SharedOutputPath: _S.MAKING_OUTPUT},
+    _S.MAKING_OUTPUT: {
+        _M.SharedStorageJob: _S.MAKING_OUTPUT,
+        _R.OUTPUT_MADE: _S.READY,
+        _R.PATH_REFUSED: _S.REFUSED,
+    },
+    _S.READY: {_M.SharedStorageJob: _S.STARTED},
+    _S.REFUSED: {
+        _M.SharedInputPath: _S.CHECKING_INPUT,
+        _M.SharedOutputPath: _S.REFUSED,
+        _M.SharedStorageJob: _S.REFUSED,
+    },
+    _S.STARTED: {},
+}
+
+EARLY: dict[IntakeState, tuple[type[SharedRequest], ...]] = {
+    _S.PROBING: (
+        _M.JobIdentity,
+        _M.SharedInputPath,
+        _M.SharedOutputPath,
+        _M.SharedStorageJob,
+    ),
+    _S.CHECKING_INPUT: (_M.SharedOutputPath, _M.SharedStorageJob),
+    _S.MAKING_OUTPUT: (_M.SharedStorageJob,),
+}
+"""Requests that are kept in a state, in the order in which they have to come."""
+
+
+class SharedIntake:
+    """Checks what a client asks for, until the job is `STARTED`."""
+
+    def __init__(self) -> None:
+        self.state = IntakeState.NEW
+        self.package = ""
+        """Path of the package, once it was named."""
+
+        self.output_path = ""
+        """Path of the folder for the models, once it was named."""
+
+        self._job_id = ""
+        self._early: deque[SharedRequest] = deque()
+        self._outputs: deque[IntakeOutput] = deque()
+
+    def receive_message(self, message: SharedRequest, now: float) -> None:
+        """Handle a request of the client.
+
+        Raises:
+            RemoteProtocolError: If it is out of turn; nothing changed.
+        """
+        target = move_untrusted(TRANSITIONS, self.state, type(message))
+        expected = EARLY.get(self.state)
+        if expected is not None:
+            if type(message) not in expected[len(self._early) :][:1]:
+                raise RemoteProtocolError(f"{type(message).__name__} came out of turn")
+            self._early.append(message)
+        elif target is not self.state:
+            self.state = target
+            self._handle(message)
+
+    def probe_read(self, content: str) -> None:
+        """Handle a report: the BLAKE3 hash (hexadecimal) of the probe file."""
+        self._report(Report.PROBED, messages.MountProbed(self._job_id, content))
+
+    def probe_failed(self, reason: str) -> None:
+        """Handle a report: the probe file cannot be read."""
+        answer = messages.MountProbeFailed(self._job_id, clean_text(reason))
+        self._report(Report.PROBED, answer)
+
+    def input_valid(self) -> None:
+        """Handle a report: the package exists beneath the root, and can be read."""
+        self._report(Report.INPUT_VALID, messages.PathValidated("input"))
+
+    def output_made(self) -> None:
+        """Handle a report: the folder for the models exists beneath the root."""
+        self._report(Report.OUTPUT_MADE, messages.PathValidated("output"))
+
+    def path_refused(self, reason: str) -> None:
+        """Handle a report: the path that was asked about is not acceptable."""
+        move(TRANSITIONS, self.state, Report.PATH_REFUSED)
+        self._early.clear()
+        self._report(Report.PATH_REFUSED, messages.PathError(clean_text(reason)))
+
+    def next_output(self) -> IntakeOutput | None:
+        """Remove and return the oldest effect; None if none is left."""
+        return self._outputs.popleft() if self._outputs else None
+
+    def _report(self, report: Report, answer: messages.WorkerJobMessage) -> None:
+        self.state = move(TRANSITIONS, self.state, report)
+        self._outputs.append(SendMessage(answer))
+        while self._early and self.state not in EARLY:
+            message = self._early.popleft()
+            self.state = move(TRANSITIONS, self.state, type(message))
+            self._handle(message)
+
+    def _handle(self, message: SharedRequest) -> None:
+        match message:
+            case messages.MountProbe(job_id=job_id, path=path):
+                self._job_id = job_id
+                self._outputs.append(ReadProbe(path))
+            case messages.JobIdentity(job_id=job_id):
+                self._job_id = job_id
+            case messages.SharedInputPath(path=path):
+                self.package = path
+                self._outputs.append(CheckInput(path))
+            case messages.SharedOutputPath(path=path):
+                self.output_path = path
+                self._outputs.append(MakeOutput(path))
+            case messages.SharedStorageJob():
+                pass
+            case _:
+                assert_never(message)

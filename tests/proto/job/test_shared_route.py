@@ -1,0 +1,221 @@
+"""The client's way to a start over shared storage, without the rest of the job."""
+
+from collections.abc import Callable
+from typing import get_args
+
+import pytest
+
+from sleap_rtc.proto import messages
+from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+from sleap_rtc.proto.job.client_outputs import (
+    CopyPackage,
+    PrepareShared,
+    RouteChosen,
+    SendMessage,
+)
+from sleap_rtc.proto.job.shared_route import (
+    PATH_TIMEOUT,
+    PROBE_TIMEOUT,
+    TRANSITIONS,
+    SharedAnswer,
+    SharedOutput,
+    SharedRoute,
+    SharedState,
+)
+from tests.proto.job.examples import CONTENT, EXAMPLES, JOB, NAME, drain, snapshot
+
+PROBE = f"jobs/{JOB}/mount-probe"
+PACKAGE = f"jobs/{JOB}/{NAME}"
+ASK_FOR_PROBE: list[SharedOutput] = [SendMessage(messages.MountProbe(JOB, PROBE))]
+ANNOUNCE: list[SharedOutput] = [
+    SendMessage(messages.JobIdentity(JOB)),
+    SendMessage(messages.SharedInputPath(PACKAGE)),
+]
+
+Input = Callable[[SharedRoute], None]
+
+INPUT_VALID = messages.PathValidated("input")
+OUTPUT_VALID = messages.PathValidated("output")
+
+
+def receive(message: SharedAnswer) -> Input:
+    return lambda route: route.receive_message(message, 0.0)
+
+
+GOLDEN: list[tuple[SharedState, Input, list[SharedOutput]]] = [
+    (SharedState.PREPARING, lambda route: None, [PrepareShared(JOB)]),
+    (
+        SharedState.PROBING,
+        lambda route: route.probe_written(PROBE, CONTENT, 0.0),
+        ASK_FOR_PROBE,
+    ),
+    (
+        SharedState.COPYING,
+        receive(messages.MountProbed(JOB, CONTENT)),
+        [
+            RouteChosen("shared", "both sides see the same storage"),
+            CopyPackage(PACKAGE),
+        ],
+    ),
+    (
+        SharedState.CHECKING_INPUT,
+        lambda route: route.package_copied(PACKAGE, 0.0),
+        ANNOUNCE,
+    ),
+    (
+        SharedState.CHECKING_OUTPUT,
+        receive(INPUT_VALID),
+        [SendMessage(messages.SharedOutputPath(f"jobs/{JOB}/models"))],
+    ),
+    (
+        SharedState.STARTED,
+        receive(OUTPUT_VALID),
+        [SendMessage(messages.SharedStorageJob())],
+    ),
+]
+OUTPUTS = {state: outputs for state, _, outputs in GOLDEN}
+
+
+def route_at(state: SharedState) -> SharedRoute:
+    """Return a route that came to a state by real inputs; its outputs are drained."""
+    route = SharedRoute(JOB, NAME)
+    for reached, step, _ in GOLDEN:
+        step(route)
+        drain(route)
+        if reached is state:
+            return route
+        if state is SharedState.FAILED and reached is SharedState.COPYING:
+            route.storage_failed("Disk full")
+            return route
+    raise AssertionError(f"no way to {state}")
+
+
+def test_a_start_over_shared_storage() -> None:
+    route = SharedRoute(JOB, NAME)
+    for state, step, outputs in GOLDEN:
+        step(route)
+        assert (route.state, drain(route)) == (state, outputs)
+
+
+ANSWERS: list[SharedAnswer] = [
+    messages.MountProbed(JOB, CONTENT),
+    messages.MountProbed(JOB, "cd" * 32),
+    messages.MountProbeFailed(JOB, "not there"),
+    INPUT_VALID,
+    OUTPUT_VALID,
+    messages.PathError("not there"),
+]
+
+FAILURES = {
+    "cd" * 32: "The worker mounts other storage",
+    "not there": "not there",
+}
+
+
+@pytest.mark.parametrize("message", ANSWERS, ids=str)
+@pytest.mark.parametrize("state", TRANSITIONS)
+def test_every_answer_in_every_state(state: SharedState, message: SharedAnswer) -> None:
+    route = route_at(state)
+    before = snapshot(route)
+    try:
+        route.receive_message(message, 0.0)
+    except RemoteProtocolError:
+        assert snapshot(route) == before
+        assert type(message) not in TRANSITIONS[state]
+        return
+    assert route.state in TRANSITIONS[state].values()
+    if route.state is SharedState.FAILED:
+        last = list(vars_of(message))[-1]
+        assert FAILURES[last] in route.failure
+        assert drain(route) == []
+    else:
+        assert drain(route) == OUTPUTS[route.state]
+
+
+def vars_of(message: messages.Message) -> list[str]:
+    return [getattr(message, field) for field in message.__struct_fields__]
+
+
+def test_every_answer_is_tried() -> None:
+    assert {type(each) for each in ANSWERS} == set(get_args(SharedAnswer))
+    assert set(get_args(SharedAnswer)) <= set(EXAMPLES)
+
+
+REPORTS: dict[str, tuple[Input, set[SharedState]]] = {
+    "probe_written": (
+        lambda route: route.probe_written(PROBE, CONTENT, 0.0),
+        {SharedState.PREPARING},
+    ),
+    "package_copied": (
+        lambda route: route.package_copied(PACKAGE, 0.0),
+        {SharedState.COPYING},
+    ),
+    "storage_failed": (
+        lambda route: route.storage_failed("Disk full"),
+        {SharedState.PREPARING, SharedState.COPYING},
+    ),
+    "announce": (
+        lambda route: route.announce(0.0),
+        {
+            SharedState.CHECKING_INPUT,
+            SharedState.CHECKING_OUTPUT,
+            SharedState.STARTED,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REPORTS)
+@pytest.mark.parametrize("state", TRANSITIONS)
+def test_only_a_report_that_was_asked_for_is_accepted(
+    state: SharedState, name: str
+) -> None:
+    report, states = REPORTS[name]
+    route = route_at(state)
+    before = snapshot(route)
+    if state in states:
+        report(route)
+        assert snapshot(route) != before or name == "announce"
+        return
+    with pytest.raises(LocalProtocolError):
+        report(route)
+    assert snapshot(route) == before
+
+
+TIMEOUTS = {
+    SharedState.PROBING: (PROBE_TIMEOUT, "did not find the probe file in time"),
+    SharedState.CHECKING_INPUT: (PATH_TIMEOUT, "did not check the paths in time"),
+    SharedState.CHECKING_OUTPUT: (PATH_TIMEOUT, "did not check the paths in time"),
+}
+
+
+@pytest.mark.parametrize("state", TRANSITIONS)
+def test_a_silent_worker_fails_the_route(state: SharedState) -> None:
+    route = route_at(state)
+    before = snapshot(route)
+    seconds, failure = TIMEOUTS.get(state, (None, ""))
+    assert route.deadline() == seconds
+    route.handle_timeout(0.0 if seconds is None else seconds - 1)
+    assert snapshot(route) == before
+    if seconds is not None:
+        route.handle_timeout(seconds)
+        assert route.state is SharedState.FAILED
+        assert failure in route.failure
+        assert route.deadline() is None
+
+
+REPEATED: dict[SharedState, list[SharedOutput]] = {
+    SharedState.PROBING: ASK_FOR_PROBE,
+    SharedState.CHECKING_INPUT: ANNOUNCE,
+    SharedState.CHECKING_OUTPUT: ANNOUNCE,
+}
+
+
+@pytest.mark.parametrize("state", TRANSITIONS)
+def test_a_new_link_repeats_what_the_worker_has_not_answered(
+    state: SharedState,
+) -> None:
+    route = route_at(state)
+    route.connection_restored(100.0)
+    assert drain(route) == REPEATED.get(state, [])
+    assert (route.deadline() == 130.0) == (state in REPEATED)

@@ -164,7 +164,6 @@ async def receive(span: Span) -> Received:
         with trio.CancelScope() as enough:
             await transfers.receive_file(
                 message.transfer_id,
-                message.file,
                 _Nowhere(message.file.chunk_size),
                 on_progress=note,
             )

@@ -186,9 +186,7 @@ class Results:
             # Without an answer the worker would wait forever.
             await connection.link.send_message(m.FileError(transfer_id, str(error)))
             raise
-        await connection.transfers.receive_file(
-            transfer_id, offer, sink, keep_part=True, on_progress=progress
-        )
+        await connection.transfers.receive_file(transfer_id, sink, on_progress=progress)
 
     def _open_part(self, path: str, offer: m.OfferedFile) -> ChunkWriter:
         """Open the part of a result that an earlier link delivered; it blocks."""

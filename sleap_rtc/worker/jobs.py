@@ -395,9 +395,7 @@ class Job:
                     self._open_part, directory, file, discard=ChunkWriter.keep
                 )
                 await self._tell_what_is_there(link, sink)
-                await link.transfers.receive_file(
-                    transfer_id, file, sink, keep_part=True
-                )
+                await link.transfers.receive_file(transfer_id, sink)
                 self.core.package_received()
         except (TransferError, StorageError, InvalidInput) as error:
             self.core.package_failed(str(error))

@@ -29,14 +29,25 @@ from sleap_rtc.proto.rendezvous.member import RoomMember
 from sleap_rtc.proto.rendezvous.member_outputs import MemberOutput
 from sleap_rtc.proto.rendezvous.messages import Signal
 from sleap_rtc.proto.rendezvous.server import RoomServer, ServerOutput
+from sleap_rtc.proto.transfer.machine import (
+    ReceiverOutput,
+    SenderOutput,
+    TransferMessage,
+)
+from sleap_rtc.proto.transfer.receiver import Receiver
+from sleap_rtc.proto.transfer.sender import Sender
 
 # ------------------------------------------------------- which machine has which verbs
 
 
-def check_types(member: RoomMember, server: RoomServer) -> None:
+def check_types(
+    member: RoomMember, server: RoomServer, receiver: Receiver, sender: Sender
+) -> None:
     """Let mypy check each machine against its protocol. This function never runs."""
     _member: ReconnectingMachine[Signal, MemberOutput] = member
     _server: ServerMachine[Signal, ServerOutput] = server
+    _receiver: Machine[TransferMessage, ReceiverOutput] = receiver
+    _sender: Machine[TransferMessage, SenderOutput] = sender
 
 
 def check_types_of_jobs(

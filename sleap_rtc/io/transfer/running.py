@@ -1,4 +1,4 @@
-"""One file on its way over a link: a task that carries out what its machine wants."""
+"""One file on its way over a link: a task that runs the effects of its machine."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,17 +10,13 @@ import trio
 from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.folder import StorageError
-from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import FileOffer, OfferedFile
 from sleap_rtc.proto.transfer.chunk_map import ChunkMap
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
 from sleap_rtc.proto.transfer.machine import (
-    Discard,
     HashMissing,
     Publish,
     ReadAndSend,
-    SenderDone,
-    SenderFailed,
     SendMessage,
     Store,
     TransferDone,
@@ -36,8 +32,8 @@ Progress = Callable[[int], None]
 WRITERS = 2
 """Threads that hash and write chunks of one file: one may wait for the disk."""
 
-FAREWELL_SECONDS = 2.0
-"""How long a transfer that ends early tries to tell the peer."""
+CLOSE_TIMEOUT = 2.0
+"""Seconds in which a cancelled transfer tries to tell the peer."""
 
 PUBLISH_GRACE_TIMEOUT = 10.0
 """Seconds that a cancelled transfer waits for a whole file to get its name: disks may
@@ -45,10 +41,10 @@ have much to write before."""
 
 
 class TransferError(Exception):
-    """A file did not arrive, though the link still stands.
+    """A file did not arrive, although the link is open.
 
     Args:
-        reason: What happened, for people. It may be the peer's own words.
+        reason: What happened, for people. It may be a text of the peer.
     """
 
     def __init__(self, reason: str) -> None:
@@ -57,7 +53,7 @@ class TransferError(Exception):
 
 
 class ChunkSource(Protocol):
-    """What a file is sent from; worker threads call it, several at once.
+    """Source of a file that is sent; worker threads call it, several at once.
 
     Its methods raise `StorageError` if the storage failed.
     """
@@ -66,33 +62,33 @@ class ChunkSource(Protocol):
         """Return a chunk and its BLAKE3 hash."""
 
     def check_unchanged(self) -> bool:
-        """Tell whether the file is still what it was when it was opened."""
+        """Return True if the file is as it was when it was opened."""
 
 
 class ChunkSink(Protocol):
-    """Where a file arrives; worker threads call it, several at once.
+    """Target of a file that arrives; worker threads call it, several at once.
 
     Its methods raise `StorageError` if the storage failed.
     """
 
     chunk_map: ChunkMap
-    """What is there already; the transfer takes it over and notes what it stores."""
+    """The chunks that are there. The transfer owns it and sets those that it stores."""
 
     def write(self, index: int, payload: Buffer, digest: bytes) -> bool:
-        """Write a chunk, or return False if that is not its hash."""
+        """Write a chunk; return False if its hash is another one."""
 
     def publish(self) -> Path:
-        """Let the whole file appear under its name, and return that."""
+        """Give the whole file its name, and return its path."""
 
     def keep(self) -> None:
-        """Leave what was written for later, unless it was published."""
+        """Keep what was written for a later transfer, unless it was published."""
 
     def abandon(self) -> None:
         """Remove what was written, unless it was published."""
 
 
 class RunningTransfer(ABC):
-    """One transfer: its inputs never wait, and one task carries out its outputs."""
+    """One transfer: its inputs never wait, and one task runs its effects."""
 
     def __init__(
         self,
@@ -109,20 +105,16 @@ class RunningTransfer(ABC):
         self._woken = trio.Event()
 
     def receive_message(self, message: TransferMessage) -> None:
-        """Take a control message of this transfer."""
-        try:
-            self._machine.receive_message(message)
-        except RemoteProtocolError:
-            pass  # the machine has failed, and its outputs say why
+        """Handle a control message of this transfer."""
+        self._machine.receive_message(message, trio.current_time())
         self._woken.set()
 
     @abstractmethod
-    def receive_frame(self, frame: Frame) -> bool:
-        """Take a bulk frame of this transfer, or return False if nobody wants it."""
+    def receive_frame(self, frame: Frame) -> None:
+        """Handle a bulk frame of this transfer."""
 
     def link_lost(self, error: LinkClosedError) -> None:
-        """End, because nothing comes or goes any more."""
-        self._machine.link_lost()
+        """End the transfer because the link ended."""
         self._end(error)
 
     def _end(self, error: TransferError | LinkClosedError | None) -> None:
@@ -137,7 +129,7 @@ class RunningTransfer(ABC):
             self._on_progress(size)
 
     async def _run(self) -> None:
-        """Carry out what the machine wants until the transfer has ended."""
+        """Run the effects of the machine until the transfer has ended."""
         try:
             async with trio.open_nursery() as nursery:
                 while not self._has_ended:
@@ -145,27 +137,27 @@ class RunningTransfer(ABC):
                 nursery.cancel_scope.cancel()
         finally:
             if not self._has_ended:
-                await self._say_farewell()
+                await self._cancel()
         if self._error is not None:
             raise self._error
 
     async def _step(self, nursery: trio.Nursery) -> None:
-        """Carry out one output, or wait for what brings the next."""
+        """Run one effect, or wait for the input that brings the next."""
         try:
-            if not await self._carry_out_next(nursery):
+            if not await self._run_next(nursery):
                 self._woken = trio.Event()
                 await self._woken.wait()
         except LinkClosedError as error:
             self.link_lost(error)
 
     @abstractmethod
-    async def _carry_out_next(self, nursery: trio.Nursery) -> bool:
-        """Carry out the next output of the machine; return False if there is none."""
+    async def _run_next(self, nursery: trio.Nursery) -> bool:
+        """Run the next output of the machine; return False if none is left."""
 
-    async def _say_farewell(self) -> None:
-        """Tell the peer that the owner gave up, if there is time."""
+    async def _cancel(self) -> None:
+        """Tell the peer within `CLOSE_TIMEOUT` that this side gave up."""
         self._machine.cancel("the other side cancelled the transfer")
-        with trio.move_on_after(FAREWELL_SECONDS, shield=True):
+        with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
             while (output := self._machine.next_output()) is not None:
                 if isinstance(output, SendMessage):
                     try:
@@ -175,7 +167,7 @@ class RunningTransfer(ABC):
 
 
 class ReceivingFile(RunningTransfer):
-    """One file that comes in."""
+    """One file that is received."""
 
     def __init__(
         self,
@@ -192,24 +184,18 @@ class ReceivingFile(RunningTransfer):
         self._path = Path()
 
     async def receive(self) -> Path:
-        """Take the whole file, and return where it is."""
-        self._receiver.start()
+        """Receive the whole file, and return its path."""
         self._report(self._receiver.chunk_map.bytes_there)
         await self._run()
         return self._path
 
-    def receive_frame(self, frame: Frame) -> bool:
-        """Take a chunk, if it is wanted."""
-        try:
-            is_wanted = self._receiver.chunk_arrived(frame.header)
-        except RemoteProtocolError:
-            is_wanted = False  # the machine has failed, and its outputs say why
-        if is_wanted:
+    def receive_frame(self, frame: Frame) -> None:
+        """Store a chunk if the machine expects it."""
+        if self._receiver.chunk_arrived(frame.header):
             self._payloads[frame.header.index] = frame.payload
         self._woken.set()
-        return is_wanted
 
-    async def _carry_out_next(self, nursery: trio.Nursery) -> bool:
+    async def _run_next(self, nursery: trio.Nursery) -> bool:
         match self._receiver.next_output():
             case None:
                 return False
@@ -220,8 +206,6 @@ class ReceivingFile(RunningTransfer):
                 nursery.start_soon(self._store, index, payload, digest)
             case Publish():
                 await self._publish()
-            case Discard():
-                pass  # `receive_file` does it, when no thread writes any more
             case TransferDone():
                 self._end(None)
             case TransferFailed(reason=reason):
@@ -258,7 +242,7 @@ class ReceivingFile(RunningTransfer):
 
 
 class SendingFile(RunningTransfer):
-    """One file that goes out."""
+    """One file that is sent."""
 
     def __init__(
         self,
@@ -272,15 +256,14 @@ class SendingFile(RunningTransfer):
         self._source = source
 
     async def send(self, offer: OfferedFile) -> None:
-        """Offer the file, and serve the receiver until it has all of it."""
+        """Offer the file, and serve the receiver until it has verified the file."""
         await self._link.send_message(FileOffer(self._sender.transfer_id, offer))
         await self._run()
 
-    def receive_frame(self, frame: Frame) -> bool:
-        """Take no frame: the peer is the one who receives."""
-        return False
+    def receive_frame(self, frame: Frame) -> None:
+        """Ignore a frame: the peer is the receiver."""
 
-    async def _carry_out_next(self, nursery: trio.Nursery) -> bool:
+    async def _run_next(self, nursery: trio.Nursery) -> bool:
         match self._sender.next_output():
             case None:
                 return False
@@ -290,9 +273,9 @@ class SendingFile(RunningTransfer):
                 nursery.start_soon(self._send_chunk, index)
             case HashMissing(first=first, count=count):
                 nursery.start_soon(self._hash, range(first, first + count))
-            case SenderDone():
+            case TransferDone():
                 self._end(None)
-            case SenderFailed(reason=reason):
+            case TransferFailed(reason=reason):
                 self._end(TransferError(reason))
             case output:
                 assert_never(output)
@@ -313,7 +296,7 @@ class SendingFile(RunningTransfer):
                     self._sender.chunk_sent(index, digest)
                     self._report(self._sender.bytes_known)
         except StorageError as error:
-            self._sender.source_failed(str(error))
+            self._sender.cancel(str(error))
         except LinkClosedError as error:
             self.link_lost(error)
         self._woken.set()
@@ -322,7 +305,7 @@ class SendingFile(RunningTransfer):
         try:
             digests = await call_storage(self._read_hashes, indexes)
         except StorageError as error:
-            self._sender.source_failed(str(error))
+            self._sender.cancel(str(error))
         else:
             if len(digests) < len(indexes):
                 self._sender.source_changed()

@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 MAX_REFUSALS = 64
-"""Refusals of unknown transfers that wait to be sent; what is over is not refused."""
+"""Refusals of unknown transfers that may wait to be sent; more are dropped."""
 
 LEAVE_TIMEOUT = 5.0
 """Seconds for leaving or removing the part of a file whose transfer has ended."""
@@ -50,38 +50,32 @@ _UNKNOWN = "there is no such transfer here; it ended, or was never begun"
 
 
 def _ignore_progress(_size: int) -> None:
-    """What happens with the progress of a transfer that nobody watches."""
+    """Ignore the progress of a transfer."""
 
 
 class Transfers:
     """The file transfers of one link.
 
-    The owner starts `run` in a nursery, and gives every control message that it
+    The owner starts `run` in a nursery, and passes every control message that it
     receives to `deliver_message`. Then any number of its tasks may send and receive
-    files; the two sides agree on the transfer ids.
+    files. The two sides agree on the transfer ids.
 
     Args:
-        link: Where the files go. The owner keeps it, and closes it.
+        link: The link, which the owner closes.
     """
 
     def __init__(self, link: Link) -> None:
         self._link = link
         self._active: dict[int, RunningTransfer] = {}
         self._refuse, self._refused = trio.open_memory_channel[int](MAX_REFUSALS)
-        self._frames_dropped = 0
 
     @property
     def active(self) -> int:
         """Transfers that run now."""
         return len(self._active)
 
-    @property
-    def frames_dropped(self) -> int:
-        """Frames that nobody wanted: duplicates, and those of unknown transfers."""
-        return self._frames_dropped
-
     async def run(self) -> None:
-        """Route what arrives until the link ends; then every transfer ends too."""
+        """Route frames until the link ends; then every transfer ends as well."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._send_refusals)
             try:
@@ -93,9 +87,10 @@ class Transfers:
             nursery.cancel_scope.cancel()
 
     def deliver_message(self, message: Message) -> bool:
-        """Take a control message, if it belongs to a transfer that was begun.
+        """Handle a control message if it belongs to a transfer.
 
-        A peer that waits for a transfer which this side does not have is told so.
+        If this side does not have the transfer that the peer waits for, the peer gets
+        a FILE_ERROR.
 
         Args:
             message: Any control message of the link.
@@ -112,7 +107,7 @@ class Transfers:
             try:
                 self._refuse.send_nowait(message.transfer_id)
             except trio.WouldBlock:
-                pass  # the peer asks again and again; it was told often enough
+                pass  # the peer has many answers already
         return True
 
     async def send_file(
@@ -133,7 +128,7 @@ class Transfers:
 
         Raises:
             InvalidInput: If it has too many chunks.
-            TransferError: If the receiver does not take it, or it can't be read.
+            TransferError: If the receiver refuses it, or it cannot be read.
             LinkClosedError: If the link ended first.
         """
         sender = Sender(transfer_id, offer.size, offer.chunk_size)
@@ -144,29 +139,20 @@ class Transfers:
     async def receive_file(
         self,
         transfer_id: int,
-        offer: OfferedFile,
         sink: ChunkSink,
         *,
-        keep_part: bool = False,
         on_progress: Progress = _ignore_progress,
     ) -> Path:
         """Receive a file that the peer offered, or the rest of it.
 
-        It asks only for the chunks that the sink does not have. What becomes of those
-        that are stored depends on what ends the transfer:
-
-        - The sink is published when it is whole and the sender has verified it.
-        - It is abandoned on a `TransferError`: the peer gave the file up, it is not
-          the file that the stored chunks are of, or the storage failed.
-        - In every other case `keep_part` decides: the link was lost, or the owner
-          cancelled, as it does when its process stops. The peer is told of that.
+        It asks only for the chunks that the sink does not have. On a `TransferError`
+        the sink is abandoned. If the link is lost or the task is cancelled, the stored
+        chunks are kept for a later transfer of the same file. The peer gets a
+        FILE_ERROR if the task is cancelled.
 
         Args:
             transfer_id: The number in the offer.
-            offer: The file.
-            sink: Where it goes, for a file of that size in chunks of that size.
-            keep_part: Keep what arrived for a later transfer of the same file; without
-                it nothing is left.
+            sink: The target, opened for the offered size and chunk size.
             on_progress: Called with the number of bytes stored so far, those of
                 earlier transfers included.
 
@@ -175,12 +161,12 @@ class Transfers:
 
         Raises:
             TransferError: If the peer stopped it or broke the protocol, or the file
-                can't be written.
+                cannot be written.
             LinkClosedError: If the link ended first.
         """
-        leave = sink.keep if keep_part else sink.abandon
+        leave = sink.keep
         try:
-            receiver = Receiver(transfer_id, offer, chunk_map=sink.chunk_map)
+            receiver = Receiver(transfer_id, sink.chunk_map)
             receiving = ReceivingFile(self._link, receiver, sink, on_progress)
             with self._registered(transfer_id, receiving):
                 return await receiving.receive()
@@ -191,13 +177,11 @@ class Transfers:
             try:
                 await call_storage(leave, timeout=LEAVE_TIMEOUT, shield=True)
             except StorageError:
-                pass  # a hidden part file stays; what led here matters more
+                pass  # a hidden part file stays; the first error matters more
 
     @contextmanager
-    def _registered(
-        self, transfer_id: int, active: "RunningTransfer"
-    ) -> Iterator[None]:
-        """Let what arrives for a transfer reach it, as long as it runs."""
+    def _registered(self, transfer_id: int, active: RunningTransfer) -> Iterator[None]:
+        """Route input to a transfer while the block runs."""
         if transfer_id in self._active:
             raise TransferError(f"transfer {transfer_id} runs already")
         self._active[transfer_id] = active
@@ -208,8 +192,8 @@ class Transfers:
 
     def _route_frame(self, frame: Frame) -> None:
         active = self._active.get(frame.header.transfer_id)
-        if active is None or not active.receive_frame(frame):
-            self._frames_dropped += 1
+        if active is not None:
+            active.receive_frame(frame)
 
     async def _send_refusals(self) -> None:
         async for transfer_id in self._refused:

@@ -1,31 +1,34 @@
 """One file on its way in chunks: the receiver, the sender, and their credits.
 
 The receiver owns the truth, its `ChunkMap`. It grants the chunks that it can take, and
-the sender sends exactly those, in any order. When all are stored the
-receiver names the hash over the chunk hashes; the sender compares it with its own and
-answers, and only then the file appears under its name::
+the sender sends exactly those, in any order. When all are stored, the receiver names
+the hash over the chunk hashes. The sender compares it with its own and answers, and
+only then the file appears under its name::
 
     sender                                receiver
                      FILE_OFFER    ->
-                  <- CHUNK_GRANT          `Receiver.start`
+                  <- CHUNK_GRANT          the first window
     `ReadAndSend`    frames        ->     `Store`
                   <- CHUNK_GRANT          half of the window is free again
                   <- FILE_RECEIVED        every chunk is stored
     `HashMissing`
                      FILE_VERIFIED ->     `Publish`
 
-FILE_ERROR ends a transfer from either side at any time. Nothing here depends on time: a
-peer that is gone is noticed by the link, and a slow one is the owner's to judge.
+FILE_ERROR ends a transfer from either side at any time. A machine serves one transfer
+over one link; over the next link, new machines continue from the chunk map. Nothing
+here depends on time: the link notices a peer that is gone.
 """
 
 from abc import ABC, abstractmethod
 from collections import deque
+from collections.abc import Mapping
 from enum import Enum
-from typing import Generic, NoReturn, TypeVar
+from typing import Generic, TypeVar
 
 import msgspec
 
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+from sleap_rtc.proto.machine import Table, Trigger, move, move_untrusted
 from sleap_rtc.proto.messages import (
     ChunkGrant,
     FileError,
@@ -37,7 +40,7 @@ MAX_WINDOW = 64
 """Chunks that a receiver may have granted and a sender not yet begun to send."""
 
 TransferMessage = ChunkGrant | FileReceived | FileVerified | FileError
-"""The messages that a running transfer understands."""
+"""The messages of a running transfer."""
 
 
 class SendMessage(msgspec.Struct, frozen=True):
@@ -60,20 +63,6 @@ class Publish(msgspec.Struct, frozen=True):
     """Effect: make the file durable under its name; answer `Receiver.published`."""
 
 
-class Discard(msgspec.Struct, frozen=True):
-    """Effect: remove what was stored of the file."""
-
-
-class TransferDone(msgspec.Struct, frozen=True):
-    """Event: the file is there."""
-
-
-class TransferFailed(msgspec.Struct, frozen=True):
-    """Event: the transfer ended without a file, and why."""
-
-    reason: str
-
-
 class ReadAndSend(msgspec.Struct, frozen=True):
     """Effect: read this chunk, send it, answer `Sender.chunk_sent`."""
 
@@ -90,89 +79,77 @@ class HashMissing(msgspec.Struct, frozen=True):
     count: int
 
 
-class SenderDone(msgspec.Struct, frozen=True):
-    """Event: the receiver has the file, and it is the right one."""
+class TransferDone(msgspec.Struct, frozen=True):
+    """Event: the receiver has the file, and the sender verified it."""
 
 
-class SenderFailed(msgspec.Struct, frozen=True):
-    """Event: the transfer ended, and why."""
+class TransferFailed(msgspec.Struct, frozen=True):
+    """Event: the transfer ended without a file, and why."""
 
     reason: str
 
 
-ReceiverOutput = SendMessage | Store | Publish | Discard | TransferDone | TransferFailed
-SenderOutput = SendMessage | ReadAndSend | HashMissing | SenderDone | SenderFailed
-
-
-# ----------------------------------------------------------------- what both share
-
-
-class Verdict(Enum):
-    """What an input gets that leads to no state."""
-
-    IGNORED = "-"
-    """Nothing happens: it comes too late to matter."""
-
-    OUR_FAULT = "ours"
-    """`LocalProtocolError`, and nothing changes."""
-
-    PEER_FAULT = "peer's"
-    """The transfer fails, the peer is told, and `RemoteProtocolError`."""
+ReceiverOutput = SendMessage | Store | Publish | TransferDone | TransferFailed
+SenderOutput = SendMessage | ReadAndSend | HashMissing | TransferDone | TransferFailed
 
 
 StateT = TypeVar("StateT", bound=Enum)
 OutputT = TypeVar("OutputT", bound=msgspec.Struct)
 
-
-def read_table(states: type[StateT], text: str) -> dict[tuple[str, StateT], Enum]:
-    """Read a table: states across, inputs down; ``.`` stays in the state."""
-    header, *rows = [line.split() for line in text.strip().splitlines()]
-    table: dict[tuple[str, StateT], Enum] = {}
-    for name, *cells in rows:
-        for column, cell in zip(header[1:], cells, strict=True):
-            state = states[column]
-            if cell == ".":
-                table[name, state] = state
-            else:
-                table[name, state] = states[cell] if cell.isupper() else Verdict(cell)
-    return table
+Late = Mapping[StateT, frozenset[Trigger]]
+"""For each state, the triggers that come too late to matter: they are ignored."""
 
 
-class Machine(ABC, Generic[StateT, OutputT]):
-    """What a receiver and a sender have in common: a state, a table, and outputs.
+class TransferMachine(ABC, Generic[StateT, OutputT]):
+    """State, tables and outputs of a receiver or a sender.
+
+    A fault of the peer ends the transfer and not the link: the peer gets a FILE_ERROR,
+    and the owner a `TransferFailed`. No method raises for it.
 
     Args:
         transfer_id: The number that the two sides use.
         state: The first state.
-        table: What each input does in each state.
+        transitions: The state that each trigger leads to.
+        late: The triggers that are ignored.
     """
 
     def __init__(
         self,
         transfer_id: int,
         state: StateT,
-        table: dict[tuple[str, StateT], Enum],
+        *,
+        transitions: Table[StateT],
+        late: Late[StateT],
     ) -> None:
         self.transfer_id = transfer_id
         self.state = state
-        self._table = table
-        self._outputs: deque[SendMessage | OutputT] = deque()
+        self._transitions = transitions
+        self._late = late
+        self._outputs: deque[SendMessage | TransferFailed | OutputT] = deque()
 
-    def _enter(self, name: str, fault: str = "") -> bool:
-        """Follow the table, and tell whether the input counts.
+    def _move(self, trigger: Trigger) -> bool:
+        """Follow the table; return False if the trigger is ignored.
 
-        Args:
-            name: The input.
-            fault: What the peer did wrong, if the table says that it is its fault.
+        Raises:
+            LocalProtocolError: If the trigger is not in the row of the state.
         """
-        verdict = self._table[name, self.state]
-        if verdict is Verdict.PEER_FAULT:
-            self._blame_peer(fault)
-        if verdict is Verdict.OUR_FAULT:
-            raise LocalProtocolError(f"{name} while {self.state.name}")
-        if verdict is Verdict.IGNORED:
+        if trigger in self._late[self.state]:
             return False
-        self.state = type(self.state)(verdict)
+        self.state = move(self._transitions, self.state, trigger)
+        return True
+
+    def _move_untrusted(self, trigger: Trigger) -> bool:
+        """Follow the table; return False if the trigger is ignored or not expected.
+
+        The transfer fails if it is not expected.
+        """
+        if trigger in self._late[self.state]:
+            return False
+        try:
+            self.state = move_untrusted(self._transitions, self.state, trigger)
+        except RemoteProtocolError as error:
+            self._blame_peer(error.reason)
+            return False
         return True
 
     def _check_id(self, transfer_id: int) -> None:
@@ -184,11 +161,13 @@ class Machine(ABC, Generic[StateT, OutputT]):
     def _send(self, message: TransferMessage) -> None:
         self._outputs.append(SendMessage(message))
 
-    @abstractmethod
-    def _fail(self, reason: str, *, tell_peer: bool = True) -> None:
-        """End the transfer; what is still to be drained no longer matters."""
+    def _report_failure(self, reason: str, *, tell_peer: bool = True) -> None:
+        """Replace the outputs by those of a failure."""
+        self._outputs.clear()
+        if tell_peer:
+            self._send(FileError(self.transfer_id, reason))
+        self._outputs.append(TransferFailed(reason))
 
-    def _blame_peer(self, reason: str) -> NoReturn:
-        """End the transfer for what the peer did, and tell it."""
-        self._fail(reason)
-        raise RemoteProtocolError(reason)
+    @abstractmethod
+    def _blame_peer(self, reason: str) -> None:
+        """End the transfer for what the peer did."""

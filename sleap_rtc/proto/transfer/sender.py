@@ -6,6 +6,7 @@ from enum import Enum, auto
 from typing import assert_never
 
 from sleap_rtc.proto.errors import LocalProtocolError
+from sleap_rtc.proto.machine import Table, Trigger
 from sleap_rtc.proto.messages import (
     ChunkGrant,
     FileError,
@@ -16,60 +17,97 @@ from sleap_rtc.proto.transfer.chunk_map import ChunkMap
 from sleap_rtc.proto.transfer.machine import (
     MAX_WINDOW,
     HashMissing,
-    Machine,
+    Late,
     ReadAndSend,
-    SenderDone,
-    SenderFailed,
     SenderOutput,
+    TransferDone,
+    TransferMachine,
     TransferMessage,
-    read_table,
 )
 
 READ_AHEAD = 2
 """Chunks that a sender handles at a time: one is read while one is sent."""
 
 HASH_BATCH = 64
-"""Chunks in one `HashMissing`: few enough that a cancellation is felt soon."""
+"""Chunks in one `HashMissing`: few enough that a cancellation takes effect soon."""
 
 
 class SenderState(Enum):
-    """Where a sender stands."""
+    """Phases of a sender."""
 
     SENDING = auto()
-    VERIFYING = auto()
+    VERIFYING = auto()  #   the receiver has all, and the hashes are compared
     DONE = auto()
     FAILED = auto()
 
 
-SENDER_TABLE = read_table(
-    SenderState,
-    """
-    in_state        SENDING    VERIFYING  DONE  FAILED
-    CHUNK_GRANT     .          peer's     -     -
-    chunk_sent      .          .          -     -
-    FILE_RECEIVED   VERIFYING  peer's     -     -
-    hashes_read     ours       .          -     -
-    same_root       ours       DONE       ours  ours
-    FILE_ERROR      FAILED     FAILED     -     -
-    wrong_message   peer's     peer's     -     -
-    source_changed  FAILED     FAILED     -     -
-    source_failed   FAILED     FAILED     -     -
-    cancel          FAILED     FAILED     -     -
-    link_lost       SENDING    SENDING    -     -
-    """,
+class SenderTrigger(Enum):
+    """Causes of a transition, besides messages."""
+
+    CHUNK_SENT = auto()
+    HASHES_READ = auto()
+    SAME_ROOT = auto()
+    SOURCE_CHANGED = auto()
+    CANCELLED = auto()
+    PEER_FAULT = auto()
+
+
+_S, _T = SenderState, SenderTrigger
+
+TRANSITIONS: Table[SenderState] = {
+    _S.SENDING: {
+        ChunkGrant: _S.SENDING,
+        _T.CHUNK_SENT: _S.SENDING,
+        FileReceived: _S.VERIFYING,
+        FileError: _S.FAILED,
+        _T.SOURCE_CHANGED: _S.FAILED,
+        _T.CANCELLED: _S.FAILED,
+        _T.PEER_FAULT: _S.FAILED,
+    },
+    _S.VERIFYING: {
+        _T.CHUNK_SENT: _S.VERIFYING,
+        _T.HASHES_READ: _S.VERIFYING,
+        _T.SAME_ROOT: _S.DONE,
+        FileError: _S.FAILED,
+        _T.SOURCE_CHANGED: _S.FAILED,
+        _T.CANCELLED: _S.FAILED,
+        _T.PEER_FAULT: _S.FAILED,
+    },
+    _S.DONE: {},
+    _S.FAILED: {},
+}
+
+_AFTER_THE_END: frozenset[Trigger] = frozenset(
+    {
+        ChunkGrant,
+        FileReceived,
+        FileVerified,
+        FileError,
+        _T.CHUNK_SENT,
+        _T.HASHES_READ,
+        _T.SOURCE_CHANGED,
+        _T.CANCELLED,
+    }
 )
+
+LATE: Late[SenderState] = {
+    _S.SENDING: frozenset(),
+    _S.VERIFYING: frozenset(),
+    _S.DONE: _AFTER_THE_END,
+    _S.FAILED: _AFTER_THE_END,
+}
+"""Triggers that are ignored: what was under way when the transfer ended."""
 
 _CHANGED = "the file changed while it was sent; send it again"
 
 
-class Sender(Machine[SenderState, SenderOutput]):
+class Sender(TransferMachine[SenderState, SenderOutput]):
     """The sending side of one transfer, from the moment on that the file is offered.
 
-    Give it what happens: `receive_message`, `chunk_sent` for each `ReadAndSend`,
-    `hashes_read` for each `HashMissing`, `source_changed`, `source_failed`, `cancel`
-    and `link_lost`. After each, drain `next_output`; it hands out at most `READ_AHEAD`
-    chunks at a time, so drain again after `chunk_sent`. After `link_lost` every effect
-    that was handed out is void and must not be answered.
+    Report what happens: `receive_message`, `chunk_sent` for each `ReadAndSend`,
+    `hashes_read` for each `HashMissing`, `source_changed`, and `cancel` if the owner or
+    its storage gives up. After each, drain `next_output`. It returns at most
+    `READ_AHEAD` chunks at a time, so drain it again after `chunk_sent`.
 
     A new sender of the same file can take over at any time: the hashes that this one
     keeps are only a cache.
@@ -84,7 +122,9 @@ class Sender(Machine[SenderState, SenderOutput]):
     """
 
     def __init__(self, transfer_id: int, size: int, chunk_size: int) -> None:
-        super().__init__(transfer_id, SenderState.SENDING, SENDER_TABLE)
+        super().__init__(
+            transfer_id, SenderState.SENDING, transitions=TRANSITIONS, late=LATE
+        )
         self._hashes = ChunkMap(size, chunk_size)
         self._queue: deque[int] = deque()
         self._in_hand: list[int] = []
@@ -96,126 +136,108 @@ class Sender(Machine[SenderState, SenderOutput]):
         """Bytes of the chunks that were sent or hashed so far, each counted once."""
         return self._hashes.bytes_there
 
-    def receive_message(self, message: TransferMessage) -> None:
-        """Take a control message of this transfer.
+    def receive_message(self, message: TransferMessage, now: float) -> None:
+        """Handle a control message of this transfer.
+
+        Args:
+            message: The message.
+            now: The time, on which a transfer does not depend.
 
         Raises:
-            RemoteProtocolError: If the receiver may not say that now. The transfer has
-                failed then.
             LocalProtocolError: If the message is of another transfer.
         """
         self._check_id(message.transfer_id)
+        if not self._move_untrusted(type(message)):
+            return
         match message:
             case ChunkGrant():
-                if self._enter("CHUNK_GRANT", "CHUNK_GRANT came after FILE_RECEIVED"):
-                    self._take_grant_untrusted(message)
+                self._receive_grant_untrusted(message)
             case FileReceived(root=root):
-                if self._enter("FILE_RECEIVED", "FILE_RECEIVED came twice"):
-                    self._claimed_root = root
-                    self._queue.clear()
-                    self._verify()
+                self._claimed_root = root
+                self._queue.clear()
+                self._verify()
             case FileError(reason=reason):
-                if self._enter("FILE_ERROR"):
-                    self._fail(reason, tell_peer=False)
+                self._report_failure(reason, tell_peer=False)
             case FileVerified():
-                self._enter("wrong_message", "the receiver spoke as if it sent")
+                raise AssertionError("the receiver's message is not in the table")
             case _:
                 assert_never(message)
 
     def chunk_sent(self, index: int, digest: bytes) -> None:
-        """Note that a chunk is on its way.
+        """Record that a chunk is on its way.
 
         Args:
             index: The chunk of a `ReadAndSend`.
             digest: The BLAKE3 hash that it was sent with.
 
         Raises:
-            LocalProtocolError: If nobody asked for it.
+            LocalProtocolError: If there was no `ReadAndSend` for it.
         """
-        if self._enter("chunk_sent"):
+        if self._move(SenderTrigger.CHUNK_SENT):
             if index not in self._in_hand:
                 raise LocalProtocolError(f"chunk {index} was not to be sent")
-            self._learn(index, digest)
-            if self.state is not SenderState.FAILED:
-                self._in_hand.remove(index)
+            self._in_hand.remove(index)
+            known = self._hashes.digest(index)
+            if known not in (None, digest):  # it was sent before with another one
+                self.source_changed()
+            else:
+                self._hashes.set(index, digest)
                 self._verify()
 
     def hashes_read(self, digests: Sequence[bytes]) -> None:
-        """Take the hashes that the last `HashMissing` asked for.
+        """Record the hashes that the last `HashMissing` asked for.
 
         Args:
             digests: The BLAKE3 hashes of its chunks, in order.
 
         Raises:
-            LocalProtocolError: If nobody asked, or for another number of them.
+            LocalProtocolError: If none were asked for, or another number of them.
         """
-        if self._enter("hashes_read"):
+        if self._move(SenderTrigger.HASHES_READ):
             wanted = self._hashing
             if wanted is None or len(digests) != wanted.count:
-                raise LocalProtocolError(f"{len(digests)} hashes that nobody asked for")
+                raise LocalProtocolError(f"{len(digests)} hashes were not asked for")
             for index, digest in enumerate(digests, wanted.first):
                 self._hashes.set(index, digest)
             self._hashing = None
             self._verify()
 
     def source_changed(self) -> None:
-        """End the transfer, because the file is no longer what was offered."""
-        if self._enter("source_changed"):
-            self._fail(_CHANGED)
-
-    def source_failed(self, reason: str) -> None:
-        """End the transfer, because the file can't be read.
-
-        Args:
-            reason: What the receiver is told.
-        """
-        if self._enter("source_failed"):
-            self._fail(reason)
+        """End the transfer because the file is no longer the one that was offered."""
+        if self._move(SenderTrigger.SOURCE_CHANGED):
+            self._report_failure(_CHANGED)
 
     def cancel(self, reason: str) -> None:
-        """Give up, because the owner wants it.
+        """End the transfer because the owner or its storage gave up.
 
         Args:
-            reason: What the receiver is told.
+            reason: Why, for the receiver.
         """
-        if self._enter("cancel"):
-            self._fail(reason)
-
-    def link_lost(self) -> None:
-        """Forget every grant: the receiver grants again over the next link."""
-        if self._enter("link_lost"):
-            self._outputs.clear()
-            self._queue.clear()
-            self._in_hand.clear()
-            self._hashing = None
+        if self._move(SenderTrigger.CANCELLED):
+            self._report_failure(reason)
 
     def next_output(self) -> SenderOutput | None:
-        """Return what is to be done next, or None."""
+        """Remove and return the oldest effect or event; None if none is left."""
         if self._outputs:
             return self._outputs.popleft()
-        if self._queue and len(self._in_hand) < READ_AHEAD:
+        is_sending = self.state is SenderState.SENDING
+        if is_sending and self._queue and len(self._in_hand) < READ_AHEAD:
             index = self._queue.popleft()
             self._in_hand.append(index)
             return ReadAndSend(index)
         return None
 
-    def _take_grant_untrusted(self, grant: ChunkGrant) -> None:
+    def _receive_grant_untrusted(self, grant: ChunkGrant) -> None:
         first, count = grant.first, grant.count
         if first + count > self._hashes.count:
             self._blame_peer(
                 f"chunks {first} to {first + count - 1} were asked for, of a file of "
                 f"{self._hashes.count}"
             )
-        if len(self._queue) + count > MAX_WINDOW:
+        elif len(self._queue) + count > MAX_WINDOW:
             self._blame_peer(f"more than {MAX_WINDOW} chunks were asked for at once")
-        self._queue.extend(range(first, first + count))
-
-    def _learn(self, index: int, digest: bytes) -> None:
-        """Note a hash; a chunk that had another one before means a changed file."""
-        known = self._hashes.digest(index)
-        self._hashes.set(index, digest)
-        if known is not None and known != digest:
-            self.source_changed()
+        else:
+            self._queue.extend(range(first, first + count))
 
     def _verify(self) -> None:
         """Compare the root that the receiver claims, as soon as our own is known."""
@@ -227,16 +249,12 @@ class Sender(Machine[SenderState, SenderOutput]):
             self._hashing = HashMissing(run.start, min(len(run), HASH_BATCH))
             self._outputs.append(self._hashing)
         elif self._hashes.root().hex() != self._claimed_root:
-            self._fail(_CHANGED)
+            self.source_changed()
         else:
-            self._enter("same_root")
+            self._move(SenderTrigger.SAME_ROOT)
             self._send(FileVerified(self.transfer_id))
-            self._outputs.append(SenderDone())
+            self._outputs.append(TransferDone())
 
-    def _fail(self, reason: str, *, tell_peer: bool = True) -> None:
-        self.state = SenderState.FAILED
-        self._queue.clear()
-        self._outputs.clear()
-        if tell_peer:
-            self._send(FileError(self.transfer_id, reason))
-        self._outputs.append(SenderFailed(reason))
+    def _blame_peer(self, reason: str) -> None:
+        self._move(SenderTrigger.PEER_FAULT)
+        self._report_failure(reason)

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -104,15 +103,11 @@ class Job:
         side: Side,
         transfer_id: int = 1,
         sink: ChunkWriter | None = None,
-        *,
-        keep_part: bool = True,
     ) -> None:
         try:
             self.path = await side.transfers.receive_file(
                 transfer_id,
-                self.offer,
                 sink or self.sink(),
-                keep_part=keep_part,
                 on_progress=self._note_stored,
             )
         except (TransferError, LinkClosedError) as error:
@@ -147,11 +142,9 @@ class Job:
         return error.reason
 
 
-async def send_and_receive(
-    job: Job, sender: Side, receiver: Side, *, keep_part: bool = True
-) -> None:
+async def send_and_receive(job: Job, sender: Side, receiver: Side) -> None:
     async with trio.open_nursery() as nursery:
         nursery.start_soon(job.send, sender)
         offer = await receiver.next_offer()
         assert offer == FileOffer(1, job.offer)
-        nursery.start_soon(partial(job.receive, receiver, keep_part=keep_part))
+        nursery.start_soon(job.receive, receiver)

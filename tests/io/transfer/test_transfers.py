@@ -47,7 +47,6 @@ async def test_a_file_arrives(tmp_path: Path, size: int) -> None:
         await send_and_receive(job, sender, receiver)
         job.check_arrived()
         assert sender.transfers.active == receiver.transfers.active == 0
-        assert receiver.transfers.frames_dropped == 0
 
 
 async def test_files_in_both_directions_share_a_link(tmp_path: Path) -> None:
@@ -84,7 +83,6 @@ async def test_damaged_doubled_and_swapped_frames_do_no_harm(tmp_path: Path) -> 
         await send_and_receive(job, sender, receiver)
         job.check_arrived()
         assert sender_link.frames_sent == 31
-        assert receiver.transfers.frames_dropped == 1
 
 
 async def test_both_sides_need_little_memory(tmp_path: Path) -> None:
@@ -211,10 +209,7 @@ async def test_cancelling_one_side_tells_the_other(
         job.check_kept()
 
 
-@pytest.mark.parametrize("keep_part", [True, False])
-async def test_a_lost_link_ends_both_sides_and_keeps_the_part_if_wanted(
-    tmp_path: Path, keep_part: bool
-) -> None:
+async def test_a_lost_link_ends_both_sides_and_keeps_the_part(tmp_path: Path) -> None:
     job = Job(tmp_path, 50 * CHUNK_SIZE)
 
     def cut_at_the_fifth(frame: Frame) -> list[Frame]:
@@ -226,7 +221,7 @@ async def test_a_lost_link_ends_both_sides_and_keeps_the_part_if_wanted(
         assert isinstance(sender.link, MemoryLink)
         link = sender.link
         link.harm = cut_at_the_fifth
-        await send_and_receive(job, sender, receiver, keep_part=keep_part)
+        await send_and_receive(job, sender, receiver)
         with pytest.raises(LinkClosedError):
             await sender.transfers.send_file(
                 2,
@@ -236,10 +231,7 @@ async def test_a_lost_link_ends_both_sides_and_keeps_the_part_if_wanted(
     for side in ("sender", "receiver"):
         assert isinstance(job.errors[side], LinkClosedError)
         assert str(job.errors[side]) == "the network is gone"
-    if keep_part:
-        job.check_kept()
-    else:
-        job.check_nothing_left()
+    job.check_kept()
 
 
 async def test_a_file_arrives_over_quic(tmp_path: Path) -> None:
@@ -304,7 +296,6 @@ async def test_a_frame_that_was_never_granted_ends_only_its_transfer(
         other = Job(tmp_path, 3 * CHUNK_SIZE, "other.zip")
         await send_and_receive(other, hostile, receiver)
         other.check_arrived()
-        assert receiver.transfers.frames_dropped == 2
 
 
 @pytest.mark.parametrize(
@@ -313,7 +304,7 @@ async def test_a_frame_that_was_never_granted_ends_only_its_transfer(
         (ChunkGrant(1, 49, 2), "of a file of 50"),
         (ChunkGrant(1, 2**32 - 1, 2**32 - 1), "of a file of 50"),
         (FileReceived(1, "0" * 64), "changed while it was sent"),
-        (FileVerified(1), "spoke as if it sent"),
+        (FileVerified(1), "FileVerified is not expected"),
         (FileError(1, "no room"), "no room"),
     ],
 )

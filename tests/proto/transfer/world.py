@@ -5,15 +5,12 @@ from random import Random
 
 from blake3 import blake3
 
-from sleap_rtc.proto.messages import OfferedFile
+from sleap_rtc.proto.transfer.chunk_map import ChunkMap
 from sleap_rtc.proto.transfer.frames import ChunkHeader
 from sleap_rtc.proto.transfer.machine import (
-    Discard,
     HashMissing,
     Publish,
     ReadAndSend,
-    SenderDone,
-    SenderFailed,
     SendMessage,
     Store,
     TransferDone,
@@ -25,10 +22,7 @@ from sleap_rtc.proto.transfer.sender import READ_AHEAD, Sender
 
 CHUNK_SIZE = 4096
 TRANSFER_ID = 7
-
-
-def file_of(size: int) -> OfferedFile:
-    return OfferedFile(name="job.zip", size=size, chunk_size=CHUNK_SIZE)
+NOW = 0.0
 
 
 def header_of(content: bytes, index: int) -> ChunkHeader:
@@ -48,11 +42,12 @@ class World:
         self.random = Random(seed)
         self.content = content
         self.source = content
-        self.file = file_of(len(content))
         self.window = window
         self.disk = bytearray(len(content))
         self.sender = Sender(TRANSFER_ID, len(content), CHUNK_SIZE)
-        self.receiver = Receiver(TRANSFER_ID, self.file, window=window)
+        self.receiver = Receiver(
+            TRANSFER_ID, ChunkMap(len(content), CHUNK_SIZE), window=window
+        )
         self.to_sender: list[TransferMessage] = []
         self.to_receiver: list[TransferMessage] = []
         self.frames: list[tuple[ChunkHeader, bytes]] = []
@@ -66,11 +61,9 @@ class World:
         self.in_flight_when_broken = 0
         self.done = False
         self.sender_done = False
-        self.discarded = False
         self.failure: str | None = None
         self.sender_failure: str | None = None
         self.payloads: dict[int, bytes] = {}
-        self.receiver.start()
         self.drain()
 
     # ------------------------------------------------------------- what can happen
@@ -98,10 +91,10 @@ class World:
         raise AssertionError("the transfer does not come to an end")
 
     def deliver_to_sender(self) -> None:
-        self.sender.receive_message(self.to_sender.pop(0))
+        self.sender.receive_message(self.to_sender.pop(0), NOW)
 
     def deliver_to_receiver(self) -> None:
-        self.receiver.receive_message(self.to_receiver.pop(0))
+        self.receiver.receive_message(self.to_receiver.pop(0), NOW)
 
     def deliver_frame(self) -> None:
         place = self.random.randrange(len(self.frames))
@@ -148,42 +141,32 @@ class World:
     # ----------------------------------------------------------------- what breaks
 
     def lose_link(self) -> None:
-        """Lose what is on the way; the two sides keep their machines."""
+        """Lose what is on the way; what arrived is still written and published."""
         self._lose_what_is_on_the_way()
-        self.receiver.link_lost()
-        self.sender.link_lost()
-        if self.sender_done and not self.done:
-            self._new_sender()
-        self.receiver.link_restored()
+        while self.writes:
+            self.finish_write()
+        if self.publishing:
+            self.finish_publishing()
         self.drain()
+        if not self.done:
+            self._connect_again()
 
-    def restart_receiver(self) -> None:
+    def kill_receiver(self) -> None:
         """End the receiving process; a new one has the chunk map and the disk."""
         self._lose_what_is_on_the_way()
         self.writes.clear()
-        self.payloads.clear()
         self.publishing = False
-        journaled = self.receiver.chunk_map
-        self.sender.link_lost()
-        if self.sender_done:
-            self._new_sender()
-        self.receiver = Receiver(
-            TRANSFER_ID, self.file, chunk_map=journaled, window=self.window
-        )
-        self.receiver.start()
-        self.drain()
+        self._connect_again()
 
-    def restart_sender(self) -> None:
-        """End the sending process; a new one knows only the file."""
-        self._lose_what_is_on_the_way()
-        self.receiver.link_lost()
-        self._new_sender()
-        self.receiver.link_restored()
-        self.drain()
-
-    def _new_sender(self) -> None:
+    def _connect_again(self) -> None:
+        """Make new machines, which know the file and the chunk map only."""
+        self.to_sender.clear()
+        self.payloads.clear()
         self.sender = Sender(TRANSFER_ID, len(self.content), CHUNK_SIZE)
         self.sender_done = False
+        journaled = self.receiver.chunk_map
+        self.receiver = Receiver(TRANSFER_ID, journaled, window=self.window)
+        self.drain()
 
     def _lose_what_is_on_the_way(self) -> None:
         self.in_flight_when_broken += self.receiver.outstanding
@@ -211,8 +194,6 @@ class World:
                     self.writes.append((index, self.payloads.pop(index), digest))
                 case Publish():
                     self.publishing = True
-                case Discard():
-                    self.discarded = True
                 case TransferDone():
                     self.done = True
                 case TransferFailed(reason=reason):
@@ -225,7 +206,7 @@ class World:
                     self.to_receiver.append(message)
                 case ReadAndSend() | HashMissing():
                     self.reads.append(output)
-                case SenderDone():
+                case TransferDone():
                     self.sender_done = True
-                case SenderFailed(reason=reason):
+                case TransferFailed(reason=reason):
                     self.sender_failure = reason

@@ -10,14 +10,14 @@
 import hashlib
 import sys
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import trio
-from aioquic.quic.congestion import base as congestion
-from aioquic.quic.congestion.base import QuicCongestionControl
+from aioquic.quic.congestion.base import create_congestion_control
+from aioquic.quic.packet_builder import QuicSentPacket
 from blake3 import blake3
 
 from sleap_rtc.io.connect.dial import dial
@@ -25,9 +25,13 @@ from sleap_rtc.io.connect.listener import open_listener
 from sleap_rtc.io.link.certificates import make_certificate
 from sleap_rtc.io.link.link import Link, LinkClosedError, LinkKind, LinkStatistics
 from sleap_rtc.io.nursery import open_background_nursery
+from sleap_rtc.io.quic import engine
+from sleap_rtc.io.quic.congestion import AioquicCongestion
 from sleap_rtc.io.transfer.transfers import Buffer, TransferError, Transfers
+from sleap_rtc.proto.congestion import WINDOW_PACING_GAIN, CongestionControl, Pacer
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import Auth, FileOffer, OfferedFile
+from sleap_rtc.proto.mtu import MtuSearch
 from sleap_rtc.proto.transfer.chunk_map import ChunkMap
 
 LOOPBACK = "127.0.0.1"
@@ -209,20 +213,48 @@ def _judge(auth: Auth) -> str:
 
 
 def _replace_congestion_control(name: str) -> None:
-    """Replace the product's own congestion control by another one, in this process."""
-    factories = congestion._factories
-    classic = factories[name]
+    """Replace the congestion control of this process by one of aioquic."""
 
-    def make(*, max_datagram_size: int) -> QuicCongestionControl:
-        control: Any = classic(max_datagram_size=max_datagram_size)
-        # Attributes that the driver reads. Without a rate it paces by the window.
-        control.max_datagram_size, control.packets_lost = max_datagram_size, 0
-        control.pacing_rate, control.note_idle = 0.0, lambda: None
-        made: QuicCongestionControl = control
-        return made
+    class Classic(AioquicCongestion):
+        """Sets the window as aioquic does, and paces by the window."""
 
-    for own in set(factories) - {"reno", "cubic"}:
-        factories[own] = make
+        def __init__(
+            self, control: CongestionControl, pacer: Pacer, mtu: MtuSearch
+        ) -> None:
+            super().__init__(control, pacer, mtu)
+            self._classic = create_congestion_control(
+                name, max_datagram_size=control.max_datagram_size
+            )
+
+        def on_packet_sent(self, *, packet: QuicSentPacket) -> None:
+            super().on_packet_sent(packet=packet)
+            self._classic.on_packet_sent(packet=packet)
+
+        def on_packet_acked(self, *, now: float, packet: QuicSentPacket) -> None:
+            super().on_packet_acked(now=now, packet=packet)
+            self._classic.on_packet_acked(now=now, packet=packet)
+
+        def on_packets_expired(self, *, packets: Iterable[QuicSentPacket]) -> None:
+            packets = list(packets)
+            super().on_packets_expired(packets=packets)
+            self._classic.on_packets_expired(packets=packets)
+
+        def on_packets_lost(
+            self, *, now: float, packets: Iterable[QuicSentPacket]
+        ) -> None:
+            packets = list(packets)
+            super().on_packets_lost(now=now, packets=packets)
+            self._classic.on_packets_lost(now=now, packets=packets)
+            self._control.congestion_window = self._classic.congestion_window
+
+        def on_rtt_measurement(self, *, now: float, rtt: float) -> None:
+            super().on_rtt_measurement(now=now, rtt=rtt)
+            self._classic.on_rtt_measurement(now=now, rtt=rtt)
+            window = self._classic.congestion_window
+            self._control.congestion_window = window
+            self._control.pacing_rate = WINDOW_PACING_GAIN * window / max(rtt, 1e-3)
+
+    engine.AioquicCongestion = Classic  # type: ignore[attr-defined] # not exported
 
 
 def _say(said: msgspec.Struct) -> None:

@@ -5,12 +5,12 @@ python -m bench.ends.capped DATAGRAM_SIZE COMMAND...
 
 import sys
 
-from sleap_rtc.io.quic import mtu as quic_mtu
+from sleap_rtc.proto import mtu
 
 
 def main() -> None:
     """Set the size before any other module has read it, and run the command."""
-    quic_mtu.LARGEST_DATAGRAM = int(sys.argv.pop(1))
+    mtu.LARGEST_DATAGRAM = int(sys.argv.pop(1))
     from sleap_rtc.cli import main as run_command
 
     run_command()

@@ -3,14 +3,19 @@
 from bisect import bisect_right
 from typing import NamedTuple
 
-from aioquic.quic.packet_builder import QuicDeliveryState
 from aioquic.quic.rangeset import RangeSet
 
 Payload = bytes | bytearray | memoryview
 
 
 class Piece(NamedTuple):
-    """Bytes of the stream that go into one packet."""
+    """Bytes of the stream that go into one packet.
+
+    Args:
+        start: The offset of the first byte.
+        stop: The offset after the last one.
+        views: The bytes.
+    """
 
     start: int
     stop: int
@@ -18,12 +23,12 @@ class Piece(NamedTuple):
 
 
 class BulkSender:
-    """What waits to be sent or acknowledged, in the pieces in which it was queued.
+    """Bytes that are not acknowledged yet, in the pieces in which they were queued.
 
     Attributes:
-        acknowledged: All bytes before this offset have arrived.
-        sent: The highest offset that was ever sent; what is beyond is new.
-        end: The offset behind all that was queued.
+        acknowledged: The offset before which all bytes have arrived.
+        sent: The offset before which all bytes were sent at least once.
+        end: The offset after the last byte that was queued.
     """
 
     def __init__(self) -> None:
@@ -37,7 +42,7 @@ class BulkSender:
 
     @property
     def unacknowledged(self) -> int:
-        """Bytes that were queued and have not been acknowledged."""
+        """Bytes that were queued and are not acknowledged."""
         return self.end - self.acknowledged
 
     @property
@@ -46,15 +51,15 @@ class BulkSender:
         return self.end - self.sent
 
     def has_more(self, limit: int) -> bool:
-        """Tell if there is something to take.
+        """Return True if bytes wait to be sent.
 
         Args:
-            limit: The offset behind which the peer takes nothing.
+            limit: The offset before which the peer accepts bytes.
         """
         return len(self._lost) > 0 or self.sent < min(self.end, limit)
 
     def queue(self, data: Payload) -> None:
-        """Queue bytes, which must not change any more."""
+        """Queue bytes. They are not copied, so the caller must not change them."""
         if not data:
             return
         self._starts.append(self.end)
@@ -62,10 +67,10 @@ class BulkSender:
         self.end += len(data)
 
     def take(self, size: int, limit: int) -> Piece:
-        """Take what comes next, lost bytes first; only if there is more.
+        """Return the next bytes to send, lost ones first; only after `has_more`.
 
         Args:
-            size: The most bytes to take.
+            size: The most bytes to return.
             limit: See `has_more`.
         """
         if len(self._lost):
@@ -75,20 +80,22 @@ class BulkSender:
         else:
             start, stop = self.sent, min(self.end, self.sent + size, limit)
             self.sent = stop
-        return Piece(start, stop, self._views_of(start, stop))
+        return Piece(start, stop, self._views_between(start, stop))
 
-    def on_delivery(self, delivery: QuicDeliveryState, start: int, stop: int) -> None:
-        """Note what has become of a piece."""
-        if delivery is not QuicDeliveryState.ACKED:
-            self._lost.add(start, stop)
-        elif start == self.acknowledged and not len(self._arrived):
-            self._forget_before(stop)
-        else:
-            self._arrived.add(start, stop)
-            if self._arrived[0].start == self.acknowledged:
-                self._forget_before(self._arrived.shift().stop)
+    def piece_lost(self, start: int, stop: int) -> None:
+        """Queue the bytes of a piece again."""
+        self._lost.add(start, stop)
 
-    def _views_of(self, start: int, stop: int) -> list[memoryview]:
+    def piece_acknowledged(self, start: int, stop: int) -> None:
+        """Record that a piece has arrived, and release the bytes before it."""
+        if start == self.acknowledged and not len(self._arrived):
+            self._release_before(stop)
+            return
+        self._arrived.add(start, stop)
+        if self._arrived[0].start == self.acknowledged:
+            self._release_before(self._arrived.shift().stop)
+
+    def _views_between(self, start: int, stop: int) -> list[memoryview]:
         index = bisect_right(self._starts, start) - 1
         at = start - self._starts[index]
         size = stop - start
@@ -100,7 +107,7 @@ class BulkSender:
             size -= len(views[-1])
         return views
 
-    def _forget_before(self, offset: int) -> None:
+    def _release_before(self, offset: int) -> None:
         self.acknowledged = offset
         while self._views and self._starts[0] + len(self._views[0]) <= offset:
             del self._starts[0], self._views[0]

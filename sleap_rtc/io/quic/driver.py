@@ -34,7 +34,6 @@ from sleap_rtc.io.quic.engine import (
     server_engine,
 )
 from sleap_rtc.io.quic.link import QuicLink
-from sleap_rtc.io.quic.mtu import LARGEST_DATAGRAM, SMALLEST_DATAGRAM
 from sleap_rtc.io.quic.session import (
     Established,
     Output,
@@ -49,6 +48,7 @@ from sleap_rtc.io.quic.socket import (
 )
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import Auth
+from sleap_rtc.proto.mtu import LARGEST_DATAGRAM, SMALLEST_DATAGRAM
 
 _VERSIONS = [int(QuicProtocolVersion.VERSION_1), int(QuicProtocolVersion.VERSION_2)]
 

@@ -1,17 +1,15 @@
-"""The QUIC engine, set up for a link.
+"""The QUIC engine of a link: aioquic with our congestion control and fast paths."""
 
-aioquic tells less than a link has to know. What it does not tell is read here from
-its private attributes, and in `quic_fast`, and nowhere else.
-"""
-
+import enum
 import logging
 import ssl
+from collections.abc import Sequence
 from typing import Any, cast
 
 from aioquic.quic.configuration import QuicConfiguration
-from aioquic.quic.events import ConnectionTerminated
+from aioquic.quic.events import ConnectionTerminated, QuicEvent
+from aioquic.quic.packet_builder import QuicDeliveryState
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 
 from sleap_rtc.io.link.certificates import (
     SERVER_NAME,
@@ -20,9 +18,13 @@ from sleap_rtc.io.link.certificates import (
 )
 from sleap_rtc.io.link.session import ALPN
 from sleap_rtc.io.quic.bulk import Payload
-from sleap_rtc.io.quic.congestion import CONGESTION
-from sleap_rtc.io.quic.fast_path import Address, BulkConnection, Datagram
+from sleap_rtc.io.quic.congestion import AioquicCongestion, AioquicPacer
+from sleap_rtc.io.quic.connection import Address, AioquicConnection, Datagram
+from sleap_rtc.io.quic.fast_receive import FastReceiver
+from sleap_rtc.io.quic.fast_send import FastSender
 from sleap_rtc.io.quic.packets import CONNECTION_ID_LENGTH, SUITES
+from sleap_rtc.proto.congestion import CongestionControl, Pacer
+from sleap_rtc.proto.mtu import MtuSearch
 
 __all__ = [
     "CONNECTION_ID_LENGTH",
@@ -30,38 +32,100 @@ __all__ = [
     "FIRST_WINDOW",
     "Address",
     "Datagram",
+    "FastPath",
     "QuicEngine",
     "client_engine_untrusted",
     "server_engine",
 ]
 
-# The engine warns about every fault of a peer; without a handler that is printed.
+# aioquic warns about every fault of a peer; without a handler that is printed.
 logging.getLogger("quic").addHandler(logging.NullHandler())
 
 DATAGRAM_SIZE = 1350
-"""UDP payload in bytes: with IPv6 and UDP headers 1398, what most tunnels let pass."""
+"""UDP payload in bytes: with IPv6 and UDP headers 1398, which most tunnels let pass."""
 
 FIRST_WINDOW = 256 * 1024
-"""What a peer may send before it is known: a message, and frames that overtook it."""
+"""Bytes that a peer may send before it is proven: a message, and frames that overtook
+it."""
 
 STREAM_WINDOW = 32 * 1024 * 1024
-"""As long as the window of the whole connection, which is the one that counts."""
+"""Bytes of one stream that a peer may send: as many as on the whole connection, whose
+window is the one that counts."""
+
+PACKETS_PER_KEY = 4_000_000
+"""Packets after which the keys are renewed: AES-GCM allows 2^23 (RFC 9001, 6.6)."""
 
 
-class QuicEngine(BulkConnection):
-    """A QUIC connection that tells what is queued, and that can hold a peer back."""
+class FastPath(enum.Flag):
+    """Directions of bulk data that do without aioquic; docs/performance.md has both."""
 
-    _granted = 0
+    NONE = 0
+    SEND = enum.auto()
+    RECEIVE = enum.auto()
 
-    # -------------------------------------------------------------- what is there
+
+FAST_PATH = FastPath.SEND | FastPath.RECEIVE
+
+
+class QuicEngine:
+    """A QUIC connection with one stream for bulk data each way.
+
+    After each input and command the driver sends what `datagrams_to_send` returns,
+    drains `next_event`, and calls `handle_timer` at the time that `get_timer` returns.
+
+    Args:
+        configuration: The settings of the connection.
+        largest_datagram: UDP payload in bytes that datagrams may grow to.
+        original_destination_connection_id: A server's, from the client's first packet.
+        fast_path: Which bulk data takes the fast path.
+
+    Attributes:
+        connection: The connection of aioquic.
+        congestion: Its congestion control.
+    """
+
+    def __init__(
+        self,
+        configuration: QuicConfiguration,
+        *,
+        largest_datagram: int,
+        original_destination_connection_id: bytes | None = None,
+        fast_path: FastPath = FAST_PATH,
+    ) -> None:
+        size = configuration.max_datagram_size
+        self.congestion = CongestionControl(size)
+        self._mtu = MtuSearch(size, largest_datagram)
+        self._pacer = Pacer(self.congestion)
+        self._packet_pacer = AioquicPacer(self.congestion, self._pacer)
+        self.connection = AioquicConnection(
+            configuration,
+            AioquicCongestion(self.congestion, self._pacer, self._mtu),
+            self._packet_pacer,
+            original_destination_connection_id,
+        )
+        self._sends_fast = FastPath.SEND in fast_path
+        self._sender: FastSender | None = None
+        self._receiver: FastReceiver | None = None
+        if FastPath.RECEIVE in fast_path:
+            self._receiver = FastReceiver(self.connection)
+        self._renew_keys_at = PACKETS_PER_KEY
+
+    # ------------------------------------------------------------------- properties
+
+    @property
+    def host_cid(self) -> bytes:
+        """The connection id that the peer's packets begin with."""
+        return self.connection.host_cid
+
+    @property
+    def original_destination_connection_id(self) -> bytes:
+        """The connection id that a client's first packets begin with."""
+        return self.connection.original_destination_connection_id
 
     @property
     def close_event(self) -> ConnectionTerminated | None:
-        """Why the connection ends, as soon as it is known.
-
-        The engine's own event comes three probe timeouts later.
-        """
-        return self._close_event
+        """The reason for the end of the connection, as soon as it is known."""
+        return self.connection.close_event
 
     @property
     def packets_lost(self) -> int:
@@ -70,46 +134,116 @@ class QuicEngine(BulkConnection):
 
     @property
     def peer_certificate(self) -> bytes:
-        """The certificate that the peer proved to hold, DER; empty if it has none."""
-        certificate: x509.Certificate | None = self.tls._peer_certificate
-        return b"" if certificate is None else certificate.public_bytes(Encoding.DER)
+        """The certificate that the peer has proved to hold, DER; empty without one."""
+        return self.connection.peer_certificate
+
+    @property
+    def datagram_size(self) -> int:
+        """The UDP payload of a full packet, in bytes."""
+        return self._mtu.size
 
     def unacknowledged(self, stream_id: int) -> int:
-        """Bytes of our side of a stream that the peer has not acknowledged."""
-        stream = self._streams.get(stream_id)
-        if stream is not None and stream is self._bulk:
-            return self._bulk_sender.unacknowledged
-        return 0 if stream is None else len(stream.sender._buffer)
+        """Return the bytes of our side of a stream that are not acknowledged."""
+        if self._sender is not None and self._sender.stream_id == stream_id:
+            return self._sender.unacknowledged
+        return self.connection.unacknowledged(stream_id)
 
     def unsent(self, stream_id: int) -> int:
-        """Bytes of our side of a stream for bulk that were never sent so far."""
-        stream = self._streams.get(stream_id)
-        is_bulk = stream is not None and stream is self._bulk
-        return self._bulk_sender.unsent if is_bulk else 0
+        """Return the bytes of our side of a stream that were never sent."""
+        if self._sender is not None and self._sender.stream_id == stream_id:
+            return self._sender.unsent
+        return self.connection.unsent(stream_id)
 
-    # ------------------------------------------------------------------- commands
+    # --------------------------------------------------------------------- commands
+
+    def connect(self, address: Address, now: float) -> None:
+        """Begin the handshake of a client."""
+        self.connection.connect(address, now)
 
     def send(self, stream_id: int, data: Payload) -> None:
         """Queue bytes of a stream; they are copied."""
-        self.send_stream_data(stream_id, cast(bytes, data))
+        self.connection.send_stream_data(stream_id, cast(bytes, data))
+
+    def send_bulk(self, stream_id: int, data: Payload) -> None:
+        """Queue bytes of the bulk stream, of which there is one.
+
+        They need not be copied, so the caller must not change them.
+        """
+        if not self._sends_fast:
+            self.send(stream_id, data)
+            return
+        if self._sender is None:
+            self._sender = FastSender(
+                self.connection, self.congestion, self._pacer, stream_id
+            )
+        self._sender.queue(data)
+
+    def send_ping(self, uid: int) -> None:
+        """Queue a ping; `PingAcknowledged` with its id follows."""
+        self.connection.send_ping(uid)
 
     def grant(self, total: int) -> None:
-        """Let the peer send this many bytes, from the start of the connection."""
-        self._granted = total
+        """Allow the peer to send this many bytes from the start of the connection."""
+        self.connection.grant(total)
+
+    def close(self, error_code: int, reason: str) -> None:
+        """Close the connection."""
+        self.connection.close(error_code, reason_phrase=reason)
+
+    # ------------------------------------------------------------------------ input
+
+    def receive_datagrams(self, datagrams: Sequence[Datagram], now: float) -> None:
+        """Receive a batch of datagrams; garbage among them is ignored."""
+        if self._receiver is not None:
+            self._receiver.receive_datagrams(datagrams, now)
+            return
+        for data, address in datagrams:
+            self.connection.receive_datagram(data, address, now)
+
+    def handle_timer(self, now: float) -> None:
+        """Run the timers that have expired."""
+        self.connection.handle_timer(now)
+
+    # ----------------------------------------------------------------------- output
 
     def datagrams_to_send(self, now: float) -> list[Datagram]:
-        """Return what to send now; what was granted is what the peer is told.
+        """Return what to send now: first what aioquic has, then bulk, then a probe."""
+        connection, congestion = self.connection, self.congestion
+        connection.datagram_size = congestion.max_datagram_size = self._mtu.size
+        datagrams = connection.datagrams_to_send(now)
+        self._packet_pacer.end_turn()
+        if not connection.is_established or not connection.is_path_validated:
+            return datagrams
+        if self._sender is not None:
+            datagrams += self._sender.datagrams_to_send(now)
+        self._check_application_limit()
+        if (size := self._mtu.next_probe()) is not None:
+            datagrams += connection.make_probe(size, self._on_probe_delivery, now)
+        if connection.packet_number >= self._renew_keys_at:
+            self._renew_keys_at = connection.packet_number + PACKETS_PER_KEY
+            connection.renew_keys()
+        return datagrams
 
-        By itself the engine would widen the window whenever half of it has arrived,
-        whether anybody reads it or not.
-        """
-        window = self._local_max_data
-        window.value = max(window.value, self._granted)
-        received, window.used = window.used, 0
-        try:
-            return super().datagrams_to_send(now)
-        finally:
-            window.used = received
+    def get_timer(self) -> float | None:
+        """Return when to call `handle_timer`; ask after each `datagrams_to_send`."""
+        return self.connection.get_timer()
+
+    def next_event(self) -> QuicEvent | None:
+        """Remove and return the oldest event; None if there is none."""
+        return self.connection.next_event()
+
+    def _check_application_limit(self) -> None:
+        """Report to congestion control if neither window nor pace held data back."""
+        congestion = self.congestion
+        window = congestion.congestion_window - congestion.bytes_in_flight
+        if window >= congestion.max_datagram_size and not self.connection.is_paced:
+            congestion.application_limited()
+
+    def _on_probe_delivery(self, delivery: QuicDeliveryState, size: int) -> None:
+        if delivery is QuicDeliveryState.ACKED:
+            self._mtu.probe_acknowledged(size)
+        else:
+            self._mtu.probe_lost()
 
 
 def client_engine_untrusted(
@@ -118,22 +252,23 @@ def client_engine_untrusted(
     idle_timeout: float,
     datagram_size: int,
     largest_datagram: int | None = None,
+    fast_path: FastPath = FAST_PATH,
 ) -> QuicEngine:
-    """Make the engine of a client that trusts one certificate.
+    """Return the engine of a client that trusts one certificate.
 
     Args:
         certificate_der: The certificate.
-        idle_timeout: Seconds of silence after which the peer counts as gone.
+        idle_timeout: Seconds without traffic after which the peer counts as gone.
         datagram_size: The UDP payload to begin with, in bytes.
-        largest_datagram: What it may grow to; None means that it stays.
+        largest_datagram: The payload that it may grow to; None means that it stays.
+        fast_path: Which bulk data takes the fast path.
 
     Raises:
-        RemoteProtocolError: If the bytes are no certificate.
+        RemoteProtocolError: If the bytes are not a certificate.
     """
     anchor = certificate_pem_untrusted(certificate_der)
     return QuicEngine(
-        largest_datagram=largest_datagram or datagram_size,
-        configuration=QuicConfiguration(
+        QuicConfiguration(
             is_client=True,
             alpn_protocols=[ALPN],
             cadata=anchor,
@@ -141,6 +276,8 @@ def client_engine_untrusted(
             server_name=SERVER_NAME,
             **_common(idle_timeout, datagram_size),
         ),
+        largest_datagram=largest_datagram or datagram_size,
+        fast_path=fast_path,
     )
 
 
@@ -151,33 +288,35 @@ def server_engine(
     idle_timeout: float,
     datagram_size: int,
     largest_datagram: int | None = None,
+    fast_path: FastPath = FAST_PATH,
 ) -> QuicEngine:
-    """Make the engine that answers a client's first packet.
+    """Return the engine that answers a client's first packet.
 
     Args:
-        certificate: What to show.
+        certificate: The certificate to show.
         connection_id: The destination connection id of that packet.
-        idle_timeout: Seconds of silence after which the peer counts as gone.
+        idle_timeout: Seconds without traffic after which the peer counts as gone.
         datagram_size: The UDP payload to begin with, in bytes.
-        largest_datagram: What it may grow to; None means that it stays.
+        largest_datagram: The payload that it may grow to; None means that it stays.
+        fast_path: Which bulk data takes the fast path.
     """
     return QuicEngine(
-        largest_datagram=largest_datagram or datagram_size,
-        configuration=QuicConfiguration(
+        QuicConfiguration(
             is_client=False,
             alpn_protocols=[ALPN],
             certificate=x509.load_der_x509_certificate(certificate.certificate_der),
             private_key=certificate.private_key,
             **_common(idle_timeout, datagram_size),
         ),
+        largest_datagram=largest_datagram or datagram_size,
         original_destination_connection_id=connection_id,
+        fast_path=fast_path,
     )
 
 
 def _common(idle_timeout: float, datagram_size: int) -> dict[str, Any]:
     return {
         "cipher_suites": list(SUITES),
-        "congestion_control_algorithm": CONGESTION,
         "connection_id_length": CONNECTION_ID_LENGTH,
         "idle_timeout": idle_timeout,
         "max_data": FIRST_WINDOW,

@@ -1,8 +1,8 @@
-"""Packets with a short header, sealed and opened some dozens at a time.
+"""Packets with a short header, sealed and opened in batches.
 
-The engine protects one packet per call. Here the masks of header protection, which
-cost as much as the encryption when each is computed alone, come from one call for a
-whole batch, and a payload is copied no more than the ciphers need.
+aioquic protects one packet per call. Here one call computes the masks of header
+protection for a whole batch: one by one, they cost as much as the encryption. A payload
+is copied no more often than the ciphers need.
 """
 
 from collections.abc import Sequence
@@ -18,30 +18,34 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sleap_rtc.proto.errors import LocalProtocolError
 
 CONNECTION_ID_LENGTH = 8
-"""Bytes of the ids of our own connections; a peer's may have another length."""
+"""Bytes of the connection ids that we choose; those of a peer may be longer."""
 
 NUMBER_SIZE = 2
-"""Bytes of a packet number as it is sent: enough for 32,768 packets on their way
-(RFC 9000, 17.1), which is ten times what a link keeps there."""
+"""Bytes of a packet number in a header: enough for 32,768 packets in flight (RFC 9000,
+17.1), ten times as many as a link has."""
 
 TAG_SIZE = 16
+"""Bytes at the end of a packet that prove its integrity."""
+
+STREAM_FRAME, WITH_OFFSET, WITH_LENGTH = 0x08, 0x04, 0x02
+"""The type of a frame with data of a stream, and its flags (RFC 9000, 19.8)."""
 
 MASK_SIZE = 16
-"""Bytes that hide the header of one packet; five of them are used."""
+"""Bytes of the mask of one header; five of them are used."""
 
-SHORTEST_OPENED = 1 + CONNECTION_ID_LENGTH + 4 + TAG_SIZE
-"""Bytes that header protection needs in order to sample a packet (RFC 9001, 5.4.2)."""
+MIN_PACKET_SIZE = 1 + CONNECTION_ID_LENGTH + 4 + TAG_SIZE
+"""Bytes of the smallest packet that header protection can sample (RFC 9001, 5.4.2)."""
 
 _SAMPLE_OFFSET = 1 + CONNECTION_ID_LENGTH + 4
 _NONCE_SIZE = 12
 
 SUITES = (CipherSuite.AES_128_GCM_SHA256, CipherSuite.AES_256_GCM_SHA384)
-"""What connections may agree on. Every TLS 1.3 has the first (RFC 8446, 9.1); where a
-processor knows AES, it takes 2.6 us for a packet, and ChaCha20 takes 3.2."""
+"""Cipher suites that are offered. Every TLS 1.3 has the first (RFC 8446, 9.1). With AES
+instructions it takes 2.6 us for a packet, and ChaCha20 takes 3.2."""
 
 
 class Opened(NamedTuple):
-    """A packet that was opened."""
+    """The number and the frames of a packet."""
 
     number: int
     payload: bytes
@@ -51,7 +55,7 @@ class PacketKeys:
     """The keys of one direction, for 1-RTT packets.
 
     Args:
-        context: The engine's keys, of one of `SUITES`.
+        context: The keys of aioquic, of one of `SUITES`.
     """
 
     def __init__(self, context: CryptoContext) -> None:
@@ -63,7 +67,7 @@ class PacketKeys:
         self._masker = Cipher(algorithms.AES(header_key), modes.ECB()).encryptor()
 
     def follow(self, context: CryptoContext) -> None:
-        """Take the keys after an update, which changes all but those of the headers."""
+        """Adopt the keys of an update (RFC 9001, 6); those of the headers stay."""
         if context.secret is self._secret:
             return
         self._secret = context.secret
@@ -75,12 +79,12 @@ class PacketKeys:
     def seal(
         self, payloads: Sequence[bytes], first_number: int, connection_id: bytes
     ) -> list[bytes]:
-        """Make the datagrams of consecutive packets.
+        """Return the datagrams of consecutive packets.
 
         Args:
-            payloads: The frames of each packet; four bytes at least.
-            first_number: The number of the first.
-            connection_id: The peer's.
+            payloads: The frames of each packet, at least four bytes.
+            first_number: The number of the first packet.
+            connection_id: The one that the peer has chosen.
         """
         first_byte = 0x40 | self._phase | NUMBER_SIZE - 1
         start = bytes((first_byte,)) + connection_id
@@ -93,7 +97,7 @@ class PacketKeys:
             )
             for number, payload in enumerate(payloads, first_number)
         ]
-        # The sample begins four bytes behind the start of the number.
+        # The sample begins four bytes after the start of the number.
         begin = 4 - NUMBER_SIZE
         samples = b"".join([text[begin : begin + MASK_SIZE] for text in sealed])
         masks = self._masker.update(samples)
@@ -112,7 +116,7 @@ class PacketKeys:
         return datagrams
 
     def masks(self, datagrams: Sequence[bytes]) -> bytes:
-        """Return 16 bytes for each datagram: what hides its header."""
+        """Return the masks of the headers, `MASK_SIZE` bytes for each datagram."""
         end = _SAMPLE_OFFSET + MASK_SIZE
         samples = [
             data[_SAMPLE_OFFSET:end] if len(data) >= end else bytes(MASK_SIZE)
@@ -121,15 +125,15 @@ class PacketKeys:
         return self._masker.update(b"".join(samples))
 
     def open_untrusted(self, data: bytes, mask: bytes, expected: int) -> Opened | None:
-        """Open a packet; None if it is not one of these keys.
+        """Return the content of a packet; None if these keys did not seal it.
 
         Args:
             data: The datagram.
             mask: Its part of `masks`.
-            expected: The packet number that comes next.
+            expected: The next packet number.
         """
-        first_byte = data[0] ^ mask[0] & 0x1F if len(data) >= SHORTEST_OPENED else 0
-        # A short header, its reserved bits, and the phase of the keys.
+        first_byte = data[0] ^ mask[0] & 0x1F if len(data) >= MIN_PACKET_SIZE else 0
+        # The form of the header, its reserved bits, and the phase of the keys.
         if first_byte & 0xDC != 0x40 | self._phase:
             return None
         size = (first_byte & 3) + 1
@@ -152,5 +156,5 @@ class PacketKeys:
 def _derive(context: CryptoContext) -> tuple[bytes, bytes, bytes]:
     suite, secret, version = context.cipher_suite, context.secret, context.version
     if suite is None or secret is None or version is None:
-        raise LocalProtocolError("there are no keys before the end of the handshake")
+        raise LocalProtocolError("keys do not exist before the end of the handshake")
     return derive_key_iv_hp(cipher_suite=suite, secret=secret, version=version)

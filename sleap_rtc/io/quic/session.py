@@ -255,7 +255,7 @@ class QuicSession(Session):
 
     def _send_close(self, reason: str, *, orderly: bool) -> None:
         code = _ORDERLY if orderly else _VIOLATION
-        self._engine.close(code, reason_phrase=reason)
+        self._engine.close(code, reason)
 
     def _count_read(self, size: int) -> None:
         self._read += size

@@ -12,7 +12,7 @@ from aioquic.quic.packet import pull_quic_header
 
 from sleap_rtc.io.quic.driver import QuicListener, dial_quic, open_quic_listener
 from sleap_rtc.io.quic.link import QuicLink
-from sleap_rtc.io.quic.mtu import LARGEST_DATAGRAM
+from sleap_rtc.proto.mtu import LARGEST_DATAGRAM
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
 from tests.io.link.kinds import AUTH, CANCEL, CERTIFICATE, QUIC, judge, pair
 
@@ -80,8 +80,8 @@ async def test_datagrams_over_loopback_grow_to_the_size_that_is_asked_for() -> N
             await other.receive_frame()
         assert isinstance(client, QuicLink)
         assert isinstance(worker, QuicLink)
-        assert client._session._engine._max_datagram_size == 4000
-        assert worker._session._engine._max_datagram_size == LARGEST_DATAGRAM
+        assert client._session._engine.datagram_size == 4000
+        assert worker._session._engine.datagram_size == LARGEST_DATAGRAM
 
 
 # ------------------------------------------------------------------------- addresses

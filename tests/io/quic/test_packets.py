@@ -35,7 +35,7 @@ CONTEXT = make_context()
 
 @pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize("first", [0, 250, 65_530, 1 << 40])
-def test_what_is_sealed_is_opened_by_both(suite: CipherSuite, first: int) -> None:
+def test_sealed_packets_are_opened_by_both(suite: CipherSuite, first: int) -> None:
     context = make_context(suite)
     payloads = [bytes((n,)) * (4 + 100 * n) for n in range(12)]
     keys = PacketKeys(context)
@@ -50,7 +50,7 @@ def test_what_is_sealed_is_opened_by_both(suite: CipherSuite, first: int) -> Non
 
 
 @pytest.mark.parametrize("number_size", [1, 2, 3, 4])
-def test_what_aioquic_seals_is_opened(number_size: int) -> None:
+def test_packets_of_aioquic_are_opened(number_size: int) -> None:
     keys = PacketKeys(CONTEXT)
     number = 0x123456
     shown = number & (1 << 8 * number_size) - 1
@@ -61,7 +61,7 @@ def test_what_aioquic_seals_is_opened(number_size: int) -> None:
     assert opened == (number, b"some payload")
 
 
-def test_new_keys_are_followed() -> None:
+def test_an_update_of_the_keys_is_adopted() -> None:
     context = make_context()
     keys = PacketKeys(context)
     old = keys.seal([b"payload"], 1, CONNECTION_ID)
@@ -76,7 +76,7 @@ def test_new_keys_are_followed() -> None:
     assert context.decrypt_packet(new[0], HEADER_SIZE, 2)[1] == b"payload"
 
 
-def test_there_are_no_keys_before_the_handshake() -> None:
+def test_keys_do_not_exist_before_the_handshake() -> None:
     with pytest.raises(LocalProtocolError, match="handshake"):
         PacketKeys(CryptoContext())
 
@@ -88,10 +88,10 @@ def test_garbage_is_not_opened(data: bytes) -> None:
 
 
 @given(at=st.integers(0, 200), flip=st.integers(1, 255))
-def test_a_packet_that_was_touched_is_not_opened(at: int, flip: int) -> None:
+def test_a_packet_that_was_altered_is_not_opened(at: int, flip: int) -> None:
     keys = PacketKeys(CONTEXT)
     (data,) = keys.seal([b"payload" * 20], 7, CONNECTION_ID)
-    touched = bytearray(data)
-    touched[at % len(data)] ^= flip
-    data = bytes(touched)
+    altered = bytearray(data)
+    altered[at % len(data)] ^= flip
+    data = bytes(altered)
     assert keys.open_untrusted(data, keys.masks([data]), 7) is None

@@ -1,28 +1,28 @@
-"""The search for the largest datagram, alone."""
+"""The search for the largest datagram."""
 
 import pytest
 
-from sleap_rtc.io.quic.mtu import (
-    LARGE_LOST,
+from sleap_rtc.proto.mtu import (
+    BLACK_HOLE_LOSSES,
     LARGEST_DATAGRAM,
-    MAX_FALLS,
-    SIZES,
+    MAX_BLACK_HOLES,
+    MAX_PROBES,
+    PROBED_SIZES,
     SMALLEST_DATAGRAM,
-    TRIES,
     MtuSearch,
 )
 
 
 def search_path(search: MtuSearch, mtu: int) -> list[int]:
-    """Answer all probes as a path would; returns their sizes."""
-    asked: list[int] = []
+    """Answer all probes as a path of that MTU would; return their sizes."""
+    probed: list[int] = []
     while (size := search.next_probe()) is not None:
-        asked.append(size)
+        probed.append(size)
         if size <= mtu:
-            search.probe_arrived(size)
+            search.probe_acknowledged(size)
         else:
             search.probe_lost()
-    return asked
+    return probed
 
 
 @pytest.mark.parametrize(
@@ -31,10 +31,10 @@ def search_path(search: MtuSearch, mtu: int) -> list[int]:
 )
 def test_the_largest_size_that_arrives_is_found(mtu: int, found: int) -> None:
     search = MtuSearch(SMALLEST_DATAGRAM, LARGEST_DATAGRAM)
-    asked = search_path(search, mtu)
+    probed = search_path(search, mtu)
     assert search.size == found
     assert search.next_probe() is None
-    assert len([size for size in asked if size > mtu]) in (0, TRIES)
+    assert len([size for size in probed if size > mtu]) in (0, MAX_PROBES)
 
 
 @pytest.mark.parametrize("largest", [1350, 1400, 8900, 16_383])
@@ -43,76 +43,80 @@ def test_the_search_ends_at_the_largest_size_that_is_allowed(largest: int) -> No
     assert max(search_path(search, 65_535)) == search.size == largest
 
 
-def test_where_nothing_may_grow_nothing_is_asked() -> None:
+def test_nothing_is_probed_where_datagrams_may_not_grow() -> None:
     assert MtuSearch(1350, 1350).next_probe() is None
 
 
-def test_only_one_probe_is_on_its_way() -> None:
+def test_only_one_probe_is_in_flight() -> None:
     search = MtuSearch(SMALLEST_DATAGRAM, LARGEST_DATAGRAM)
-    assert search.next_probe() == SIZES[0]
+    assert search.next_probe() == PROBED_SIZES[0]
     assert search.next_probe() is None
     search.probe_lost()
-    assert search.next_probe() == SIZES[0]
+    assert search.next_probe() == PROBED_SIZES[0]
 
 
-def test_a_size_that_got_lost_once_may_still_arrive() -> None:
+def test_a_size_whose_probe_was_lost_may_still_arrive() -> None:
     search = MtuSearch(SMALLEST_DATAGRAM, LARGEST_DATAGRAM)
-    for _ in range(TRIES - 1):
+    for _ in range(MAX_PROBES - 1):
         search.next_probe()
         search.probe_lost()
     assert search_path(search, 65_535)[-1] == search.size == LARGEST_DATAGRAM
 
 
-def test_the_limit_of_the_peer_is_kept() -> None:
-    search = MtuSearch(SMALLEST_DATAGRAM, LARGEST_DATAGRAM)
-    search.limit(1452)
-    search_path(search, 65_535)
-    assert search.size == 1452
-
-
-def test_a_peer_cannot_push_it_below_what_it_has() -> None:
-    search = MtuSearch(SMALLEST_DATAGRAM, LARGEST_DATAGRAM)
-    search.limit(0)
-    assert search.next_probe() is None
+def test_a_late_acknowledgement_of_an_old_probe_adopts_no_size() -> None:
+    search = MtuSearch(SMALLEST_DATAGRAM, 1350)
+    for _ in range(MAX_PROBES):
+        search.next_probe()
+        search.probe_lost()
+    search.probe_acknowledged(1350)
     assert search.size == SMALLEST_DATAGRAM
 
 
-def test_a_path_that_swallows_large_packets_is_noticed() -> None:
+def test_a_black_hole_is_noticed() -> None:
     search = MtuSearch(SMALLEST_DATAGRAM, LARGEST_DATAGRAM)
     search_path(search, 65_535)
-    for _ in range(LARGE_LOST):
+    for _ in range(BLACK_HOLE_LOSSES):
         assert search.size == LARGEST_DATAGRAM
         search.packet_lost(16_000)
     assert search.size == SMALLEST_DATAGRAM
-    # It may be another path now, so it is measured again.
+    # The path may be another one now, so it is measured again.
     search_path(search, 1452)
     assert search.size == 1452
 
 
-def test_losses_with_arrivals_between_them_are_no_reason_to_fall_back() -> None:
+def test_losses_between_arrivals_are_not_a_black_hole() -> None:
     search = MtuSearch(SMALLEST_DATAGRAM, LARGEST_DATAGRAM)
     search_path(search, 65_535)
     for _ in range(10):
-        for _ in range(LARGE_LOST - 1):
+        for _ in range(BLACK_HOLE_LOSSES - 1):
             search.packet_lost(16_000)
-        search.packet_arrived(500)
-        search.packet_arrived(16_000)
+        search.packet_acknowledged(500)
+        search.packet_acknowledged(16_000)
     assert search.size == LARGEST_DATAGRAM
 
 
-def test_losses_of_small_packets_say_nothing_about_the_size() -> None:
+def test_arrivals_of_small_packets_do_not_hide_a_black_hole() -> None:
     search = MtuSearch(SMALLEST_DATAGRAM, LARGEST_DATAGRAM)
     search_path(search, 65_535)
-    for _ in range(2 * LARGE_LOST):
-        search.packet_lost(1000)
+    for _ in range(BLACK_HOLE_LOSSES):
+        search.packet_acknowledged(SMALLEST_DATAGRAM)
+        search.packet_lost(16_000)
+    assert search.size == SMALLEST_DATAGRAM
+
+
+def test_losses_of_small_packets_are_not_a_black_hole() -> None:
+    search = MtuSearch(SMALLEST_DATAGRAM, LARGEST_DATAGRAM)
+    search_path(search, 65_535)
+    for _ in range(2 * BLACK_HOLE_LOSSES):
+        search.packet_lost(SMALLEST_DATAGRAM)
     assert search.size == LARGEST_DATAGRAM
 
 
-def test_a_path_that_keeps_swallowing_is_not_measured_for_ever() -> None:
+def test_a_path_with_many_black_holes_is_no_longer_measured() -> None:
     search = MtuSearch(SMALLEST_DATAGRAM, LARGEST_DATAGRAM)
-    for _ in range(MAX_FALLS + 1):
+    for _ in range(MAX_BLACK_HOLES + 1):
         assert search_path(search, 65_535)
-        for _ in range(LARGE_LOST):
+        for _ in range(BLACK_HOLE_LOSSES):
             search.packet_lost(16_000)
     assert search.size == SMALLEST_DATAGRAM
     assert search.next_probe() is None

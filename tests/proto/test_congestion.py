@@ -1,0 +1,200 @@
+"""The congestion control and the pacer, without a transport."""
+
+import math
+
+import pytest
+
+from sleap_rtc.proto.congestion import (
+    BURST_PACKETS,
+    BURST_SECONDS,
+    GAIN_CYCLE,
+    INITIAL_WINDOW,
+    MIN_RTT_SECONDS,
+    MINIMUM_WINDOW,
+    REFILL_PACKETS,
+    WINDOW_PACING_GAIN,
+    CongestionControl,
+    Pacer,
+    Phase,
+)
+
+SIZE = 1350
+RTT = 0.05
+RATE = 2e6
+
+
+def run_round(
+    control: CongestionControl, now: float, rate: float, lost: float = 0.0
+) -> float:
+    """Send a window over a path of a rate, and acknowledge it; return the time."""
+    count = control.congestion_window // SIZE
+    for _ in range(count):
+        control.packet_sent(SIZE, now)
+    sent_at, now = now, now + max(RTT, count * SIZE / rate)
+    lost_count = int(count * lost)
+    for _ in range(lost_count):
+        control.packet_lost(SIZE)
+    for _ in range(count - lost_count):
+        control.packet_acknowledged(SIZE, sent_at)
+    control.rtt_measured(RTT, now)
+    return now
+
+
+def run_rounds(
+    control: CongestionControl, now: float, rounds: int, rate: float, lost: float = 0.0
+) -> float:
+    for _ in range(rounds):
+        now = run_round(control, now, rate, lost)
+    return now
+
+
+def phase_of(control: CongestionControl) -> Phase:
+    return control.phase
+
+
+@pytest.fixture
+def control() -> CongestionControl:
+    return CongestionControl(SIZE)
+
+
+def test_the_bandwidth_of_the_path_is_found(control: CongestionControl) -> None:
+    run_rounds(control, 1.0, 30, RATE)
+    assert control.bandwidth == pytest.approx(RATE, rel=0.1)
+    assert control.phase is Phase.PROBE_BW
+    assert control.bytes_in_flight == 0
+
+
+def test_a_path_that_becomes_slower_is_followed(control: CongestionControl) -> None:
+    now = run_rounds(control, 1.0, 30, RATE)
+    run_rounds(control, now, 30, RATE / 4)
+    assert control.bandwidth == pytest.approx(RATE / 4, rel=0.1)
+
+
+def test_startup_is_followed_by_drain_and_then_by_the_gain_cycle(
+    control: CongestionControl,
+) -> None:
+    now, phases = 1.0, [control.phase]
+    for _ in range(30):
+        now = run_round(control, now, RATE)
+        if control.phase is not phases[-1]:
+            phases.append(control.phase)
+    assert phases == [Phase.STARTUP, Phase.DRAIN, Phase.PROBE_BW]
+
+
+def test_each_round_has_the_next_gain_of_the_cycle(control: CongestionControl) -> None:
+    now = run_rounds(control, 1.0, 30, RATE)
+    gains = []
+    for _ in range(2 * len(GAIN_CYCLE)):
+        now = run_round(control, now, RATE)
+        gains.append(round(control.pacing_rate / control.bandwidth, 3))
+    probe = gains.index(max(GAIN_CYCLE))
+    assert tuple(gains[probe : probe + len(GAIN_CYCLE)]) == GAIN_CYCLE
+    assert gains[: len(GAIN_CYCLE)] == gains[len(GAIN_CYCLE) :]
+
+
+def test_few_losses_leave_the_window_alone_and_many_do_not(
+    control: CongestionControl,
+) -> None:
+    now = run_rounds(control, 1.0, 30, RATE)
+    before = control.congestion_window
+    now = run_rounds(control, now, 5, RATE, lost=0.015)
+    assert control.congestion_window > before * 0.9
+    run_rounds(control, now, 5, RATE, lost=0.1)
+    assert control.congestion_window < before / 2
+    assert control.packets_lost > 0
+
+
+def test_the_window_recovers_after_congestion(control: CongestionControl) -> None:
+    now = run_rounds(control, 1.0, 30, RATE)
+    before = control.congestion_window
+    now = run_rounds(control, now, 8, RATE, lost=0.2)
+    run_rounds(control, now, 80, RATE)
+    assert control.congestion_window > before / 2
+
+
+def test_persistent_congestion_starts_again_with_the_minimum_window(
+    control: CongestionControl,
+) -> None:
+    now = run_rounds(control, 1.0, 30, RATE)
+    control.persistent_congestion()
+    assert control.congestion_window == MINIMUM_WINDOW * SIZE
+    assert control.phase is Phase.STARTUP
+    run_rounds(control, now, 40, RATE)
+    assert control.bandwidth == pytest.approx(RATE, rel=0.1)
+
+
+def test_the_minimum_round_trip_time_is_measured_again(
+    control: CongestionControl,
+) -> None:
+    now = run_rounds(control, 1.0, 30, RATE)
+    before = control.congestion_window
+    now += MIN_RTT_SECONDS + 1
+    control.rtt_measured(2 * RTT, now)
+    assert phase_of(control) is Phase.PROBE_RTT
+    assert control.congestion_window < before / 2
+    control.rtt_measured(2 * RTT, now + 1)
+    assert phase_of(control) is Phase.PROBE_BW
+
+
+def test_packets_that_expire_are_neither_lost_nor_in_flight(
+    control: CongestionControl,
+) -> None:
+    control.packet_sent(SIZE, 1.0)
+    control.packet_expired(SIZE)
+    assert (control.bytes_in_flight, control.packets_lost) == (0, 0)
+
+
+def test_the_window_sets_the_pace_before_the_bandwidth_is_known(
+    control: CongestionControl,
+) -> None:
+    control.rtt_measured(RTT, 1.0)
+    window = INITIAL_WINDOW * SIZE
+    assert control.pacing_rate == pytest.approx(WINDOW_PACING_GAIN * window / RTT)
+
+
+# ------------------------------------------------------------------------------ pacer
+
+
+def make_pacer(rate: float) -> Pacer:
+    control = CongestionControl(SIZE)
+    control.pacing_rate = rate
+    return Pacer(control)
+
+
+def test_nothing_is_held_back_without_a_rate(control: CongestionControl) -> None:
+    pacer = Pacer(control)
+    pacer.packet_sent(SIZE, 1.0)
+    assert pacer.budget(1.0) == math.inf
+    assert pacer.next_send_time(1.0, pending=SIZE) is None
+
+
+@pytest.mark.parametrize("rate", [1e4, 1e6, 1e8])
+def test_packets_keep_the_rate(rate: float) -> None:
+    pacer = make_pacer(rate)
+    now, sent = 1.0, 0
+    while sent < 4000 * SIZE:
+        due = pacer.next_send_time(now)
+        if due is None:
+            pacer.packet_sent(SIZE, now)
+            sent += SIZE
+        else:
+            assert due > now
+            now = due
+    # A burst may come on top.
+    burst = max(BURST_PACKETS * SIZE, BURST_SECONDS * rate)
+    limit = burst + (REFILL_PACKETS + 1) * SIZE
+    assert (now - 1.0) * rate == pytest.approx(sent, abs=limit)
+
+
+def test_an_idle_time_saves_up_no_more_than_a_burst() -> None:
+    assert make_pacer(1e6).budget(1000.0) <= BURST_PACKETS * SIZE
+
+
+def test_packets_that_are_not_charged_yet_use_up_the_budget() -> None:
+    pacer = make_pacer(1e6)
+    budget = pacer.budget(1000.0)
+    assert pacer.next_send_time(1000.0, pending=int(budget) - 1) is None
+    due = pacer.next_send_time(1000.0, pending=int(budget) + SIZE)
+    assert due is not None
+    assert due > 1000.0
+    assert pacer.budget(1000.0) == budget

@@ -39,8 +39,7 @@ _MARK = "LAB_OF_THIS_TEST"
 """Environment variable by which a lab recognizes its processes."""
 
 UPLOADING = r"Sending big\.zip: [1-9]\d? %"
-"""Output of a client in the middle of an upload of ``big.zip``. Over QUIC 64 MiB take
-seconds; TCP would be through before a test can act."""
+"""Output of a client in the middle of an upload of ``big.zip``."""
 
 _POLL = 0.02
 """Seconds between two looks at another process."""

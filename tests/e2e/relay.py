@@ -10,6 +10,9 @@ from math import inf
 
 from tests.e2e.harness import Machine, Running
 
+SLOW = 7e6
+"""Bytes per second at which 64 MiB take nine seconds, enough to interrupt them."""
+
 _AT_ONCE = 1 << 16
 """Bytes that are read at once."""
 
@@ -19,12 +22,15 @@ class Relay:
 
     Args:
         rate: Bytes per second of one connection, in both directions together.
+
+    Attributes:
+        target: The port of the worker; set it before a client connects.
+        rate: May be changed at any time.
     """
 
     def __init__(self, rate: float = inf) -> None:
         self.target = 0
-        """Port of the worker; set it before a client connects."""
-        self._rate = rate
+        self.rate = rate
         self._pairs: list[socket.socket] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
@@ -34,7 +40,11 @@ class Relay:
         with suppress(OSError):
             while True:
                 near, _ = self._listener.accept()
-                far = socket.create_connection(("127.0.0.1", self.target))
+                try:
+                    far = socket.create_connection(("127.0.0.1", self.target))
+                except OSError:
+                    near.close()  # the worker has ended
+                    continue
                 self._pairs += [near, far]
                 pair = (near, far)
                 threading.Thread(target=self._forward, args=pair, daemon=True).start()
@@ -48,7 +58,7 @@ class Relay:
                     if not data:
                         return
                     other[end].sendall(data)
-                    time.sleep(len(data) / self._rate)
+                    time.sleep(len(data) / self.rate)
 
     def cut(self) -> None:
         """Drop all connections, as a network does that goes away."""

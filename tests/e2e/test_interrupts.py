@@ -20,7 +20,7 @@ from tests.e2e.harness import (
     wait_until,
 )
 from tests.e2e.packages import make_package
-from tests.e2e.relay import relayed_worker
+from tests.e2e.relay import SLOW, relayed_worker
 
 pytestmark = END_TO_END
 
@@ -74,16 +74,16 @@ def test_while_it_waits_for_the_answer_of_a_worker(lab: Lab) -> None:
 
 def test_while_it_uploads(lab: Lab) -> None:
     machine = lab.machine("gpu")
-    worker = machine.start_worker()
     files: dict[str, str | bytes] = {"big.bin": os.urandom(64 * 1024 * 1024)}
     package = make_package(machine.home / "big.zip", "act say never", files=files)
-    client = machine.start("send", package, "--route", "quic")
-    client.wait_for(UPLOADING)
-    interrupt(client)
-    client.finish().expect(130)
-    wait_until(lambda: machine.jobs_left() == [], "the half job to go")
-    assert "job runs" not in worker.err
-    check_healthy(machine, worker)
+    with relayed_worker(machine, SLOW) as (worker, _):
+        client = machine.start("send", package, "--route", "tcp")
+        client.wait_for(UPLOADING)
+        interrupt(client)
+        client.finish().expect(130)
+        wait_until(lambda: machine.jobs_left() == [], "the half job to go")
+        assert "job runs" not in worker.err
+        check_healthy(machine, worker)
 
 
 def test_while_its_job_is_queued(lab: Lab) -> None:
@@ -136,8 +136,7 @@ def test_while_its_job_runs(lab: Lab) -> None:
 def test_while_it_fetches_results(lab: Lab) -> None:
     machine = lab.machine("gpu")
     package = make_package(machine.home / "job.zip", "act big big.bin 64")
-    # At least eight seconds pass between the first percents and the last one.
-    with relayed_worker(machine, rate=7e6) as (worker, _):
+    with relayed_worker(machine, SLOW) as (worker, _):
         client = machine.start("send", package, "--route", "tcp")
         client.wait_for("Fetching results: [1-9]")
         interrupt(client)

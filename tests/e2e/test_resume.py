@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from tests.e2e.harness import (
     wait_until,
 )
 from tests.e2e.packages import make_package
-from tests.e2e.relay import relayed_worker
+from tests.e2e.relay import SLOW, relayed_worker
 
 pytestmark = END_TO_END
 
@@ -27,7 +28,7 @@ MEGABYTES = 96
 
 
 def big_package(machine: Machine, *lines: str) -> Path:
-    """Make a package that takes some seconds over QUIC."""
+    """Make a package that takes some seconds through a slow relay."""
     return make_package(
         machine.home / "big.zip",
         *(lines or ("act say done",)),
@@ -99,14 +100,15 @@ def test_output_of_the_time_without_a_link_is_shown(lab: Lab) -> None:
 
 def test_an_upload_goes_on_when_send_is_typed_again(lab: Lab) -> None:
     machine = lab.machine("gpu")
-    worker = machine.start_worker()
     package = big_package(machine)
-    client = machine.start("send", package, "--route", "quic")
-    client.wait_for(r"Sending big\.zip: [3-9]\d %")
-    client.kill()
-    worker.wait_for("client gone")
-    assert len(machine.jobs_left()) == 1
-    again = machine.run("send", package, "--route", "quic").expect(0)
+    with relayed_worker(machine, 2 * SLOW) as (worker, relay):
+        client = machine.start("send", package, "--route", "tcp")
+        client.wait_for(r"Sending big\.zip: [3-9]\d %")
+        client.kill()
+        relay.rate = inf
+        worker.wait_for("client gone")
+        assert len(machine.jobs_left()) == 1
+        again = machine.run("send", package, "--route", "tcp").expect(0)
     assert "continuing job_" in again.err
     told = [int(n) for n in re.findall(r"Sending big\.zip: (\d+) %", again.err)]
     assert told[0] >= 20, again.err
@@ -116,11 +118,11 @@ def test_an_upload_goes_on_when_send_is_typed_again(lab: Lab) -> None:
 
 def test_an_upload_goes_on_when_the_worker_comes_back(lab: Lab) -> None:
     machine = lab.machine("gpu")
-    worker = machine.start_worker()
-    client = machine.start("send", big_package(machine), "--route", "quic")
-    client.wait_for(UPLOADING)
-    worker.kill()
-    client.wait_for("Link: lost")
+    with relayed_worker(machine, SLOW) as (worker, _):
+        client = machine.start("send", big_package(machine), "--route", "tcp")
+        client.wait_for(UPLOADING)
+        worker.kill()
+        client.wait_for("Link: lost")
     worker = machine.start_worker()
     worker.wait_for("job restored .*RECEIVING")
     client.finish().expect(0)
@@ -130,14 +132,14 @@ def test_an_upload_goes_on_when_the_worker_comes_back(lab: Lab) -> None:
 
 def test_a_changed_package_is_a_new_job(lab: Lab) -> None:
     machine = lab.machine("gpu")
-    worker = machine.start_worker()
     package = big_package(machine)
-    client = machine.start("send", package, "--route", "quic")
-    client.wait_for(UPLOADING)
-    client.kill()
-    worker.wait_for("client gone")
-    make_package(package, "act say changed")
-    done = machine.run("send", package).expect(0)
+    with relayed_worker(machine, SLOW) as (worker, _):
+        client = machine.start("send", package, "--route", "tcp")
+        client.wait_for(UPLOADING)
+        client.kill()
+        worker.wait_for("client gone")
+        make_package(package, "act say changed")
+        done = machine.run("send", package).expect(0)
     assert "changed since it was submitted as job_" in done.err.replace("\n", " ")
     assert "changed\n" in done.out
 
@@ -183,19 +185,20 @@ def test_results_are_fetched_after_either_side_was_killed(
     lab: Lab, killed: str
 ) -> None:
     machine = lab.machine("gpu")
-    worker = machine.start_worker()
     package = make_package(
         machine.home / "job.zip", *[f"act big {n}.bin 24" for n in range(4)]
     )
-    client = machine.start("send", package, "--route", "quic")
-    client.wait_for("Fetching results: [1-9]")
-    if killed == "client":
-        client.kill()
-        client = machine.start("send", package, "--route", "quic")
-    else:
-        worker.kill()
-        machine.start_worker()
-    client.finish().expect(0)
+    with relayed_worker(machine, 2 * SLOW) as (worker, relay):
+        client = machine.start("send", package, "--route", "tcp")
+        client.wait_for("Fetching results: [1-9]")
+        if killed == "client":
+            client.kill()
+            relay.rate = inf
+            client = machine.start("send", package, "--route", "tcp")
+        else:
+            worker.kill()
+            machine.start_worker()
+        client.finish().expect(0)
     assert "job ended" not in worker.err or worker.err.count("job runs") == 1
     results = results_of(machine, "job")
     assert sorted(results) == ["0.bin", "1.bin", "2.bin", "3.bin", "job.log"]

@@ -196,6 +196,14 @@ def test_a_finished_line_comes_at_once_and_a_redrawn_one_later() -> None:
     assert assembler.handle_timeout(REDRAW_SECONDS) == [LineEvent(1, "new")]
 
 
+def test_a_line_that_was_erased_is_delivered_again_as_empty() -> None:
+    assembler = LineAssembler()
+    assert assembler.receive_data(b"text\n", 0.0) == [LineEvent(1, "text")]
+    assert assembler.receive_data(b"\x1b[A\r\x1b[K", 1.0) == []
+    assert assembler.deadline() == 1.0 + REDRAW_SECONDS
+    assert assembler.handle_timeout(1.0 + REDRAW_SECONDS) == [LineEvent(1, "")]
+
+
 def test_an_unchanged_redraw_is_not_delivered() -> None:
     assembler = LineAssembler()
     assembler.receive_data(b"same\n", 0.0)
@@ -219,6 +227,11 @@ def test_a_long_line_is_cut_and_marked() -> None:
     block = "█".encode()
     (line,) = texts(block * size)
     assert line == "█" * (size // 3) + CUT_MARK
+
+
+def test_a_long_line_has_room_again_after_it_was_erased() -> None:
+    size = MAX_LINE_BYTES
+    assert texts(b"a" * (size + 1) + b"\r" + b"b" * size + b"\n") == ["b" * size]
 
 
 def test_an_endless_line_takes_no_memory() -> None:

@@ -26,6 +26,14 @@ def test_the_oldest_lines_give_way() -> None:
     assert [each.line for each in history.since(0)] == [7, 8, 9]
 
 
+def test_a_line_that_is_redrawn_for_hours_makes_no_other_line_give_way() -> None:
+    history = LogHistory(limit=1000)
+    history.add(log(0, 0, "saved"))
+    for number in range(1, 100):
+        history.add(log(number, 1, "x" * 100))
+    assert list(history.since(0)) == [log(0, 0, "saved"), log(99, 1, "x" * 100)]
+
+
 def test_a_line_that_is_too_long_leaves_nothing_behind() -> None:
     history = LogHistory(limit=1000)
     history.add(log(0, 0))

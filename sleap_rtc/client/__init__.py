@@ -25,12 +25,8 @@ from sleap_rtc.client.events import (
 )
 from sleap_rtc.client.request import JobRequest, JobResult
 from sleap_rtc.client.submit import list_workers, submit
-from sleap_rtc.proto.job.client import (
-    LinePrinted,
-    RouteChosen,
-    StageComplete,
-    StateChanged,
-)
+from sleap_rtc.proto.job.client_outputs import RouteChosen
+from sleap_rtc.proto.job.reports import LinePrinted, StageComplete, StateChanged
 from sleap_rtc.proto.route.reconnection import PATIENCE
 
 __all__ = [

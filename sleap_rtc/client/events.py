@@ -4,12 +4,7 @@ from pathlib import Path
 
 import msgspec
 
-from sleap_rtc.proto.job.client import (
-    LinePrinted,
-    RouteChosen,
-    StageComplete,
-    StateChanged,
-)
+from sleap_rtc.proto.job.client_outputs import JobEvent
 from sleap_rtc.proto.rendezvous.workers import Candidate
 
 
@@ -116,10 +111,7 @@ class ResultsStored(msgspec.Struct, frozen=True):
 
 
 SessionEvent = (
-    RouteChosen
-    | StateChanged
-    | LinePrinted
-    | StageComplete
+    JobEvent
     | LinkLost
     | JobResumed
     | TransferProgress

@@ -17,15 +17,13 @@ from sleap_rtc.io.storage.folder import (
 )
 from sleap_rtc.io.storage.probe import ask_storage, write_probe
 from sleap_rtc.proto.errors import InvalidInput
+from sleap_rtc.proto.job.paths import JobPaths
 
 STORAGE_TIMEOUT = 20.0
 """Seconds for one access to the shared storage."""
 
 CLEANUP_TIMEOUT = 10.0
 """Seconds for removing a job directory that will not be used."""
-
-PROBE_NAME = "mount-probe"
-"""Name of the file that the worker has to find."""
 
 
 class JobFolder:
@@ -41,12 +39,12 @@ class JobFolder:
 
     def __init__(self, root: Path, job_id: str) -> None:
         self._root = root
-        self._relative = f"jobs/{job_id}"
+        self._paths = JobPaths(job_id)
 
     @property
     def path(self) -> Path:
         """Absolute path of the directory on this machine."""
-        return self._root / self._relative
+        return self._root / self._paths.directory
 
     async def make(self) -> tuple[str, str]:
         """Make the directory with a probe file in it.
@@ -55,11 +53,11 @@ class JobFolder:
             The path of the file beneath the root, and the BLAKE3 hash of its content in
             hexadecimal digits.
         """
-        probe = f"{self._relative}/{PROBE_NAME}"
+        probe = self._paths.probe
         nonce = secrets.token_hex(16).encode()
 
         def write() -> None:
-            make_directories_beneath(self._root, self._relative)
+            make_directories_beneath(self._root, self._paths.directory)
             write_probe(self._root, probe, nonce)
 
         await ask_storage(self._root, write, timeout=STORAGE_TIMEOUT)
@@ -81,7 +79,7 @@ class JobFolder:
             size: Bytes that the zip file must have.
             on_progress: Called with the number of bytes copied so far.
         """
-        probe = f"{self._relative}/{PROBE_NAME}"
+        probe = self._paths.probe
         await call_storage(
             remove_tree_beneath,
             self._root,
@@ -97,7 +95,7 @@ class JobFolder:
         """Return the absolute path of a result after checking that it is a file."""
 
         def check() -> Path:
-            relative = f"{self._relative}/{path}"
+            relative = self._paths.file(path)
             os.close(open_beneath(self._root, relative))
             return self._root / relative
 
@@ -109,7 +107,7 @@ class JobFolder:
             await call_storage(
                 remove_tree_beneath,
                 self._root,
-                self._relative,
+                self._paths.directory,
                 timeout=CLEANUP_TIMEOUT,
                 shield=True,
             )

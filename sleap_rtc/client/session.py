@@ -33,7 +33,10 @@ from sleap_rtc.io.transfer.chunk_files import ChunkReader
 from sleap_rtc.io.transfer.transfers import TransferError
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import InvalidInput, RemoteProtocolError
-from sleap_rtc.proto.job import client as core
+from sleap_rtc.proto.job import client_outputs
+from sleap_rtc.proto.job.client import PACKAGE_TRANSFER_ID, ClientJob
+from sleap_rtc.proto.job.client_table import ClientState
+from sleap_rtc.proto.job.reports import StateChanged
 from sleap_rtc.proto.route.reconnection import GiveUp, Reconnection, TryAgain
 from sleap_rtc.proto.route.routes import RoutePreference
 
@@ -91,7 +94,7 @@ async def run_job(
     greeting: m.Greeting,
     on_event: Callable[[SessionEvent], None],
     cancel_asked: trio.Event,
-) -> core.JobEnded:
+) -> client_outputs.JobEnded:
     """Run one job to its end over a link, and over others when that one is lost.
 
     Args:
@@ -128,7 +131,7 @@ class _Session:
         self._plan = plan
         self._greeting = greeting
         self._on_event = on_event
-        self._job = core.ClientJob(plan.job_id, plan.package.name, plan.size)
+        self._job = ClientJob(plan.job_id, plan.package.name, plan.size)
         self._alarm = Alarm()
         self._effects = Effects(nursery, self._drain)
         self._results = Results(
@@ -144,9 +147,9 @@ class _Session:
         self._attempt = trio.CancelScope()
         self._wants_link = False
         self._silent_for = 0.0
-        self._ending = core.JobEnded("lost", "the job has not begun")
+        self._ending = client_outputs.JobEnded("lost", "the job has not begun")
 
-    async def run(self, link: Link, open_again: OpenLink) -> core.JobEnded:
+    async def run(self, link: Link, open_again: OpenLink) -> client_outputs.JobEnded:
         """Serve links until the job has ended."""
         await self._serve(link)
         while not self._over.is_set():
@@ -200,7 +203,7 @@ class _Session:
                 has_greeted = True
                 self._attempt = trio.CancelScope()  # `_end_when_over` ends this link
                 self._connection, self._wants_link = connection, False
-                self._results.start_link(core.PACKAGE_TRANSFER_ID)
+                self._results.start_link(PACKAGE_TRANSFER_ID)
                 self._begin(worker)
                 await self._receive_messages(connection)
             except LinkClosedError as error:
@@ -244,7 +247,7 @@ class _Session:
         """Start the job, or continue it over a new link."""
         now, plan = trio.current_time(), self._plan
         client_root, worker_root = plan.shared_root is not None, worker.shared_storage
-        if self._job.state is not core.State.IDLE:
+        if self._job.state is not ClientState.IDLE:
             self._job.connection_restored(now)
         elif plan.resumes:
             self._on_event(JobResumed(plan.job_id))
@@ -284,36 +287,36 @@ class _Session:
             self._carry_out(output)
         self._alarm.set(self._job.deadline())
 
-    def _carry_out(self, output: core.Output) -> None:
+    def _carry_out(self, output: client_outputs.Output) -> None:
+        if isinstance(output, client_outputs.JobEvent):
+            if isinstance(output, StateChanged):
+                self._there_before = output.progress.received
+            self._on_event(output)
+            return
         match output:
-            case core.SendMessage(message=message):
+            case client_outputs.SendMessage(message=message):
                 if self._connection is not None:
                     self._connection.outbox.put(message)
-            case core.PrepareShared():
+            case client_outputs.PrepareShared():
                 self._effects.start(self._prepare_shared)
-            case core.CopyPackage(path=path):
+            case client_outputs.CopyPackage(path=path):
                 self._effects.start(self._copy_package, path)
-            case core.DiscardShared():
+            case client_outputs.DiscardShared():
                 self._effects.stop()
                 self._effects.start(self._folder().discard)
-            case core.SendPackage(transfer_id=transfer_id):
+            case client_outputs.SendPackage(transfer_id=transfer_id):
                 self._effects.start(self._send_package, transfer_id)
-            case core.StopSending():
+            case client_outputs.StopTransfer():
                 self._effects.stop()
-            case core.FetchResults(route=route, files=files):
+            case client_outputs.FetchResults(route=route, files=files):
                 self._effects.start(self._fetch_results, route, files)
-            case core.Reconnect(reason=reason):
+            case client_outputs.Reconnect(reason=reason):
                 self._wants_link = True
                 self._on_event(LinkLost(reason))
-            case core.JobEnded():
+            case client_outputs.JobEnded():
                 self._ending = output
                 self._over.set()
                 self._attempt.cancel(reason="the job is over")
-            case core.StateChanged(progress=progress):
-                self._there_before = progress.received
-                self._on_event(output)
-            case core.RouteChosen() | core.LinePrinted() | core.StageComplete():
-                self._on_event(output)
             case _:
                 assert_never(output)
 

@@ -36,7 +36,8 @@ from sleap_rtc.errors import (
 from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.storage.call import call_storage
-from sleap_rtc.proto.job.client import JobEnded, RouteChosen, StateChanged
+from sleap_rtc.proto.job.client_outputs import JobEnded, RouteChosen
+from sleap_rtc.proto.job.reports import StateChanged
 from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting, JobStateName
 from sleap_rtc.proto.rendezvous.invite import Invite, RoomKeys
 from sleap_rtc.proto.rendezvous.workers import Candidate

@@ -232,7 +232,7 @@ class JobResume(JobMessage, frozen=True):
     point: ResumePoint
 
 
-class JobResumed(JobMessage, frozen=True):
+class ResumeAccepted(JobMessage, frozen=True):
     """Worker to client: where it stands; what was missed follows."""
 
     progress: JobProgress
@@ -377,7 +377,7 @@ WorkerJobMessage = (
     | PathError
     | JobAccepted
     | JobRejected
-    | JobResumed
+    | ResumeAccepted
     | JobUnknown
     | JobReport
     | JobResults
@@ -427,7 +427,7 @@ TABLE: dict[str, type[Message]] = {
     "PATH_ERROR": PathError,
     "SHARED_STORAGE_JOB": SharedStorageJob,
     "JOB_RESUME": JobResume,
-    "JOB_RESUMED": JobResumed,
+    "JOB_RESUMED": ResumeAccepted,
     "JOB_UNKNOWN": JobUnknown,
     "JOB_SUBMIT": JobSubmit,
     "JOB_ACCEPTED": JobAccepted,

@@ -24,9 +24,11 @@ from sleap_rtc.io.transfer.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.io.transfer.transfers import LEAVE_TIMEOUT, TransferError, Transfers
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import InvalidInput
-from sleap_rtc.proto.job import worker as core
+from sleap_rtc.proto.job import worker_outputs
 from sleap_rtc.proto.job.lines import LineEvent
 from sleap_rtc.proto.job.script import ScriptKind
+from sleap_rtc.proto.job.worker import WorkerJob
+from sleap_rtc.proto.job.worker_table import WorkerState
 from sleap_rtc.proto.paths import check_file_name_untrusted
 from sleap_rtc.worker.runner import Run, run_job
 from sleap_rtc.worker.slots import SlotQueue
@@ -110,7 +112,7 @@ class JobsHome(msgspec.Struct, frozen=True):
                 results = await results_left(directory, record.output_path)
             job = Job(
                 self,
-                core.WorkerJob.restored(
+                WorkerJob.restored(
                     record.job_id,
                     record.route,
                     m.Submission(record.package, record.size),
@@ -150,11 +152,11 @@ class Job:
     def __init__(
         self,
         home: JobsHome,
-        machine: core.WorkerJob | None = None,
+        machine: WorkerJob | None = None,
         directory: Path | None = None,
         updated: float = 0.0,
     ) -> None:
-        self.core = machine or core.WorkerJob()
+        self.core = machine or WorkerJob()
         self._home = home
         self._directory = directory
         self._updated = updated
@@ -220,7 +222,7 @@ class Job:
 
     def give_up_if_older(self, moment: float) -> None:
         """Remove the part of a package whose client has been away since a moment."""
-        if self.core.state is core.State.SUSPENDED and self._updated < moment:
+        if self.core.state is WorkerState.SUSPENDED and self._updated < moment:
             self._home.log.warning("part of a package removed", job=self.core.job_id)
             self.core.cancel("nobody came back to send the rest of the package")
             self.drain()
@@ -232,35 +234,35 @@ class Job:
         while (output := self.core.next_output()) is not None:
             self._carry_out(output)
 
-    def _carry_out(self, output: core.Output) -> None:
+    def _carry_out(self, output: worker_outputs.Output) -> None:
         match output:
-            case core.SendMessage(message=message):
+            case worker_outputs.SendMessage(message=message):
                 if self._link is not None:
                     self._link.outbox.put(message)
-            case core.ReadProbe(path=path):
+            case worker_outputs.ReadProbe(path=path):
                 self._start(self._read_probe, path)
-            case core.CheckInput(path=path):
+            case worker_outputs.CheckInput(path=path):
                 self._start(self._check_input, path)
-            case core.MakeOutput(path=path):
+            case worker_outputs.MakeOutput(path=path):
                 self._start(self._make_output, path)
-            case core.Admit(job_id=job_id, submission=submission):
+            case worker_outputs.Admit(job_id=job_id, submission=submission):
                 self._directory = None  # a client that fell back had one elsewhere
                 self._settled = trio.Event()
                 self._home.nursery.start_soon(self._admit, job_id, submission)
-            case core.ReceivePackage(transfer_id=transfer_id, file=file):
+            case worker_outputs.ReceivePackage(transfer_id=transfer_id, file=file):
                 self._start_receiving(transfer_id, file)
-            case core.StopReceiving():
+            case worker_outputs.StopReceiving():
                 self._receiving.cancel(reason="the link was lost")
-            case core.SendResult(transfer_id=transfer_id, path=path):
+            case worker_outputs.SendResult(transfer_id=transfer_id, path=path):
                 self._start(self._send_result, transfer_id, path)
-            case core.Remember():
+            case worker_outputs.Remember():
                 self._remember()
-            case core.Enqueue(job_id=job_id, route=route, package=package):
+            case worker_outputs.Enqueue(job_id=job_id, route=route, package=package):
                 self._enqueue(job_id, route, package)
-            case core.StopRun():
+            case worker_outputs.StopRun():
                 self._waiting.cancel(reason="the job was cancelled")
                 self._stop.cancel(reason="the job was cancelled")
-            case core.Discard():
+            case worker_outputs.Discard():
                 self._forget()
             case _:
                 assert_never(output)
@@ -328,7 +330,7 @@ class Job:
         root = self._home.shared_root
         try:
             await ask_shared(root, look_at_package, path)
-            if root is not None and self.core.state is core.State.SHARING:
+            if root is not None and self.core.state is WorkerState.SHARING:
                 self._directory = root / PurePosixPath(path).parent
             self.core.input_valid()
         except (InvalidInput, StorageError) as error:
@@ -342,7 +344,7 @@ class Job:
                 raise InvalidInput(
                     f"{path} is not in the job directory, beside the package"
                 )
-            if self.core.state is core.State.SHARING:
+            if self.core.state is WorkerState.SHARING:
                 await ask_shared(root, make_directories_beneath, path)
             self.core.output_made()
         except (InvalidInput, StorageError) as error:
@@ -375,7 +377,7 @@ class Job:
             StorageError: If there is another.
         """
         while (other := self._home.jobs.setdefault(job_id, self)) is not self:
-            if other.core.state is not core.State.DISCARDED:
+            if other.core.state is not WorkerState.DISCARDED:
                 raise StorageError(f"{job_id} is known to the worker")
             await other._gone.wait()
 

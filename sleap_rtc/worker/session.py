@@ -12,7 +12,7 @@ from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.transfer.transfers import Transfers
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.job.worker import State
+from sleap_rtc.proto.job.worker_table import WorkerState
 from sleap_rtc.worker.jobs import Job, JobsHome
 
 FLUSH_TIMEOUT = 1.0
@@ -119,7 +119,7 @@ class _Session:
 
     async def _resume(self, message: m.JobResume) -> None:
         """Take up the job of an earlier link, or say that there is none."""
-        if self.job.core.state is not State.NEW:
+        if self.job.core.state is not WorkerState.NEW:
             raise RemoteProtocolError("JOB_RESUME comes before all else about a job")
         known = self._home.jobs.get(message.job_id)
         if known is not None:

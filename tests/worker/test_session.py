@@ -16,7 +16,7 @@ from trio.testing import MockClock
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.storage.call import GRACE_TIMEOUT
 from sleap_rtc.proto import messages as m
-from sleap_rtc.proto.job.worker import State
+from sleap_rtc.proto.job.worker_table import WorkerState
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
 from sleap_rtc.worker.jobs import KEEP_PARTS, SWEEP_INTERVAL, JobsHome
 from sleap_rtc.worker.session import serve_link
@@ -80,10 +80,10 @@ class World:
         """Open a link, and go on with the job over it."""
         client = await self.connect()
         await client.send(RESUME)
-        await client.expect(m.JobResumed)
+        await client.expect(m.ResumeAccepted)
         return client
 
-    def state(self) -> State:
+    def state(self) -> WorkerState:
         return self.home.jobs[JOB].core.state
 
 
@@ -145,7 +145,7 @@ async def test_a_client_whose_job_was_taken_over_is_told(tmp_path: Path) -> None
         # A client that is told so does not come back and take the job away again.
         error = await first.expect(m.Error)
         assert error.reason == "a newer connection has taken over the job"
-        await second.expect(m.JobResumed)
+        await second.expect(m.ResumeAccepted)
 
 
 async def test_of_two_that_resume_at_once_the_later_one_has_the_job(
@@ -154,12 +154,12 @@ async def test_of_two_that_resume_at_once_the_later_one_has_the_job(
     async with open_world(tmp_path) as world:
         first = await world.begin()
         await first.send(OFFER)
-        await until(lambda: world.state() is State.RECEIVING)
+        await until(lambda: world.state() is WorkerState.RECEIVING)
         others = [await world.connect() for _ in range(5)]
         for other in others:
             await other.send(RESUME)
             await trio.testing.wait_all_tasks_blocked()
-        await others[-1].expect(m.JobResumed)
+        await others[-1].expect(m.ResumeAccepted)
         await until(lambda: all(other.link.is_cut for other in (first, *others[:-1])))
         await others[-1].send(OFFER)
         await others[-1].expect(m.ChunkGrant)
@@ -173,7 +173,7 @@ async def test_an_older_link_has_no_say_any_more(tmp_path: Path) -> None:
         assert older is not None
         await world.resume()
         job.receive_message(older, m.JobCancel(JOB))
-        assert job.core.state is State.ADMITTED
+        assert job.core.state is WorkerState.ADMITTED
 
 
 async def test_a_link_that_dies_while_it_waits_for_its_job_leaves_it_free(
@@ -182,12 +182,12 @@ async def test_a_link_that_dies_while_it_waits_for_its_job_leaves_it_free(
     async with open_world(tmp_path) as world:
         first = await world.begin()
         await first.send(OFFER)
-        await until(lambda: world.state() is State.RECEIVING)
+        await until(lambda: world.state() is WorkerState.RECEIVING)
         second = await world.connect()
         await second.send(RESUME)
         await trio.testing.wait_all_tasks_blocked()
         second.link.cut("a tunnel")
-        await until(lambda: world.state() is State.SUSPENDED)
+        await until(lambda: world.state() is WorkerState.SUSPENDED)
         await world.resume()
 
 
@@ -223,7 +223,7 @@ async def test_a_job_that_is_refused_leaves_the_other_of_its_id_alone(
         rejected = await another.expect(m.JobRejected)
         assert rejected.reason == f"{JOB} is known to the worker"
         assert (directory / "job.zip").exists()
-        assert world.home.jobs[JOB].core.state is State.ADMITTED
+        assert world.home.jobs[JOB].core.state is WorkerState.ADMITTED
 
 
 async def test_an_id_is_free_once_nothing_is_left_of_its_job(tmp_path: Path) -> None:
@@ -270,12 +270,12 @@ async def test_a_part_counts_from_when_its_client_left(tmp_path: Path) -> None:
         job = world.home.jobs[JOB]
         client = await world.resume()
         client.link.cut("gone")
-        await until(lambda: world.state() is State.SUSPENDED)
+        await until(lambda: world.state() is WorkerState.SUSPENDED)
         await trio.testing.wait_all_tasks_blocked()
         job.give_up_if_older(time.time() - SWEEP_INTERVAL)
-        assert world.state() is State.SUSPENDED
+        assert world.state() is WorkerState.SUSPENDED
         job.give_up_if_older(time.time() + 1)
-        assert world.state() is State.DISCARDED
+        assert world.state() is WorkerState.DISCARDED
 
 
 async def test_a_state_directory_may_be_moved_between_two_runs(tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ async def test_a_part_is_free_again_when_its_link_stalls_at_once(
         world.home.nursery.start_soon(serve_link, world.home, its)
         second = Client(mine)
         await second.send(m.Hello(_greeting()), RESUME)
-        await second.expect(m.JobResumed)
+        await second.expect(m.ResumeAccepted)
         await second.send(OFFER)
         await until(lambda: world.home.jobs[JOB].core.progress.received > 0)
         await second.link.aclose()
@@ -354,4 +354,4 @@ async def test_a_job_on_storage_that_hangs_obeys_its_client(
             await trio.testing.wait_all_tasks_blocked()
             mock_clock.jump(GRACE_TIMEOUT)
             await client.expect(m.JobFailed)
-            assert world.state() is State.ENDED
+            assert world.state() is WorkerState.ENDED

@@ -8,25 +8,20 @@ import msgspec
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 from sleap_rtc.proto.job.client_outputs import (
-    CopyPackage,
     DiscardShared,
     FetchResults,
     JobEnded,
     Outcome,
     Output,
-    PrepareShared,
     Reconnect,
     RouteChosen,
     SendMessage,
     SendPackage,
-    StopSending,
+    StopTransfer,
 )
-from sleap_rtc.proto.job.client_table import TRANSITIONS, State, Trigger
+from sleap_rtc.proto.job.client_table import TRANSITIONS, ClientState, ClientTrigger
 from sleap_rtc.proto.job.reports import (
-    LinePrinted,
     ReportReader,
-    StageComplete,
-    StateChanged,
 )
 from sleap_rtc.proto.job.results import ResultList
 from sleap_rtc.proto.job.shared_route import SharedAnswer, SharedRoute, SharedState
@@ -39,29 +34,6 @@ from sleap_rtc.proto.route.routes import (
     after_shared_failure,
     first_route,
 )
-
-__all__ = [
-    "CANCEL_TIMEOUT",
-    "PACKAGE_TRANSFER_ID",
-    "REPLY_TIMEOUT",
-    "ClientJob",
-    "CopyPackage",
-    "DiscardShared",
-    "FetchResults",
-    "JobEnded",
-    "LinePrinted",
-    "Outcome",
-    "Output",
-    "PrepareShared",
-    "Reconnect",
-    "RouteChosen",
-    "SendMessage",
-    "SendPackage",
-    "StageComplete",
-    "State",
-    "StateChanged",
-    "StopSending",
-]
 
 REPLY_TIMEOUT = 30.0
 """Seconds for the worker to accept a package, or to resume a job."""
@@ -88,7 +60,7 @@ class _Transfer(msgspec.Struct, frozen=True):
     """The package or the results, on their way."""
 
     stopped: bool = False
-    """True once `StopSending` was returned; its report may still come."""
+    """True once `StopTransfer` was returned; its report may still come."""
 
 
 class ClientJob:
@@ -109,7 +81,7 @@ class ClientJob:
 
     def __init__(self, job_id: str, package: str, size: int) -> None:
         self.job_id = job_id
-        self.state = State.IDLE
+        self.state = ClientState.IDLE
         self.route: messages.Route | None = None
         self._package = package
         self._size = size
@@ -117,7 +89,7 @@ class ClientJob:
         self._decision: TryShared | UseChannel | GiveUp = GiveUp("not submitted")
         self._shared: SharedRoute | None = None
         self._connected = True
-        self._resumed_from = State.IDLE
+        self._resumed_from = ClientState.IDLE
         self._is_known = False
         self._reports = ReportReader()
         self._results = ResultList()
@@ -148,7 +120,7 @@ class ClientJob:
         Raises:
             LocalProtocolError: If it has started already.
         """
-        if self.state is not State.ENDED:
+        if self.state is not ClientState.ENDED:
             self._decide(preference, client_root, worker_root)
             self._follow(self._decision, now)
 
@@ -173,7 +145,7 @@ class ClientJob:
         Raises:
             LocalProtocolError: If it has started already.
         """
-        if self.state is not State.ENDED:
+        if self.state is not ClientState.ENDED:
             self._decide(preference, client_root, worker_root)
             self.route = route
             self._ask_to_resume(now)
@@ -188,15 +160,15 @@ class ClientJob:
             reason: Why, for people.
             now: Seconds on the owner's clock.
         """
-        if self.state is State.ENDED or self._is_stopping():
+        if self.state is ClientState.ENDED or self._is_stopping():
             return
         if self._cancellation is not None:
             reason = self._cancellation.reason
         self._abandon()
         match self.state:
-            case State.RESUMING if self._resumed_from is not State.FETCHING:
+            case ClientState.RESUMING if self._resumed_from is not ClientState.FETCHING:
                 self._deadline = now + CANCEL_TIMEOUT
-            case State.SUBMITTING | State.SENDING | State.WAITING:
+            case ClientState.SUBMITTING | ClientState.SENDING | ClientState.WAITING:
                 self._ask_to_stop(now)
             case _:
                 self._end("cancelled", reason)
@@ -256,12 +228,12 @@ class ClientJob:
         if self._is_late():
             return
         match self.state:
-            case State.SENDING if self._is_transferring():
+            case ClientState.SENDING if self._is_transferring():
                 self._transfer = None
-                self._move(Trigger.SENT)
-            case State.WAITING if self._is_transferring():
+                self._move(ClientTrigger.SENT)
+            case ClientState.WAITING if self._is_transferring():
                 self._transfer = None
-            case State.FETCHING if self._is_transferring():
+            case ClientState.FETCHING if self._is_transferring():
                 pass  # the worker ended the job before this report
             case _ if self._transfer is None:
                 raise LocalProtocolError(f"no package is sent in {self.state.name}")
@@ -274,7 +246,7 @@ class ClientJob:
         """
         if self._is_late():
             return
-        if self.state is State.FETCHING:
+        if self.state is ClientState.FETCHING:
             self._transfer = None
             self._send(messages.ResultsReceived(self.job_id))
             self._end_as(self._ending)
@@ -294,9 +266,9 @@ class ClientJob:
         if self._transfer.stopped:
             return
         self._transfer = None
-        if self.state is State.SENDING:
+        if self.state is ClientState.SENDING:
             self._send(messages.JobCancel(self.job_id))  # nothing will follow
-        if self.state is not State.WAITING:
+        if self.state is not ClientState.WAITING:
             self._end("transfer_failed", reason)
         # Otherwise the worker has reported that it has the package, and that counts.
 
@@ -310,7 +282,7 @@ class ClientJob:
         Raises:
             RemoteProtocolError: If the worker may not send it now; nothing changed.
         """
-        if self.state is State.ENDED or not self._connected:
+        if self.state is ClientState.ENDED or not self._connected:
             return
         if isinstance(message, messages.Error):
             self._lose(f"the worker ended the connection: {message.reason}")
@@ -329,7 +301,7 @@ class ClientJob:
             reason: Why the link ended, for people.
             now: Seconds on the owner's clock.
         """
-        if self.state is State.ENDED or not self._connected:
+        if self.state is ClientState.ENDED or not self._connected:
             return
         self._connected = False
         if self._needs_no_link():
@@ -345,13 +317,13 @@ class ClientJob:
         Raises:
             LocalProtocolError: If no link was lost, or the job has not been submitted.
         """
-        if self.state is State.ENDED or self._needs_no_link():
+        if self.state is ClientState.ENDED or self._needs_no_link():
             return
         self._require_lost_link()
-        if self.state is State.IDLE:
+        if self.state is ClientState.IDLE:
             raise LocalProtocolError("the job has not been submitted")
         self._connected = True
-        if self.state is State.SHARING:
+        if self.state is ClientState.SHARING:
             self._sharing().connection_restored(now)
             self._follow_shared(now)
         else:
@@ -366,7 +338,7 @@ class ClientJob:
         Raises:
             LocalProtocolError: If no link was lost.
         """
-        if self.state is State.ENDED or self._needs_no_link():
+        if self.state is ClientState.ENDED or self._needs_no_link():
             return
         self._require_lost_link()
         if self._is_stopping():
@@ -379,12 +351,12 @@ class ClientJob:
         deadline = self.deadline()
         if deadline is None or now < deadline:
             return
-        if self.state is State.SHARING:
+        if self.state is ClientState.SHARING:
             self._sharing().handle_timeout(now)
             self._follow_shared(now)
         elif self._is_stopping():
             self._end("cancelled", "the worker is silent", confirmed=False)
-        elif self.state is State.SUBMITTING:
+        elif self.state is ClientState.SUBMITTING:
             self._send(messages.JobCancel(self.job_id))
             self._end("lost", f"the worker did not answer for {REPLY_TIMEOUT:.0f} s")
         else:
@@ -392,7 +364,7 @@ class ClientJob:
 
     def deadline(self) -> float | None:
         """Return when `handle_timeout` has something to do; None if never."""
-        if self.state is State.SHARING:
+        if self.state is ClientState.SHARING:
             return self._sharing().deadline() if self._connected else None
         return self._deadline
 
@@ -406,7 +378,7 @@ class ClientJob:
         self, preference: RoutePreference, client_root: bool, worker_root: bool
     ) -> None:
         """Decide on the first route, over the first link or another one."""
-        if self.state is not State.IDLE:
+        if self.state is not ClientState.IDLE:
             raise LocalProtocolError(f"the job was submitted: it is {self.state.name}")
         self._connected = True
         self._preference = preference
@@ -417,7 +389,7 @@ class ClientJob:
     def _follow(self, decision: TryShared | UseChannel | GiveUp, now: float) -> None:
         match decision:
             case TryShared():
-                self._move(Trigger.SHARED)
+                self._move(ClientTrigger.SHARED)
                 self._shared = SharedRoute(self.job_id, self._package)
                 self._follow_shared(now)
             case UseChannel(reason=reason):
@@ -441,7 +413,7 @@ class ClientJob:
                 case _:
                     self._outputs.append(output)
         if shared.state is SharedState.STARTED:
-            self._move(Trigger.STARTED)
+            self._move(ClientTrigger.STARTED)
         elif shared.state is SharedState.FAILED:
             self._abandon()
             self._follow(after_shared_failure(self._preference, shared.failure), now)
@@ -454,7 +426,9 @@ class ClientJob:
     def _submit(self, now: float) -> None:
         submission = messages.Submission(self._package, self._size)
         self._send(messages.JobSubmit(self.job_id, submission))
-        self._move(Trigger.CHANNEL, now + REPLY_TIMEOUT if self._connected else None)
+        self._move(
+            ClientTrigger.CHANNEL, now + REPLY_TIMEOUT if self._connected else None
+        )
 
     def _send_package(self) -> None:
         self._outputs.append(SendPackage(PACKAGE_TRANSFER_ID))
@@ -474,22 +448,22 @@ class ClientJob:
                 self._sharing().receive_message(message, now)
                 self._follow_shared(now)
             case messages.JobAccepted():
-                if self.state is State.SUBMITTING:
+                if self.state is ClientState.SUBMITTING:
                     self._send_package()
                     self._move(messages.JobAccepted)
             case messages.JobRejected(reason=reason):
                 cancelled = self._cancellation is not None
                 self._end("cancelled" if cancelled else "rejected", reason)
-            case messages.JobResumed(progress=progress):
+            case messages.ResumeAccepted(progress=progress):
                 self._resumed(progress, now)
             case messages.JobUnknown():
                 self._start_again(now)
             case messages.JobState(progress=progress):
                 self._is_known = True
                 self._report(message)
-                if self.state is State.SENDING and progress.state in _HAS_PACKAGE:
+                if self.state is ClientState.SENDING and progress.state in _HAS_PACKAGE:
                     # The worker may be quicker than the report that all is sent.
-                    self._move(Trigger.SENT)
+                    self._move(ClientTrigger.SENT)
             case (
                 messages.JobLog()
                 | messages.TrainingComplete()
@@ -518,9 +492,9 @@ class ClientJob:
         self._results = ResultList()  # the worker lists them again
         point = messages.ResumePoint(self._reports.next_sequence)
         self._send(messages.JobResume(self.job_id, point))
-        if self.state is not State.RESUMING:
+        if self.state is not ClientState.RESUMING:
             self._resumed_from = self.state
-        self._move(Trigger.RESUME, deadline)
+        self._move(ClientTrigger.RESUME, deadline)
 
     def _resumed(self, progress: messages.JobProgress, now: float) -> None:
         """Go on with a job that the worker has, from where it is there."""
@@ -534,9 +508,9 @@ class ClientJob:
             self._outputs.append(event)
         if progress.state == "RECEIVING":
             self._send_package()
-            self._move(Trigger.SEND)
+            self._move(ClientTrigger.SEND)
         else:
-            self._move(messages.JobResumed)
+            self._move(messages.ResumeAccepted)
 
     def _start_again(self, now: float) -> None:
         """Submit a job that the worker does not have, unless it had it once."""
@@ -547,13 +521,13 @@ class ClientJob:
             self._end("cancelled", self._cancellation.reason)
             return
         match self._resumed_from:
-            case State.IDLE:
+            case ClientState.IDLE:
                 self.route = None
                 self._follow(self._decision, now)
-            case State.SUBMITTING | State.SENDING:
+            case ClientState.SUBMITTING | ClientState.SENDING:
                 self._submit(now)
-            case State.WAITING if announced is not None:
-                self._move(Trigger.SHARED)
+            case ClientState.WAITING if announced is not None:
+                self._move(ClientTrigger.SHARED)
                 announced.announce(now)
                 self._follow_shared(now)
             case _:
@@ -587,7 +561,7 @@ class ClientJob:
 
     def _ask_to_stop(self, now: float) -> None:
         self._send(messages.JobCancel(self.job_id))
-        self._move(Trigger.CANCEL, now + CANCEL_TIMEOUT)
+        self._move(ClientTrigger.CANCEL, now + CANCEL_TIMEOUT)
 
     def _lose(self, reason: str) -> None:
         self._abandon()
@@ -595,14 +569,14 @@ class ClientJob:
 
     def _abandon(self) -> None:
         """Stop the effect that is under way, and undo what will not be used."""
-        if self.state is State.SHARING:
+        if self.state is ClientState.SHARING:
             self._outputs.append(DiscardShared(self.job_id))
         self._stop_transfer()
 
     def _stop_transfer(self) -> None:
         if self._is_transferring():
             self._transfer = _Transfer(stopped=True)
-            self._outputs.append(StopSending())
+            self._outputs.append(StopTransfer())
 
     def _end(
         self, outcome: Outcome, reason: str = "", *, confirmed: bool = True
@@ -610,14 +584,14 @@ class ClientJob:
         self._end_as(JobEnded(outcome, reason, confirmed=confirmed))
 
     def _end_as(self, ending: JobEnded) -> None:
-        self._move(Trigger.END)
+        self._move(ClientTrigger.END)
         self._outputs.append(ending)
 
     # ------------------------------------------------------------------ small helpers
 
     def _move(
         self,
-        trigger: Trigger | type[messages.WorkerJobMessage],
+        trigger: ClientTrigger | type[messages.WorkerJobMessage],
         deadline: float | None = None,
     ) -> None:
         self.state = move(TRANSITIONS, self.state, trigger)
@@ -629,7 +603,7 @@ class ClientJob:
 
     def _sharing(self) -> SharedRoute:
         """Return the shared route, if it is being tried."""
-        if self._shared is None or self.state is not State.SHARING:
+        if self._shared is None or self.state is not ClientState.SHARING:
             raise LocalProtocolError(
                 f"the shared route is not tried in {self.state.name}"
             )
@@ -637,7 +611,11 @@ class ClientJob:
 
     def _is_late(self) -> bool:
         """Return whether a report may come from an effect that was given up."""
-        return self.state in (State.CANCELLING, State.RESUMING, State.ENDED)
+        return self.state in (
+            ClientState.CANCELLING,
+            ClientState.RESUMING,
+            ClientState.ENDED,
+        )
 
     def _is_stopping(self) -> bool:
         """Return whether the worker has to stop the job, and has not confirmed it."""
@@ -648,7 +626,7 @@ class ClientJob:
 
     def _needs_no_link(self) -> bool:
         """Return whether the results are copied without the worker, which is gone."""
-        fetching = self.state is State.FETCHING and self.route == "shared"
+        fetching = self.state is ClientState.FETCHING and self.route == "shared"
         return fetching and not self._connected
 
     def _require_lost_link(self) -> None:

@@ -51,7 +51,7 @@ class SendPackage(msgspec.Struct, frozen=True):
     transfer_id: int
 
 
-class StopSending(msgspec.Struct, frozen=True):
+class StopTransfer(msgspec.Struct, frozen=True):
     """Stop sending the package, or fetching the results.
 
     The report of what was stopped changes nothing. It may come late, but not after the
@@ -119,7 +119,7 @@ Output = (
     | CopyPackage
     | DiscardShared
     | SendPackage
-    | StopSending
+    | StopTransfer
     | FetchResults
     | Reconnect
     | JobEvent

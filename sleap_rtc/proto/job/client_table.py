@@ -8,7 +8,7 @@ from sleap_rtc.proto.job.shared_route import SharedAnswer
 from sleap_rtc.proto.machine import Table
 
 
-class State(Enum):
+class ClientState(Enum):
     """Phase of a client's job."""
 
     IDLE = auto()  #        not submitted
@@ -22,7 +22,7 @@ class State(Enum):
     ENDED = auto()
 
 
-class Trigger(Enum):
+class ClientTrigger(Enum):
     """Causes of a transition besides the messages of the worker."""
 
     SHARED = auto()  #   the shared route is tried
@@ -35,11 +35,11 @@ class Trigger(Enum):
     END = auto()  #      nothing is left to do, or nothing more can be done
 
 
-_M, _S, _T = messages, State, Trigger
+_M, _S, _T = messages, ClientState, ClientTrigger
 
 # The owner of a worker may stop a job as soon as the worker has its id. A message that
 # changes no state is in the table as well: what is not there is the worker's fault.
-TRANSITIONS: Table[State] = {
+TRANSITIONS: Table[ClientState] = {
     _S.IDLE: {
         _T.SHARED: _S.SHARING,
         _T.CHANNEL: _S.SUBMITTING,
@@ -95,7 +95,7 @@ TRANSITIONS: Table[State] = {
         _M.JobState: _S.RESUMING,
         _M.JobRejected: _S.ENDED,
         _M.JobFailed: _S.FETCHING,
-        _M.JobResumed: _S.WAITING,
+        _M.ResumeAccepted: _S.WAITING,
         _M.JobUnknown: _S.ENDED,
         _T.SEND: _S.SENDING,
         _T.CANCEL: _S.CANCELLING,

@@ -18,12 +18,9 @@ from sleap_rtc.proto.job.results import (
 from sleap_rtc.proto.job.shared_intake import IntakeState, SharedIntake
 from sleap_rtc.proto.job.worker_outputs import (
     Admit,
-    CheckInput,
     Discard,
     Enqueue,
-    MakeOutput,
     Output,
-    ReadProbe,
     ReceivePackage,
     Remember,
     SendMessage,
@@ -31,33 +28,17 @@ from sleap_rtc.proto.job.worker_outputs import (
     StopReceiving,
     StopRun,
 )
-from sleap_rtc.proto.job.worker_table import TRANSITIONS, State, Trigger
+from sleap_rtc.proto.job.worker_table import TRANSITIONS, WorkerState, WorkerTrigger
 from sleap_rtc.proto.machine import move, move_untrusted
 
-__all__ = [
-    "Admit",
-    "CheckInput",
-    "Discard",
-    "Enqueue",
-    "MakeOutput",
-    "Output",
-    "ReadProbe",
-    "ReceivePackage",
-    "Remember",
-    "SendMessage",
-    "SendResult",
-    "State",
-    "StopReceiving",
-    "StopRun",
-    "WorkerJob",
-]
-
-_NEEDS_ITS_LINK = frozenset({State.NEW, State.SHARING, State.DISCARDED})
+_NEEDS_ITS_LINK = frozenset(
+    {WorkerState.NEW, WorkerState.SHARING, WorkerState.DISCARDED}
+)
 """States in which nothing is kept for a client that goes away."""
 
-_NAMES: dict[State, messages.JobStateName] = {
-    State.QUEUED: "QUEUED",
-    State.RUNNING: "RUNNING",
+_NAMES: dict[WorkerState, messages.JobStateName] = {
+    WorkerState.QUEUED: "QUEUED",
+    WorkerState.RUNNING: "RUNNING",
 }
 """Wire names of the states between the arrival of the package and the end."""
 
@@ -83,7 +64,7 @@ class WorkerJob:
     """
 
     def __init__(self) -> None:
-        self.state = State.NEW
+        self.state = WorkerState.NEW
         self.job_id = ""
         self.route: messages.Route = "shared"
         self.cancel_reason = ""
@@ -132,15 +113,15 @@ class WorkerJob:
         job._output_path = output_path
         match progress.state:
             case "RECEIVING":
-                job.state = State.SUSPENDED
+                job.state = WorkerState.SUSPENDED
             case "QUEUED":
-                job.state = State.SUSPENDED
-                job._queue(Trigger.RECEIVED)
+                job.state = WorkerState.SUSPENDED
+                job._queue(WorkerTrigger.RECEIVED)
             case "RUNNING":
-                job.state = State.RUNNING
+                job.state = WorkerState.RUNNING
                 job.run_ended("the worker was stopped while the job ran", results)
             case "COMPLETE" | "FAILED" | "CANCELLED":
-                job.state = State.ENDED
+                job.state = WorkerState.ENDED
                 job._results = listed_results(results)
                 job._ending = _Ending(progress.state, progress.detail)
             case _:
@@ -154,7 +135,7 @@ class WorkerJob:
             return end_progress(self._ending.state, self._ending.detail)
         name = _NAMES.get(self.state, "RECEIVING")
         position = self._position if name == "QUEUED" else 0
-        received = self._received if self.state is State.RECEIVING else 0
+        received = self._received if self.state is WorkerState.RECEIVING else 0
         return messages.JobProgress(name, position, received=received)
 
     @property
@@ -175,7 +156,7 @@ class WorkerJob:
     @property
     def has_ended(self) -> bool:
         """True once nothing more will run."""
-        return self.state in (State.ENDED, State.DISCARDED)
+        return self.state in (WorkerState.ENDED, WorkerState.DISCARDED)
 
     @property
     def can_resume(self) -> bool:
@@ -199,7 +180,7 @@ class WorkerJob:
             and message.job_id != self.job_id
         ):
             raise RemoteProtocolError(f"{type(message).__name__} is for another job")
-        if self.state is not State.DISCARDED:
+        if self.state is not WorkerState.DISCARDED:
             self._handle(message, now)
 
     def connection_lost(self, reason: str, now: float) -> None:
@@ -211,10 +192,12 @@ class WorkerJob:
         """
         self._connected = False
         before = self.state
-        self._move(Trigger.LOST)
-        if before is State.RECEIVING:
+        self._move(WorkerTrigger.LOST)
+        if before is WorkerState.RECEIVING:
             self._outputs.append(StopReceiving())
-        elif self.state is State.DISCARDED and before is not State.DISCARDED:
+        elif (
+            self.state is WorkerState.DISCARDED and before is not WorkerState.DISCARDED
+        ):
             self._outputs.append(Discard())
 
     def connection_restored(self, now: float) -> None:
@@ -234,15 +217,15 @@ class WorkerJob:
             reason: Who cancels it and why, for people.
         """
         match self.state:
-            case State.NEW | State.ENDED | State.DISCARDED:
+            case WorkerState.NEW | WorkerState.ENDED | WorkerState.DISCARDED:
                 pass
-            case State.QUEUED | State.RUNNING:
+            case WorkerState.QUEUED | WorkerState.RUNNING:
                 if not self.cancel_reason:
                     self.cancel_reason = reason
                     self._outputs.append(StopRun())
             case _:
                 self.cancel_reason = reason
-                self._move(Trigger.DISCARD)
+                self._move(WorkerTrigger.DISCARD)
                 self._discard(_Ending("CANCELLED", reason))
 
     def next_output(self) -> Output | None:
@@ -285,57 +268,60 @@ class WorkerJob:
 
     def admitted(self) -> None:
         """Handle a report: the worker has room for the package."""
-        if self._report(Trigger.ADMITTED):
+        if self._report(WorkerTrigger.ADMITTED):
             if not self._connected:
-                self._move(Trigger.LOST)
+                self._move(WorkerTrigger.LOST)
             self._outputs.append(Remember())
             if self._resumed:
-                self._send(messages.JobResumed(self.job_id, self.progress))
+                self._send(messages.ResumeAccepted(self.job_id, self.progress))
             else:
                 self._send(messages.JobAccepted(self.job_id))
 
     def rejected(self, reason: str) -> None:
         """Handle a report: the worker does not take the package."""
-        if self._report(Trigger.REJECTED):
+        if self._report(WorkerTrigger.REJECTED):
             self._send(messages.JobRejected(self.job_id, clean_text(reason)))
             self._discard()
 
     def package_opened(self, received: int) -> None:
         """Handle a report: an earlier link delivered `received` bytes."""
-        if self._report(Trigger.OPENED) and self.state is State.RECEIVING:
+        if self._report(WorkerTrigger.OPENED) and self.state is WorkerState.RECEIVING:
             self._received = received
             self._send_state()
 
     def package_received(self) -> None:
         """Handle a report: the package is in the job directory, verified."""
         if not self.has_ended:
-            self._queue(Trigger.RECEIVED)
+            self._queue(WorkerTrigger.RECEIVED)
 
     def package_failed(self, reason: str) -> None:
         """Handle a report: the package did not arrive.
 
         Without a link it is ignored, because the client will try again.
         """
-        if self._report(Trigger.RECEIVE_FAILED) and self.state is State.DISCARDED:
+        if (
+            self._report(WorkerTrigger.RECEIVE_FAILED)
+            and self.state is WorkerState.DISCARDED
+        ):
             self._discard(_Ending("FAILED", reason))
 
     # ------------------------------------------------------------ reports about the run
 
     def queue_moved(self, position: int) -> None:
         """Handle a report: `position` jobs are ahead in the queue."""
-        if self._report(Trigger.QUEUE_MOVED):
+        if self._report(WorkerTrigger.QUEUE_MOVED):
             self._position = position
             self._send_state()
 
     def slot_granted(self) -> None:
         """Handle a report: the job runs."""
-        if self._report(Trigger.SLOT_GRANTED):
+        if self._report(WorkerTrigger.SLOT_GRANTED):
             self._outputs.append(Remember())
             self._send_state()
 
     def output(self, line: int, text: str) -> None:
         """Handle a report: a command printed a line, or redrew an earlier one."""
-        if self._report(Trigger.PRINTED):
+        if self._report(WorkerTrigger.PRINTED):
             log = messages.JobLog(self.job_id, self._sequence, line, clean_text(text))
             self._sequence += 1
             self._history.add(log)
@@ -343,7 +329,7 @@ class WorkerJob:
 
     def stage_complete(self, stage: Literal["training", "inference"]) -> None:
         """Handle a report: all commands of one kind have succeeded."""
-        if self._report(Trigger.PRINTED):
+        if self._report(WorkerTrigger.PRINTED):
             match stage:
                 case "training":
                     message: messages.JobReport = messages.TrainingComplete()
@@ -364,7 +350,7 @@ class WorkerJob:
                 file that the job made. The client gets those that messages can carry,
                 and the number of the others.
         """
-        if not self._report(Trigger.RUN_ENDED):
+        if not self._report(WorkerTrigger.RUN_ENDED):
             return
         self._results = listed_results(results)
         unlisted = len(results) - len(self._results)
@@ -395,7 +381,7 @@ class WorkerJob:
                 self._intake.receive_message(message, now)
                 if isinstance(message, messages.JobMessage):
                     self.job_id = message.job_id
-                if self.state is State.NEW:
+                if self.state is WorkerState.NEW:
                     self._move(type(message))
                 self._follow_intake()
             case messages.JobSubmit(job_id=job_id, submission=submission):
@@ -429,12 +415,12 @@ class WorkerJob:
 
     def _resume(self, point: messages.ResumePoint) -> None:
         """Tell a client that came back where the job is, and send what it missed."""
-        if self.state is State.ADMITTING:
+        if self.state is WorkerState.ADMITTING:
             self._resumed = True  # `admitted` answers
             return
         self._move(messages.JobResume)
-        self._send(messages.JobResumed(self.job_id, self.progress))
-        if self.state is not State.ADMITTED:
+        self._send(messages.ResumeAccepted(self.job_id, self.progress))
+        if self.state is not WorkerState.ADMITTED:
             for report in (*self._history.since(point.next_sequence), *self._stages):
                 self._send(report)
         if self._ending is not None:
@@ -450,9 +436,9 @@ class WorkerJob:
         if self._intake.state is IntakeState.STARTED:
             self._package = self._intake.package
             self._output_path = self._intake.output_path
-            self._queue(Trigger.STARTED)
+            self._queue(WorkerTrigger.STARTED)
 
-    def _queue(self, trigger: Trigger) -> None:
+    def _queue(self, trigger: WorkerTrigger) -> None:
         self._move(trigger)
         self._outputs.append(Remember())
         self._outputs.append(Enqueue(self.job_id, self.route, self._package))
@@ -481,13 +467,13 @@ class WorkerJob:
 
     def _sharing(self) -> SharedIntake | None:
         """Return the intake for a report; None if the client has gone another way."""
-        if self.state is State.SHARING:
+        if self.state is WorkerState.SHARING:
             return self._intake
         if self.has_ended or self.route == "channel":
             return None
         raise LocalProtocolError(f"no path is checked in {self.state.name}")
 
-    def _report(self, trigger: Trigger) -> bool:
+    def _report(self, trigger: WorkerTrigger) -> bool:
         """Move on for a report; return False if it comes after the end of the job.
 
         Raises:
@@ -498,7 +484,7 @@ class WorkerJob:
         self._move(trigger)
         return True
 
-    def _move(self, trigger: Trigger | type[messages.ClientJobMessage]) -> None:
+    def _move(self, trigger: WorkerTrigger | type[messages.ClientJobMessage]) -> None:
         self.state = move(TRANSITIONS, self.state, trigger)
 
     def _send(self, message: messages.WorkerJobMessage | messages.FileError) -> None:

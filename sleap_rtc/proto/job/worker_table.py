@@ -8,7 +8,7 @@ from sleap_rtc.proto.job.shared_intake import SharedRequest
 from sleap_rtc.proto.machine import Table
 
 
-class State(Enum):
+class WorkerState(Enum):
     """Phase of a worker's job."""
 
     NEW = auto()  #        a link without a job
@@ -23,7 +23,7 @@ class State(Enum):
     DISCARDED = auto()  #  nothing is left of the job
 
 
-class Trigger(Enum):
+class WorkerTrigger(Enum):
     """Causes of a transition besides the messages of the client."""
 
     STARTED = auto()  #    the client starts a job whose paths were checked
@@ -40,12 +40,12 @@ class Trigger(Enum):
     DISCARD = auto()  #    the job ends before it ran
 
 
-_M, _S, _T = messages, State, Trigger
+_M, _S, _T = messages, WorkerState, WorkerTrigger
 
 # The client may send these before it learns that the job has ended.
 _CROSSED = (*get_args(SharedRequest)[1:], _M.JobSubmit, _M.FileOffer, _M.JobCancel)
 
-TRANSITIONS: Table[State] = {
+TRANSITIONS: Table[WorkerState] = {
     _S.NEW: {
         _M.MountProbe: _S.SHARING,
         _M.JobIdentity: _S.SHARING,

@@ -31,7 +31,7 @@ _ALL: list[messages.Message] = [
     messages.PathError("not there"),
     messages.SharedStorageJob(),
     messages.JobResume(JOB, messages.ResumePoint(3)),
-    messages.JobResumed(JOB, messages.JobProgress("RUNNING")),
+    messages.ResumeAccepted(JOB, messages.JobProgress("RUNNING")),
     messages.JobUnknown(JOB),
     messages.JobSubmit(JOB, messages.Submission(NAME, SIZE)),
     messages.JobAccepted(JOB),

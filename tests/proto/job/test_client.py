@@ -25,9 +25,9 @@ from sleap_rtc.proto.job.client_outputs import (
     RouteChosen,
     SendMessage,
     SendPackage,
-    StopSending,
+    StopTransfer,
 )
-from sleap_rtc.proto.job.client_table import TRANSITIONS, State
+from sleap_rtc.proto.job.client_table import TRANSITIONS, ClientState
 from sleap_rtc.proto.job.reports import LinePrinted, StageComplete, StateChanged
 from sleap_rtc.proto.job.shared_route import PATH_TIMEOUT, PROBE_TIMEOUT, SharedAnswer
 from sleap_rtc.proto.route.routes import RoutePreference
@@ -188,7 +188,7 @@ def test_a_golden_path(route: str) -> None:
 
 def test_every_state_is_tried() -> None:
     states = {job_at(route, place).state for route, place in PLACES}
-    assert states == set(State) == set(TRANSITIONS)
+    assert states == set(ClientState) == set(TRANSITIONS)
 
 
 # --------------------------------------------------------- every place x every message
@@ -215,11 +215,11 @@ ANSWERS: dict[type[messages.Message], dict[str, list[Output]]] = {
     messages.JobFailed: {
         "": FAILED,
         **{place: [DiscardShared(JOB), *FAILED] for place in SHARING},
-        "sending": [StopSending(), *FAILED],
+        "sending": [StopTransfer(), *FAILED],
         "listed": [FetchResults(JOB, "shared", (RESULT,))],
         "cancelling": [*RESULTS_RECEIVED, JobEnded("cancelled", "Ctrl-C")],
     },
-    messages.JobResumed: {"": [StateChanged(messages.JobProgress("RUNNING"))]},
+    messages.ResumeAccepted: {"": [StateChanged(messages.JobProgress("RUNNING"))]},
     messages.JobUnknown: {"": ANNOUNCE},
 }
 JOB_MESSAGES = sorted(
@@ -323,10 +323,10 @@ INPUTS: dict[str, tuple[Input, Wanted]] = {
             "idle": [CANCELLED],
             **{place: [DiscardShared(JOB), CANCELLED] for place in SHARING},
             "submitting": CANCEL,
-            "sending": [StopSending(), *CANCEL],
+            "sending": [StopTransfer(), *CANCEL],
             "waiting": CANCEL,
             "listed": CANCEL,
-            "fetching": [StopSending(), CANCELLED],
+            "fetching": [StopTransfer(), CANCELLED],
             **IGNORED,  # a job that is resumed is cancelled once the worker answers
         },
     ),
@@ -367,8 +367,8 @@ INPUTS: dict[str, tuple[Input, Wanted]] = {
         lambda job: job.connection_lost("no answer", 0.0),
         {
             **{place: [Reconnect("no answer")] for _, place in PLACES},
-            "sending": [StopSending(), Reconnect("no answer")],
-            "fetching": [StopSending(), Reconnect("no answer")],
+            "sending": [StopTransfer(), Reconnect("no answer")],
+            "fetching": [StopTransfer(), Reconnect("no answer")],
             "ended": [],
         },
     ),
@@ -441,12 +441,12 @@ def test_an_end_stops_what_is_under_way(route: str, place: str, ending: str) -> 
         reason = "the worker ended the connection: shutting down"
         assert outputs[-1] == JobEnded("lost", reason)
     assert (DiscardShared(JOB) in outputs) == (place in SHARING)
-    assert (StopSending() in outputs) == (place in ("sending", "fetching"))
-    if job.state is State.ENDED and place != "ended":
+    assert (StopTransfer() in outputs) == (place in ("sending", "fetching"))
+    if job.state is ClientState.ENDED and place != "ended":
         assert isinstance(outputs[-1], JobEnded)
     before = snapshot(job)
     for name in REPORTS:
-        if job.state is not State.RESUMING:
+        if job.state is not ClientState.RESUMING:
             INPUTS[name][0](job)
             assert snapshot(job) == before, name
 
@@ -548,7 +548,7 @@ def test_the_results_of_a_cancelled_job_are_fetched() -> None:
     job = job_at("channel", "cancelling")
     receive(EXAMPLES[messages.JobResults])(job)
     receive(EXAMPLES[messages.JobFailed])(job)
-    assert job.state is State.FETCHING
+    assert job.state is ClientState.FETCHING
     job.results_fetched()
     assert drain(job)[-1] == JobEnded("cancelled", "Ctrl-C")
 
@@ -589,7 +589,7 @@ def test_a_second_cancellation_ends_the_fetching_too() -> None:
     receive(EXAMPLES[messages.JobFailed])(job)
     drain(job)
     job.cancel("Ctrl-C again", 1.0)
-    assert drain(job) == [StopSending(), JobEnded("cancelled", "Ctrl-C")]
+    assert drain(job) == [StopTransfer(), JobEnded("cancelled", "Ctrl-C")]
 
 
 # --------------------------------------------------------- messages that cross reports
@@ -599,10 +599,10 @@ def test_a_failed_package_stops_its_sender() -> None:
     # The worker says FAILED in a JobState before it sends JobFailed.
     job = job_at("channel", "sending")
     job.receive_message(messages.JobState(JOB, messages.JobProgress("FAILED")), 0.0)
-    assert job.state is State.SENDING
+    assert job.state is ClientState.SENDING
     receive(EXAMPLES[messages.JobFailed])(job)
     assert drain(job)[1:] == [
-        StopSending(),
+        StopTransfer(),
         SendMessage(messages.ResultsReceived(JOB)),
         JobEnded("failed", "exit status 1"),
     ]
@@ -612,10 +612,10 @@ def test_a_failed_package_stops_its_sender() -> None:
 def test_a_worker_may_be_quicker_than_the_report_of_the_sender(report: str) -> None:
     job = job_at("channel", "sending")
     receive(EXAMPLES[messages.JobState])(job)
-    assert job.state is State.WAITING
+    assert job.state is ClientState.WAITING
     drain(job)
     INPUTS[report][0](job)
-    assert (job.state, drain(job)) == (State.WAITING, [])
+    assert (job.state, drain(job)) == (ClientState.WAITING, [])
     with pytest.raises(LocalProtocolError):
         INPUTS[report][0](job)
 
@@ -629,7 +629,7 @@ def test_a_worker_that_ends_the_job_too_early_stops_the_sender(
     receive(EXAMPLES[messages.JobResults])(job)
     receive(EXAMPLES[kind])(job)
     stop, fetch = drain(job)[1:]
-    assert stop == StopSending()
+    assert stop == StopTransfer()
     assert isinstance(fetch, FetchResults)
     job.package_sent()
     assert drain(job) == []

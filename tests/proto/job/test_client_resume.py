@@ -111,7 +111,7 @@ def test_a_job_is_cancelled_while_its_client_is_away(route: str, place: str) -> 
     job.connection_restored(2.0)
     started = 0.0 if place == "cancelling" else 1.0
     assert job.deadline() == started + CANCEL_TIMEOUT
-    clients.receive(EXAMPLES[messages.JobResumed], 3.0)(job)
+    clients.receive(EXAMPLES[messages.ResumeAccepted], 3.0)(job)
     assert drain(job)[-1:] == clients.CANCEL
     job.connection_lost("again", 4.0)
     job.handle_timeout(100.0)
@@ -131,7 +131,7 @@ def test_a_sender_that_was_stopped_may_report_late(name: str) -> None:
     assert report() == "SENDING"
     job.connection_restored(0.0)
     assert report() == "RESUMING"
-    clients.receive(EXAMPLES[messages.JobResumed])(job)
+    clients.receive(EXAMPLES[messages.ResumeAccepted])(job)
     assert report() == "WAITING"
 
 
@@ -139,7 +139,9 @@ def test_a_sender_that_was_stopped_may_report_late(name: str) -> None:
 def test_results_that_were_stopped_are_fetched_again(name: str) -> None:
     job = away("channel", "fetching")
     job.connection_restored(0.0)
-    job.receive_message(messages.JobResumed(JOB, messages.JobProgress("COMPLETE")), 0.0)
+    job.receive_message(
+        messages.ResumeAccepted(JOB, messages.JobProgress("COMPLETE")), 0.0
+    )
     clients.INPUTS[name][0](job)
     assert job.state.name == "WAITING"
     drain(job)
@@ -156,7 +158,7 @@ def test_results_of_a_cancelled_job_that_come_later_do_not_make_it_failed() -> N
     job.connection_lost("no answer", 0.0)
     job.connection_restored(0.0)
     job.receive_message(
-        messages.JobResumed(JOB, messages.JobProgress("CANCELLED")), 0.0
+        messages.ResumeAccepted(JOB, messages.JobProgress("CANCELLED")), 0.0
     )
     for kind in (messages.JobResults, messages.JobFailed):
         clients.receive(EXAMPLES[kind])(job)
@@ -178,7 +180,7 @@ def test_a_repeated_report_is_shown_once() -> None:
     assert drain(job)[-1] == SendMessage(
         messages.JobResume(JOB, messages.ResumePoint(1))
     )
-    reported.append(messages.JobResumed)
+    reported.append(messages.ResumeAccepted)
     for kind in reversed(reported):
         clients.receive(EXAMPLES[kind])(job)
     assert drain(job) == []
@@ -201,7 +203,7 @@ def test_a_start_that_was_lost_is_repeated() -> None:
     assert drain(job) == clients.ANNOUNCE
 
 
-@pytest.mark.parametrize("report", [messages.JobState, messages.JobResumed])
+@pytest.mark.parametrize("report", [messages.JobState, messages.ResumeAccepted])
 def test_a_job_that_the_worker_had_is_not_started_again(
     report: type[messages.Message],
 ) -> None:
@@ -237,7 +239,7 @@ def test_results_of_a_job_without_a_known_route_come_through_the_channel() -> No
     job = ClientJob(JOB, NAME, SIZE)
     job.resume("auto", 0.0, client_root=True, worker_root=True, route=None)
     drain(job)
-    clients.receive(EXAMPLES[messages.JobResumed])(job)
+    clients.receive(EXAMPLES[messages.ResumeAccepted])(job)
     chosen = RouteChosen("channel", "the worker has the job already")
     assert chosen in drain(job)
     assert job.route == "channel"

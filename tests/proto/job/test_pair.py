@@ -6,7 +6,9 @@ import msgspec
 import pytest
 
 from sleap_rtc.proto import messages
-from sleap_rtc.proto.job import client, worker
+from sleap_rtc.proto.job import client_outputs, worker_outputs
+from sleap_rtc.proto.job.reports import LinePrinted
+from sleap_rtc.proto.job.worker_table import WorkerState
 from sleap_rtc.proto.route.routes import RoutePreference
 from tests.proto.job.examples import JOB, NAME, SIZE
 from tests.proto.job.world import LINES, PROBE_PATH, Mount, Scenario, Trouble, World
@@ -51,7 +53,7 @@ def check_peace(world: World) -> None:
     if ended.outcome in ("complete", "failed", "rejected") or not disturbed:
         assert world.worker.has_ended
     if not world.enqueued and not disturbed:
-        assert world.worker.state is worker.State.DISCARDED
+        assert world.worker.state is WorkerState.DISCARDED
         assert world.discards == [world.worker]
         if ended.outcome != "lost" and scenario.owner_cancels_at is None:
             assert world.client_storage == {}
@@ -62,7 +64,7 @@ def check_lines(world: World) -> None:
     lines = [
         (event.line, event.text)
         for event in world.events
-        if isinstance(event, client.LinePrinted)
+        if isinstance(event, LinePrinted)
     ]
     assert lines == [line for line in LINES if line in lines]
     if world.ended.outcome == "complete" and not world.restarts_since_run:
@@ -75,7 +77,7 @@ def check_lines(world: World) -> None:
 def test_a_shared_job_sends_the_fixed_flow() -> None:
     world = World(Scenario()).run()
     check_peace(world)
-    assert world.ended == client.JobEnded("complete", path=f"jobs/{JOB}/models")
+    assert world.ended == client_outputs.JobEnded("complete", path=f"jobs/{JOB}/models")
     assert world.client.route == "shared"
     texts = [messages.encode_message(message) for message in world.to_worker]
     assert texts[1:] == [
@@ -90,9 +92,9 @@ def test_a_shared_job_sends_the_fixed_flow() -> None:
 def test_a_channel_job_brings_its_results_home() -> None:
     world = World(Scenario(mount="none")).run()
     check_peace(world)
-    assert world.ended == client.JobEnded("complete", path="models")
-    assert world.enqueued == [worker.Enqueue(JOB, "channel", NAME)]
-    assert world.worker.state is worker.State.DISCARDED
+    assert world.ended == client_outputs.JobEnded("complete", path="models")
+    assert world.enqueued == [worker_outputs.Enqueue(JOB, "channel", NAME)]
+    assert world.worker.state is WorkerState.DISCARDED
 
 
 @pytest.mark.parametrize("mount", ["same", "none"])
@@ -148,7 +150,7 @@ def test_a_job_that_must_be_shared_ends_instead(why: str, scenario: Scenario) ->
     assert world.enqueued == []
 
 
-ENDINGS: list[tuple[client.Outcome, Mount, Trouble]] = [
+ENDINGS: list[tuple[client_outputs.Outcome, Mount, Trouble]] = [
     ("rejected", "none", "admit"),
     ("failed", "none", "receive"),
     ("transfer_failed", "none", "send"),
@@ -161,7 +163,7 @@ ENDINGS: list[tuple[client.Outcome, Mount, Trouble]] = [
 
 @pytest.mark.parametrize(("outcome", "mount", "trouble"), ENDINGS)
 def test_other_trouble_ends_the_job(
-    outcome: client.Outcome, mount: Mount, trouble: Trouble
+    outcome: client_outputs.Outcome, mount: Mount, trouble: Trouble
 ) -> None:
     world = World(Scenario(mount=mount, fails=frozenset({trouble}))).run()
     check_peace(world)
@@ -283,7 +285,7 @@ def random_scenario(rng: random.Random) -> Scenario:
 
 
 def test_random_schedules_always_end_in_agreement() -> None:
-    outcomes: set[client.Outcome] = set()
+    outcomes: set[client_outputs.Outcome] = set()
     for seed in range(ROUNDS):
         world = World(random_scenario(random.Random(seed)))
         try:
@@ -293,4 +295,4 @@ def test_random_schedules_always_end_in_agreement() -> None:
             error.add_note(f"seed {seed}: {world.scenario}")
             raise
         outcomes.add(world.ended.outcome)
-    assert outcomes == set(get_args(client.Outcome))
+    assert outcomes == set(get_args(client_outputs.Outcome))

@@ -3,7 +3,8 @@
 import msgspec
 import pytest
 
-from sleap_rtc.proto.job import client_table, worker_table
+from sleap_rtc.proto.job.client_table import ClientState
+from sleap_rtc.proto.job.worker_table import WorkerState
 from tests.proto.job.test_pair import MOMENTS, check_peace
 from tests.proto.job.world import Mount, Scenario, World
 
@@ -66,7 +67,7 @@ def test_a_job_may_be_cancelled_while_its_client_is_away(
 def test_a_worker_may_be_restarted_at_any_moment(mount: Mount, moment: float) -> None:
     world = World(Scenario(mount=mount, restart_worker_at=(moment,))).run()
     check_peace(world)
-    ran = any(state is worker_table.State.RUNNING for state in world.disturbed)
+    ran = any(state is WorkerState.RUNNING for state in world.disturbed)
     assert world.ended.outcome == ("failed" if ran else "complete")
     assert world.runs == 1
 
@@ -83,7 +84,7 @@ def test_a_client_may_be_restarted_at_any_moment(mount: Mount, moment: float) ->
 
 
 def test_these_moments_cover_every_state() -> None:
-    disturbed: set[client_table.State | worker_table.State] = set()
+    disturbed: set[ClientState | WorkerState] = set()
     for scenario in (
         Scenario(),
         Scenario(mount="none"),
@@ -94,8 +95,8 @@ def test_these_moments_cover_every_state() -> None:
                 moments = (moment, moment + after)
                 world = World(msgspec.structs.replace(scenario, lose_at=moments)).run()
                 disturbed.update(world.disturbed)
-    states = {*client_table.State, *worker_table.State}
+    states = {*ClientState, *WorkerState}
     assert states - disturbed == {
-        client_table.State.IDLE,
-        client_table.State.CANCELLING,
+        ClientState.IDLE,
+        ClientState.CANCELLING,
     }

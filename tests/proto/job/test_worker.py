@@ -24,7 +24,7 @@ from sleap_rtc.proto.job.worker_outputs import (
     SendResult,
     StopRun,
 )
-from sleap_rtc.proto.job.worker_table import TRANSITIONS, State
+from sleap_rtc.proto.job.worker_table import TRANSITIONS, WorkerState
 from tests.proto.job.examples import (
     CONTENT,
     EXAMPLES,
@@ -182,7 +182,7 @@ def test_a_golden_path(route: str) -> None:
 
 def test_every_state_is_tried() -> None:
     states = {job_at(route, place).state for route, place in PLACES}
-    assert states == set(State) == set(TRANSITIONS)
+    assert states == set(WorkerState) == set(TRANSITIONS)
 
 
 # --------------------------------------------------------- every place x every message
@@ -247,7 +247,7 @@ def test_shared_storage_is_a_matter_of_jobs_that_were_not_started(
 ) -> None:
     job = job_at(route, place)
     before = snapshot(job)
-    if job.state in (State.NEW, State.SHARING):
+    if job.state in (WorkerState.NEW, WorkerState.SHARING):
         return  # test_shared_intake.py tries these
     if kind in TRANSITIONS[job.state] or place == "suspended":
         receive(kind)(job)

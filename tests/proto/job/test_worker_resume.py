@@ -42,7 +42,7 @@ def resume(job: WorkerJob, next_sequence: int = 0) -> list[Output]:
 
 
 def resumed(name: messages.JobStateName) -> Output:
-    return SendMessage(messages.JobResumed(JOB, messages.JobProgress(name)))
+    return SendMessage(messages.ResumeAccepted(JOB, messages.JobProgress(name)))
 
 
 @pytest.mark.parametrize("kind", get_args(messages.ClientJobMessage))
@@ -142,7 +142,7 @@ def test_missed_lines_come_first_and_then_the_stages() -> None:
     job.stage_complete("training")
     drain(job)
     assert workers.sent(resume(job, next_sequence=1)) == [
-        messages.JobResumed(JOB, messages.JobProgress("RUNNING")),
+        messages.ResumeAccepted(JOB, messages.JobProgress("RUNNING")),
         messages.JobLog(JOB, 1, 0, "20%"),
         messages.JobLog(JOB, 2, 1, "saved"),
         messages.TrainingComplete(),
@@ -192,7 +192,7 @@ def test_a_restarted_worker_restores_a_job(
     assert drain(job) == outputs.get(noted.state, [])
     assert job.progress == then
     replies = workers.sent(resume(job))
-    assert replies[0] == messages.JobResumed(JOB, then)
+    assert replies[0] == messages.ResumeAccepted(JOB, then)
     if job.has_ended:
         assert replies[1] == messages.JobResults(JOB, messages.ResultPage((RESULT,)))
     if then.state == "COMPLETE":

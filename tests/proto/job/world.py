@@ -14,7 +14,12 @@ import msgspec
 from blake3 import blake3
 
 from sleap_rtc.proto import messages
-from sleap_rtc.proto.job import client, worker
+from sleap_rtc.proto.job import client_outputs, worker_outputs
+from sleap_rtc.proto.job.client import ClientJob
+from sleap_rtc.proto.job.client_table import ClientState
+from sleap_rtc.proto.job.reports import LinePrinted, StageComplete, StateChanged
+from sleap_rtc.proto.job.worker import WorkerJob
+from sleap_rtc.proto.job.worker_table import WorkerState
 from sleap_rtc.proto.route.routes import RoutePreference
 from tests.proto.job.examples import JOB, NAME, SIZE
 
@@ -97,17 +102,17 @@ class World:
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
         self.now = 0.0
-        self.client = client.ClientJob(JOB, NAME, SIZE)
-        self.worker = worker.WorkerJob()
-        self.events: list[client.Output] = []
+        self.client = ClientJob(JOB, NAME, SIZE)
+        self.worker = WorkerJob()
+        self.events: list[client_outputs.Output] = []
         self.to_worker: list[messages.Message] = []
         self.to_client: list[messages.Message] = []
-        self.enqueued: list[worker.Enqueue] = []
+        self.enqueued: list[worker_outputs.Enqueue] = []
         self.enqueued_by: list[int] = []
         self.runs = 0
         self.restarts_since_run = 0
-        self.discards: list[worker.WorkerJob] = []
-        self.disturbed: list[client.State | worker.State] = []
+        self.discards: list[WorkerJob] = []
+        self.disturbed: list[ClientState | WorkerState] = []
         self.fetched: set[str] = set()
         self.client_storage: dict[str, bytes] = {}
         self.worker_storage = (
@@ -126,9 +131,9 @@ class World:
         self._noted_route: messages.Route | None = None
         # The worker: its process, its jobs and their links, and what it noted.
         self._worker_life = 0
-        self._jobs: dict[worker.WorkerJob, _Link | None] = {self.worker: self._link}
-        self._known: dict[str, worker.WorkerJob] = {}
-        self._receiving: set[worker.WorkerJob] = set()
+        self._jobs: dict[WorkerJob, _Link | None] = {self.worker: self._link}
+        self._known: dict[str, WorkerJob] = {}
+        self._receiving: set[WorkerJob] = set()
         self._newest = self._link
         self._note: _Note | None = None
 
@@ -167,16 +172,20 @@ class World:
         return both or mount == "client only", both or mount == "worker only"
 
     @property
-    def ended(self) -> client.JobEnded:
+    def ended(self) -> client_outputs.JobEnded:
         """How the job ended for the client."""
-        [ending] = [each for each in self.events if isinstance(each, client.JobEnded)]
+        [ending] = [
+            each for each in self.events if isinstance(each, client_outputs.JobEnded)
+        ]
         assert self.events[-1] is ending
         return ending
 
     @property
     def route_reasons(self) -> list[str]:
         """What the client said about each route it chose."""
-        return [e.reason for e in self.events if isinstance(e, client.RouteChosen)]
+        return [
+            e.reason for e in self.events if isinstance(e, client_outputs.RouteChosen)
+        ]
 
     # --------------------------------------------------------------------- the engine
 
@@ -273,19 +282,19 @@ class World:
         self._at(self.now + self.scenario.back_after, lambda: self._come_back(life))
 
     def _come_back(self, life: int) -> None:
-        if life == self._client_life and self.client.state is not client.State.ENDED:
+        if life == self._client_life and self.client.state is not ClientState.ENDED:
             self._dial()
             self.client.connection_restored(self.now)
 
     def _dial(self) -> None:
         self._link = _Link()
-        self.worker = worker.WorkerJob()
+        self.worker = WorkerJob()
         self._jobs[self.worker] = self._link
 
     def _restart_client(self) -> None:
         """Another process goes on; it knows no more than the route."""
         self._note_disturbance()
-        if self.client.state is client.State.ENDED:
+        if self.client.state is ClientState.ENDED:
             return
         self._client_life += 1
         self._discarded = self._sending = False
@@ -294,12 +303,12 @@ class World:
             link.is_alive = False
             when = self.now + self.scenario.delay() + self.scenario.worker_lag
             self._at_worker(when, lambda: self._worker_hears(link))
-        self.client = client.ClientJob(JOB, NAME, SIZE)
+        self.client = ClientJob(JOB, NAME, SIZE)
         self.events = []
         self._later_for_client(self._resume)
 
     def _resume(self) -> None:
-        if self.client.state is client.State.ENDED:
+        if self.client.state is ClientState.ENDED:
             return
         self._dial()
         client_root, worker_root = self._roots()
@@ -323,7 +332,7 @@ class World:
             self._later_for_client(lambda: self._client_hears(link))
         if self._note is not None:
             note = self._note
-            self.worker = worker.WorkerJob.restored(
+            self.worker = WorkerJob.restored(
                 JOB,
                 note.route,
                 note.submission,
@@ -359,7 +368,7 @@ class World:
         if not isinstance(message, messages.JobResume):
             job.receive_message(message, self.now)
             return
-        assert job.state is worker.State.NEW
+        assert job.state is WorkerState.NEW
         self._newest = link
         self._attach(message, link, job)
 
@@ -373,7 +382,7 @@ class World:
             self.client.receive_message(message, self.now)
 
     def _attach(
-        self, message: messages.JobResume, link: _Link, fresh: worker.WorkerJob
+        self, message: messages.JobResume, link: _Link, fresh: WorkerJob
     ) -> None:
         """Give a job to the link that asks for it, once nothing else is done to it."""
         job = self._known.get(JOB)
@@ -402,19 +411,19 @@ class World:
 
     # ------------------------------------------------------------ effects of the client
 
-    def _do_for_client(self, wish: client.Output) -> None:
+    def _do_for_client(self, wish: client_outputs.Output) -> None:
         match wish:
-            case client.SendMessage(message=message):
+            case client_outputs.SendMessage(message=message):
                 self._send("worker", message, self._link)
-            case client.PrepareShared():
+            case client_outputs.PrepareShared():
                 self._discarded = False
                 self._later_for_client(self._prepare)
-            case client.CopyPackage(path=path):
+            case client_outputs.CopyPackage(path=path):
                 self._later_for_client(lambda: self._copy(path))
-            case client.DiscardShared():
+            case client_outputs.DiscardShared():
                 self._discarded = True
                 self.client_storage.clear()
-            case client.SendPackage(transfer_id=transfer_id):
+            case client_outputs.SendPackage(transfer_id=transfer_id):
                 self._sending = True
                 self._transfer += 1
                 file = messages.OfferedFile(NAME, SIZE, 4096)
@@ -423,17 +432,17 @@ class World:
                     self._later_for_transfer(
                         lambda: self.client.transfer_failed("file changed")
                     )
-            case client.StopSending():
+            case client_outputs.StopTransfer():
                 self._sending = False
-            case client.FetchResults():
+            case client_outputs.FetchResults():
                 self._fetch(wish)
-            case client.Reconnect():
+            case client_outputs.Reconnect():
                 self._reconnect()
-            case client.JobEnded():
+            case client_outputs.JobEnded():
                 self._close()
-            case client.RouteChosen(route=route):
+            case client_outputs.RouteChosen(route=route):
                 self._noted_route = route
-            case client.StateChanged() | client.LinePrinted() | client.StageComplete():
+            case StateChanged() | LinePrinted() | StageComplete():
                 pass
             case _:
                 assert_never(wish)
@@ -454,7 +463,7 @@ class World:
             self.client_storage[path] = b"package"
         self.client.package_copied(path, self.now)
 
-    def _fetch(self, wish: client.FetchResults) -> None:
+    def _fetch(self, wish: client_outputs.FetchResults) -> None:
         paths = {file.path for file in wish.files}
         assert len(paths) == len(wish.files)
         self._transfer += 1
@@ -474,26 +483,26 @@ class World:
 
     # ------------------------------------------------------------ effects of the worker
 
-    def _do_for_worker(self, job: worker.WorkerJob, output: worker.Output) -> None:
+    def _do_for_worker(self, job: WorkerJob, output: worker_outputs.Output) -> None:
         match output:
-            case worker.SendMessage(message=message):
+            case worker_outputs.SendMessage(message=message):
                 self._send("client", message, self._jobs[job])
-            case worker.ReadProbe(path=path):
+            case worker_outputs.ReadProbe(path=path):
                 self._report("probe", lambda: self._read_probe(job, path))
-            case worker.CheckInput(path=path):
+            case worker_outputs.CheckInput(path=path):
                 self._report("input", lambda: self._check_input(job, path))
-            case worker.MakeOutput():
+            case worker_outputs.MakeOutput():
                 self._report("output", lambda: self._make_output(job))
-            case worker.Admit():
+            case worker_outputs.Admit():
                 taken = self._known.setdefault(JOB, job) is not job
                 self._report("admit", lambda: self._admit(job, taken))
-            case worker.ReceivePackage():
+            case worker_outputs.ReceivePackage():
                 self._receiving.add(job)
                 link, number = self._jobs[job], self._transfer
                 self._later_for_worker(lambda: self._receive(job, link, number))
-            case worker.StopReceiving():
+            case worker_outputs.StopReceiving():
                 pass  # a package that was complete may still be reported
-            case worker.Remember():
+            case worker_outputs.Remember():
                 self._known[JOB] = job
                 self._note = _Note(
                     job.route,
@@ -502,16 +511,16 @@ class World:
                     job.results,
                     job.output_path,
                 )
-            case worker.Enqueue():
+            case worker_outputs.Enqueue():
                 self.enqueued.append(output)
                 self.enqueued_by.append(self._worker_life)
                 self._start_run(job)
-            case worker.StopRun():
+            case worker_outputs.StopRun():
                 self._later_for_worker(lambda: job.run_ended("killed by a signal", {}))
-            case worker.SendResult(path=path):
+            case worker_outputs.SendResult(path=path):
                 link = self._jobs[job]
                 self._later_for_transfer(lambda: self._result_arrives(path, link))
-            case worker.Discard():
+            case worker_outputs.Discard():
                 self.discards.append(job)
                 self._receiving.discard(job)
                 if self._known.get(JOB) is job:
@@ -524,7 +533,7 @@ class World:
         if effect not in self.scenario.hangs:
             self._later_for_worker(action)
 
-    def _read_probe(self, job: worker.WorkerJob, path: str) -> None:
+    def _read_probe(self, job: WorkerJob, path: str) -> None:
         content = self.worker_storage.get(path)
         if "probe" in self.scenario.fails:
             content = b"an older file"
@@ -533,19 +542,19 @@ class World:
         else:
             job.probe_read(blake3(content).hexdigest())
 
-    def _check_input(self, job: worker.WorkerJob, path: str) -> None:
+    def _check_input(self, job: WorkerJob, path: str) -> None:
         if "input" in self.scenario.fails or path not in self.worker_storage:
             job.path_refused("no such file")
         else:
             job.input_valid()
 
-    def _make_output(self, job: worker.WorkerJob) -> None:
+    def _make_output(self, job: WorkerJob) -> None:
         if "output" in self.scenario.fails:
             job.path_refused("Permission denied")
         else:
             job.output_made()
 
-    def _admit(self, job: worker.WorkerJob, taken: bool) -> None:
+    def _admit(self, job: WorkerJob, taken: bool) -> None:
         if "admit" in self.scenario.fails or taken:
             job.rejected("Insufficient disk space")
             if self._known.get(JOB) is job:
@@ -553,7 +562,7 @@ class World:
         else:
             job.admitted()
 
-    def _receive(self, job: worker.WorkerJob, link: _Link | None, number: int) -> None:
+    def _receive(self, job: WorkerJob, link: _Link | None, number: int) -> None:
         """The whole package arrives, if its sender is still there."""
         arrived = self._sending and number == self._transfer
         arrived = arrived and link is not None and link.is_alive
@@ -567,11 +576,11 @@ class World:
         else:
             self._receiving.discard(job)
 
-    def _received(self, job: worker.WorkerJob) -> None:
+    def _received(self, job: WorkerJob) -> None:
         self._receiving.discard(job)
         job.package_received()
 
-    def _start_run(self, job: worker.WorkerJob) -> None:
+    def _start_run(self, job: WorkerJob) -> None:
         made = {
             f"models/{number:05}.ckpt": 1 for number in range(self.scenario.results)
         }
@@ -588,7 +597,7 @@ class World:
             when += self.scenario.delay()
             self._at_worker(when, report)
 
-    def _run(self, job: worker.WorkerJob) -> None:
+    def _run(self, job: WorkerJob) -> None:
         if not job.has_ended:
             self.runs += 1
         job.slot_granted()

@@ -22,6 +22,7 @@ from sleap_rtc.proto.machine import (
     ServerMachine,
     Table,
     TimedMachine,
+    TimedPolicy,
     move,
     move_untrusted,
 )
@@ -29,6 +30,7 @@ from sleap_rtc.proto.rendezvous.member import RoomMember
 from sleap_rtc.proto.rendezvous.member_outputs import MemberOutput
 from sleap_rtc.proto.rendezvous.messages import Signal
 from sleap_rtc.proto.rendezvous.server import RoomServer, ServerOutput
+from sleap_rtc.proto.route.routes import LinkRace, RaceOutput
 from sleap_rtc.proto.transfer.machine import (
     ReceiverOutput,
     SenderOutput,
@@ -41,11 +43,16 @@ from sleap_rtc.proto.transfer.sender import Sender
 
 
 def check_types(
-    member: RoomMember, server: RoomServer, receiver: Receiver, sender: Sender
+    member: RoomMember,
+    server: RoomServer,
+    race: LinkRace,
+    receiver: Receiver,
+    sender: Sender,
 ) -> None:
     """Let mypy check each machine against its protocol. This function never runs."""
     _member: ReconnectingMachine[Signal, MemberOutput] = member
     _server: ServerMachine[Signal, ServerOutput] = server
+    _race: TimedPolicy[RaceOutput] = race
     _receiver: Machine[TransferMessage, ReceiverOutput] = receiver
     _sender: Machine[TransferMessage, SenderOutput] = sender
 

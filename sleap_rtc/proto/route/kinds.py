@@ -1,9 +1,13 @@
-"""The kinds of link, and the order in which they are preferred."""
+"""The kinds of link, and the order in which they are preferred.
 
-from typing import Literal
+Another kind needs its name here, and its code in `sleap_rtc.io.connect.kinds`.
+"""
 
-LinkKindName = Literal["quic", "tcp"]
+from typing import Literal, get_args
 
-LINK_KINDS: tuple[LinkKindName, ...] = ("tcp", "quic")
-"""All kinds, the preferred one first: in Python a TLS stream moves several times what a
-QUIC connection does. QUIC is there for peers that TCP cannot reach."""
+LinkKindName = Literal["tcp", "quic"]
+"""The name of a kind of link, the preferred kinds first. In Python a TLS stream moves
+several times as much as a QUIC connection; QUIC is for peers that TCP can't reach."""
+
+LINK_KINDS: tuple[LinkKindName, ...] = get_args(LinkKindName)
+"""All kinds of link, the preferred ones first."""

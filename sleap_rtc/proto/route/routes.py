@@ -1,7 +1,7 @@
-"""Which route a package takes, over which link, and what follows when one fails.
+"""The route of a package, the link that carries it, and what follows a failure.
 
-A policy only: it is asked, and answers with what to do and why. The reasons are shown
-to the user, who finds them again in the troubleshooting guide.
+This module only decides. The reasons of its decisions are shown to the user, and the
+troubleshooting guide quotes them.
 """
 
 from collections import deque
@@ -12,12 +12,12 @@ import msgspec
 
 from sleap_rtc.proto.route.kinds import LINK_KINDS, LinkKindName
 
-RoutePreference = Literal["auto", "shared", "channel", "tcp", "quic"]
-"""What a user may ask for; a kind of link means the channel over that kind."""
+RoutePreference = Literal["auto", "shared", "channel"] | LinkKindName
+"""The route that a user asks for; a kind of link means the channel over that kind."""
 
 
 class TryShared(msgspec.Struct, frozen=True):
-    """Find out whether both sides see the same storage, then use it."""
+    """Test whether both sides have the same storage, then use it."""
 
     reason: str
 
@@ -29,7 +29,7 @@ class UseChannel(msgspec.Struct, frozen=True):
 
 
 class GiveUp(msgspec.Struct, frozen=True):
-    """No route that the user allows works."""
+    """Stop: no route that the user allows can work."""
 
     reason: str
 
@@ -37,18 +37,18 @@ class GiveUp(msgspec.Struct, frozen=True):
 def first_route(
     preference: RoutePreference, *, client_root: bool, worker_root: bool
 ) -> TryShared | UseChannel | GiveUp:
-    """Decide before anything is copied.
+    """Choose the route before anything is copied.
 
     Args:
-        preference: What the user asked for.
+        preference: The route that the user asked for.
         client_root: Whether a shared storage root is configured here.
-        worker_root: Whether the worker says that it has one.
+        worker_root: Whether the worker reports one.
     """
+    if preference in LINK_KINDS:
+        return UseChannel(f"the channel over {preference.upper()} was asked for")
     match preference, client_root, worker_root:
         case "channel", _, _:
             return UseChannel("the channel route was asked for")
-        case "tcp" | "quic", _, _:
-            return UseChannel(f"the channel over {preference.upper()} was asked for")
         case _, True, True:
             return TryShared("both sides have shared storage configured")
         case "shared", False, _:
@@ -72,11 +72,11 @@ def first_route(
 def after_shared_failure(
     preference: RoutePreference, reason: str
 ) -> UseChannel | GiveUp:
-    """Decide when the shared route turned out not to work.
+    """Choose what follows when the shared route has failed.
 
     Args:
-        preference: What the user asked for.
-        reason: What went wrong, a sentence without its full stop.
+        preference: The route that the user asked for.
+        reason: The failure, a sentence without its full stop.
     """
     if preference == "shared":
         return GiveUp(
@@ -87,20 +87,20 @@ def after_shared_failure(
 
 # --------------------------------------------------------------------------- links
 
-STAGGER = 0.25
+STAGGER_INTERVAL = 0.25
 """Seconds between the starts of two attempts (RFC 8305, 5)."""
 
-GRACE = 0.3
-"""Seconds that the preferred kind gets once another one stands: a handshake over TCP
-takes one round trip more than one over QUIC."""
+GRACE_TIMEOUT = 0.3
+"""Seconds after the first open link that better kinds have to open one: a handshake
+over TCP takes one round trip more than a handshake over QUIC."""
 
 
 class TryLinks(msgspec.Struct, frozen=True):
-    """Dial with these kinds of link.
+    """Dial these kinds of link.
 
     Args:
         kinds: The preferred one first.
-        reason: Why it is not all of them; empty if it is.
+        reason: Why not all kinds are dialed; empty if they are.
     """
 
     kinds: tuple[LinkKindName, ...]
@@ -108,22 +108,19 @@ class TryLinks(msgspec.Struct, frozen=True):
 
 
 def asked_kinds(preference: RoutePreference) -> tuple[LinkKindName, ...]:
-    """Say which kinds of link the user allows."""
-    match preference:
-        case "tcp" | "quic":
-            return (preference,)
-        case _:
-            return LINK_KINDS
+    """Return the kinds of link that the user allows."""
+    return tuple(kind for kind in LINK_KINDS if kind == preference) or LINK_KINDS
 
 
 def choose_kinds(
-    preference: RoutePreference, offered: Sequence[LinkKindName]
+    preference: RoutePreference, offered: Sequence[str]
 ) -> TryLinks | GiveUp:
-    """Decide before anything is dialed.
+    """Choose the kinds of link to dial.
 
     Args:
-        preference: What the user asked for.
-        offered: What the worker listens for.
+        preference: The route that the user asked for.
+        offered: The kinds that the worker listens for. A newer worker may offer kinds
+            that do not exist here.
     """
     asked = asked_kinds(preference)
     kinds = tuple(kind for kind in asked if kind in offered)
@@ -147,7 +144,7 @@ class Attempt(msgspec.Struct, frozen=True):
 
 
 class StartAttempt(msgspec.Struct, frozen=True):
-    """Begin to dial."""
+    """Start to dial."""
 
     attempt: Attempt
 
@@ -163,21 +160,25 @@ class NoLink(msgspec.Struct, frozen=True):
     """The race is lost: every attempt has failed."""
 
 
-class LinkRace:
-    """Who is dialed when, and which link is kept.
+RaceOutput = StartAttempt | KeepLink | NoLink
 
-    Each kind goes through the addresses one after another, a quarter of a second apart,
-    the next at once after a failure; the less preferred kind begins that much later.
-    The first link of the preferred kind wins. One of the other kind wins when no
-    attempt of the preferred kind is left, or after a short grace.
+
+class LinkRace:
+    """Decides when to dial which address over which kind, and which link to keep.
+
+    Each kind tries the addresses one after another, `STAGGER_INTERVAL` apart, and
+    begins that much later than the kind before it. A failure starts the next attempt of
+    its kind at once, or, if its kind has none left, that of the best kind that has one.
+    An open link wins when no better kind can open one, or when `GRACE_TIMEOUT` has
+    passed since the first link opened.
 
     A driver drains `next_output` at the start and after each of `attempt_opened`,
-    `attempt_failed` and `handle_timeout`, and arms a timer for `deadline`. After
-    `KeepLink` or `NoLink` nothing changes any more.
+    `attempt_failed` and `handle_timeout`, and sets a timer for `deadline`. Nothing
+    follows `KeepLink` or `NoLink`.
 
     Args:
         addresses: Each host and port, the best first.
-        kinds: The kinds to try, the preferred one first.
+        kinds: The kinds to try, the preferred ones first.
         now: The time in seconds.
     """
 
@@ -189,97 +190,118 @@ class LinkRace:
     ) -> None:
         unique = dict.fromkeys(addresses)
         self._began = now
-        self._preferred = kinds[0]
+        self._kinds = tuple(kinds)
         self._waiting = {
             kind: deque(Attempt(kind, host, port) for host, port in unique)
             for kind in kinds
         }
-        self._next_at = {kind: now + n * STAGGER for n, kind in enumerate(kinds)}
+        self._next_at = {
+            kind: now + rank * STAGGER_INTERVAL for rank, kind in enumerate(kinds)
+        }
         self._running: set[Attempt] = set()
         self._failures: list[tuple[Attempt, str]] = []
-        self._fallback: Attempt | None = None
+        self._opened: list[Attempt] = []
         self._grace_until = now
         self._settled = False
-        self._outputs: deque[StartAttempt | KeepLink | NoLink] = deque()
+        self._outputs: deque[RaceOutput] = deque()
         self._advance(now)
 
+    # ---------------------------------------------------------------------- inputs
+
     def attempt_opened(self, attempt: Attempt, now: float) -> None:
-        """Note that a link stands."""
+        """Handle a link that has opened."""
         self._running.discard(attempt)
-        if self._settled:
-            return
-        if attempt.kind == self._preferred:
-            self._keep(attempt, self._why_preferred())
-        elif self._fallback is None:
-            self._fallback = attempt
-            self._grace_until = now + GRACE
+        if not self._opened:
+            self._grace_until = now + GRACE_TIMEOUT
+        self._opened.append(attempt)
         self._advance(now)
 
     def attempt_failed(self, attempt: Attempt, reason: str, now: float) -> None:
-        """Note that an attempt came to nothing, and why."""
+        """Handle the failure of an attempt; the reason is for people."""
         self._running.discard(attempt)
         self._failures.append((attempt, reason))
-        if self._is_hoped_for(attempt.kind):
-            self._next_at[attempt.kind] = now
-        else:
-            # Nothing is left that the other kind would have to wait for.
-            self._next_at = dict.fromkeys(self._next_at, now)
+        self._start_next_at_once(attempt.kind, now)
         self._advance(now)
 
     def handle_timeout(self, now: float) -> None:
-        """Do what is due; nothing if nothing is."""
+        """Do what is due at `now`; nothing happens before `deadline`."""
         self._advance(now)
 
+    # --------------------------------------------------------------------- outputs
+
     def deadline(self) -> float | None:
-        """When to call `handle_timeout`."""
+        """Return when `handle_timeout` has something to do; None if never."""
         if self._settled:
             return None
         times = [self._next_at[kind] for kind, left in self._waiting.items() if left]
-        if self._fallback is not None:
+        if self._opened:
             times.append(self._grace_until)
         return min(times, default=None)
 
-    def next_output(self) -> StartAttempt | KeepLink | NoLink | None:
-        """Take the next output, if there is one."""
+    def next_output(self) -> RaceOutput | None:
+        """Remove and return the oldest output; None if none is left."""
         return self._outputs.popleft() if self._outputs else None
+
+    # ------------------------------------------------------------------- decisions
 
     def _advance(self, now: float) -> None:
         """Draw all conclusions; the last step of every input."""
-        if not self._settled:
-            hopeless = not self._is_hoped_for(self._preferred)
-            if self._fallback is not None and (hopeless or now >= self._grace_until):
-                self._keep(self._fallback, self._why_fallback(hopeless, now))
-            elif not any(map(self._is_hoped_for, self._waiting)):
-                self._settled = True
-                self._outputs.append(NoLink())
-            else:
-                self._start_due(now)
-
-    def _is_hoped_for(self, kind: LinkKindName) -> bool:
-        """Tell whether attempts of a kind run, or are still to come."""
-        running = any(attempt.kind == kind for attempt in self._running)
-        return running or bool(self._waiting[kind])
+        if self._settled:
+            return
+        if self._opened:
+            best = min(self._opened, key=lambda link: self._kinds.index(link.kind))
+            better = self._better_kinds(best.kind)
+            if now >= self._grace_until or not any(map(self._may_open, better)):
+                self._settle(KeepLink(best, self._why(best, now)))
+                return
+        elif not any(map(self._may_open, self._kinds)):
+            self._settle(NoLink())
+            return
+        self._start_due(now)
 
     def _start_due(self, now: float) -> None:
         for kind, waiting in self._waiting.items():
             if waiting and now >= self._next_at[kind]:
                 self._running.add(waiting[0])
-                self._next_at[kind] = now + STAGGER
+                self._next_at[kind] = now + STAGGER_INTERVAL
                 self._outputs.append(StartAttempt(waiting.popleft()))
 
-    def _keep(self, attempt: Attempt, reason: str) -> None:
+    def _start_next_at_once(self, failed: LinkKindName, now: float) -> None:
+        """Bring forward the attempt that follows a failure."""
+        for kind in (failed,) if self._may_open(failed) else self._kinds:
+            if self._waiting[kind]:
+                self._next_at[kind] = now
+                return
+
+    def _may_open(self, kind: LinkKindName) -> bool:
+        """Return whether attempts of a kind run or are still to come."""
+        running = any(attempt.kind == kind for attempt in self._running)
+        return running or bool(self._waiting[kind])
+
+    def _better_kinds(self, kind: LinkKindName) -> tuple[LinkKindName, ...]:
+        return self._kinds[: self._kinds.index(kind)]
+
+    def _settle(self, outcome: KeepLink | NoLink) -> None:
         self._settled = True
-        self._outputs.append(KeepLink(attempt, reason))
+        self._outputs.append(outcome)
 
-    def _why_preferred(self) -> str:
-        if self._fallback is None:
-            return "it answered first"
-        other = self._fallback.kind.upper()
-        return f"{self._preferred.upper()} is faster than {other}, which answered first"
+    # --------------------------------------------------------------------- reasons
 
-    def _why_fallback(self, hopeless: bool, now: float) -> str:
-        name = self._preferred.upper()
-        if not hopeless:
+    def _why(self, kept: Attempt, now: float) -> str:
+        """Return why a link is kept, for people."""
+        better = self._better_kinds(kept.kind)
+        first = self._opened[0].kind
+        if better:
+            return "; ".join(self._why_not(kind, now) for kind in better)
+        if first != kept.kind:
+            name, other = kept.kind.upper(), first.upper()
+            return f"{name} is faster than {other}, which answered first"
+        return "it answered first"
+
+    def _why_not(self, kind: LinkKindName, now: float) -> str:
+        """Return why no link of a kind is kept, for people."""
+        name = kind.upper()
+        if self._may_open(kind):
             return f"{name} did not answer within {now - self._began:.1f} s"
-        mine = [why for who, why in self._failures if who.kind == self._preferred]
-        return f"{name} was not reachable: {', '.join(dict.fromkeys(mine))}"
+        reasons = (why for attempt, why in self._failures if attempt.kind == kind)
+        return f"{name} was not reachable: {', '.join(dict.fromkeys(reasons))}"

@@ -12,7 +12,7 @@ from sleap_rtc.io.connect.dial import dial
 from sleap_rtc.io.connect.listener import Listener, open_listener
 from sleap_rtc.io.link.certificates import make_certificate
 from sleap_rtc.io.link.link import DialError, LinkClosedError
-from sleap_rtc.proto.route.routes import STAGGER
+from sleap_rtc.proto.route.routes import STAGGER_INTERVAL
 from tests.io.link.kinds import AUTH, CANCEL, CERTIFICATE, DER, QUIC, TCP, Kind, judge
 
 
@@ -101,7 +101,9 @@ async def test_a_dead_address_costs_a_quarter_of_a_second(listener: Listener) ->
         async with dial(
             [dead, ("127.0.0.1", listener.port)], certificate_der=DER, auth=AUTH
         ):
-            assert STAGGER <= trio.current_time() - begin < 10 * STAGGER
+            assert (
+                STAGGER_INTERVAL <= trio.current_time() - begin < 10 * STAGGER_INTERVAL
+            )
             await listener.accept()
 
 
@@ -109,7 +111,7 @@ async def test_the_proof_is_used_once_whoever_wins(listener: Listener) -> None:
     addresses = [("127.0.0.1", listener.port), ("localhost", listener.port)]
     async with dial(addresses, certificate_der=DER, auth=AUTH) as (client, _):
         await listener.accept()
-        with trio.move_on_after(3 * STAGGER):
+        with trio.move_on_after(3 * STAGGER_INTERVAL):
             await listener.accept()
             pytest.fail("a second link used the proof")
         await client.send_message(CANCEL)

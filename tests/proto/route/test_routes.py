@@ -1,3 +1,7 @@
+"""Which route, which kinds of link, and which link wins the race."""
+
+from typing import get_args
+
 import pytest
 
 from sleap_rtc.proto.route.kinds import LINK_KINDS, LinkKindName
@@ -13,6 +17,7 @@ from sleap_rtc.proto.route.routes import (
     TryShared,
     UseChannel,
     after_shared_failure,
+    asked_kinds,
     choose_kinds,
     first_route,
 )
@@ -97,16 +102,35 @@ def test_the_kinds_of_link_are_what_both_sides_want(
         assert decision == TryLinks(kinds, words)
 
 
+def test_a_worker_may_offer_kinds_that_do_not_exist_here() -> None:
+    decision = choose_kinds("auto", ("pigeon", "quic"))
+    assert decision == TryLinks(("quic",), "the worker listens for QUIC only")
+
+
+def test_each_kind_of_link_can_be_asked_for() -> None:
+    for kind in LINK_KINDS:
+        decision = first_route(kind, client_root=True, worker_root=True)
+        assert decision == UseChannel(f"the channel over {kind.upper()} was asked for")
+        assert asked_kinds(kind) == (kind,)
+    named = {name for part in get_args(RoutePreference) for name in get_args(part)}
+    assert named == {"auto", "shared", "channel", *LINK_KINDS}
+
+
 A, B = ("a", 1), ("b", 2)
 TCP_A, TCP_B = Attempt("tcp", *A), Attempt("tcp", *B)
 QUIC_A, QUIC_B = Attempt("quic", *A), Attempt("quic", *B)
 
-# At a time, in seconds: an attempt opens, or fails for a reason, or the clock is asked.
+THREE = ("tcp", "quic", "relay")
+"""A third kind, which the race knows nothing about."""
+
+RELAY_A, RELAY_B = Attempt("relay", *A), Attempt("relay", *B)  # type: ignore[arg-type]
+
+# At a time, in seconds: an attempt opens, or fails for a reason, or the time passes.
 Input = tuple[float, Attempt | None, str]
 # At a time: an attempt starts, or is kept for a reason; or (None, "lost").
 Outcome = tuple[float, Attempt | None, str]
 
-RACES: dict[str, tuple[tuple[LinkKindName, ...], list[Input], list[Outcome]]] = {
+RACES: dict[str, tuple[tuple[str, ...], list[Input], list[Outcome]]] = {
     "the first link of the preferred kind wins at once": (
         LINK_KINDS,
         [(0.1, TCP_A, "")],
@@ -131,7 +155,7 @@ RACES: dict[str, tuple[tuple[LinkKindName, ...], list[Input], list[Outcome]]] = 
             (0.2, TCP_B, "it answered first"),
         ],
     ),
-    "the preferred kind has a grace after the other one answered": (
+    "the preferred kind has a grace after the other kind answered": (
         LINK_KINDS,
         [(0.3, QUIC_A, ""), (0.45, TCP_B, "")],
         [
@@ -193,13 +217,89 @@ RACES: dict[str, tuple[tuple[LinkKindName, ...], list[Input], list[Outcome]]] = 
             (0.4, None, "lost"),
         ],
     ),
+    "three kinds begin in their order": (
+        THREE,
+        [(9, None, "")],
+        [
+            (0, TCP_A, "start"),
+            (0.25, TCP_B, "start"),
+            (0.25, QUIC_A, "start"),
+            (0.5, QUIC_B, "start"),
+            (0.5, RELAY_A, "start"),
+            (0.75, RELAY_B, "start"),
+        ],
+    ),
+    "the best link within the grace is kept": (
+        THREE,
+        [(0.6, RELAY_A, ""), (0.7, QUIC_A, ""), (9, None, "")],
+        [
+            (0, TCP_A, "start"),
+            (0.25, TCP_B, "start"),
+            (0.25, QUIC_A, "start"),
+            (0.5, QUIC_B, "start"),
+            (0.5, RELAY_A, "start"),
+            (0.75, RELAY_B, "start"),
+            (0.9, QUIC_A, "TCP did not answer within 0.9 s"),
+        ],
+    ),
+    "a link waits for no kind that has failed": (
+        THREE,
+        [
+            (0.3, TCP_A, "refused"),
+            (0.3, TCP_B, "refused"),
+            (0.6, RELAY_A, ""),
+            (0.7, QUIC_A, ""),
+        ],
+        [
+            (0, TCP_A, "start"),
+            (0.25, TCP_B, "start"),
+            (0.25, QUIC_A, "start"),
+            (0.3, QUIC_B, "start"),
+            (0.5, RELAY_A, "start"),
+            (0.7, QUIC_A, "TCP was not reachable: refused"),
+        ],
+    ),
+    "each better kind has its reason": (
+        THREE,
+        [
+            (0.3, TCP_A, "refused"),
+            (0.3, TCP_B, "refused"),
+            (0.6, RELAY_A, ""),
+            (9, None, ""),
+        ],
+        [
+            (0, TCP_A, "start"),
+            (0.25, TCP_B, "start"),
+            (0.25, QUIC_A, "start"),
+            (0.3, QUIC_B, "start"),
+            (0.5, RELAY_A, "start"),
+            (0.75, RELAY_B, "start"),
+            (
+                0.9,
+                RELAY_A,
+                "TCP was not reachable: refused; QUIC did not answer within 0.9 s",
+            ),
+        ],
+    ),
+    "the first of three kinds wins at once": (
+        THREE,
+        [(0.6, RELAY_A, ""), (0.65, QUIC_A, ""), (0.7, TCP_A, "")],
+        [
+            (0, TCP_A, "start"),
+            (0.25, TCP_B, "start"),
+            (0.25, QUIC_A, "start"),
+            (0.5, QUIC_B, "start"),
+            (0.5, RELAY_A, "start"),
+            (0.7, TCP_A, "TCP is faster than RELAY, which answered first"),
+        ],
+    ),
 }
 
 
 def play(
     race: LinkRace, inputs: list[Input], begin: float = 1000.0
 ) -> list[tuple[float, Attempt | None, str]]:
-    """Run a race as a driver would, and note what it wants and when."""
+    """Run a race as a driver does, and return its outputs with their times."""
     found: list[tuple[float, Attempt | None, str]] = []
 
     def drain(now: float) -> None:
@@ -231,7 +331,8 @@ def play(
 @pytest.mark.parametrize("title", RACES)
 def test_a_race_between_links(title: str) -> None:
     kinds, inputs, expected = RACES[title]
-    found = play(LinkRace([A, B], kinds, 1000.0), inputs)
+    race = LinkRace([A, B], kinds, 1000.0)  # type: ignore[arg-type]
+    found = play(race, inputs)
     assert [(round(now - 1000.0, 6), *what) for now, *what in found] == expected
 
 
@@ -246,7 +347,7 @@ def test_an_address_that_is_named_twice_is_tried_once() -> None:
     assert play(race, [(9, None, "")], 0.0) == [(0.0, TCP_A, "start")]
 
 
-def test_a_settled_race_does_not_change_any_more() -> None:
+def test_a_settled_race_no_longer_changes() -> None:
     race = LinkRace([A, B], LINK_KINDS, 0.0)
     assert race.next_output() == StartAttempt(TCP_A)
     race.attempt_opened(TCP_A, 0.1)
@@ -258,7 +359,7 @@ def test_a_settled_race_does_not_change_any_more() -> None:
     assert race.deadline() is None
 
 
-def test_a_race_that_is_asked_too_early_changes_nothing() -> None:
+def test_an_early_timeout_changes_nothing() -> None:
     race = LinkRace([A, B], LINK_KINDS, 0.0)
     assert race.next_output() == StartAttempt(TCP_A)
     race.handle_timeout(0.2)

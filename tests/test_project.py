@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 from sleap_rtc.config import load_settings
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.rendezvous import messages as rendezvous
+from tests.test_language import read_python
 
 ROOT = Path(__file__).parent.parent
 
@@ -250,6 +251,37 @@ def test_the_protocol_document_has_a_row_for_every_signal() -> None:
         assert name in documented, f"docs/protocol.md has no row for {name}"
         for field in msgspec.structs.fields(cls):
             assert f"`{field.encode_name}`" in documented[name], name
+
+
+BETWEEN = re.compile(r"'?\.\.\.'?|\b[NXY]\b|\d+|: |'")
+"""Parts of a quoted message that vary, or that several strings make together."""
+
+
+def messages_of_the_package() -> str:
+    """Return all strings of the package, with the parts of each that vary cut out."""
+    strings = [
+        text.prose
+        for path in modules()
+        for text in read_python(str(path), path.read_text(encoding="utf-8"))
+        if text.kind == "message"
+    ]
+    return "\n".join(" ".join(string.split()) for string in strings)
+
+
+def test_every_message_of_the_troubleshooting_tables_exists() -> None:
+    text = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    tables = text.partition("## Troubleshooting")[2].partition("\n## ")[0]
+    shown = re.findall(r"(?m)^\| (`.*?) \|", tables)
+    assert shown
+    quoted = [quote for cell in shown for quote in re.findall(r"`([^`]+)`", cell)]
+    source = messages_of_the_package()
+    missing = {
+        quote
+        for quote in quoted
+        for part in BETWEEN.split(quote)
+        if " " in part.strip() and part.strip(" ,;") not in source
+    }
+    assert not missing
 
 
 PATHS = re.compile(r"(?<![\w./-])(?:sleap_rtc|tests|bench|docs|examples)/[\w./-]*\w")

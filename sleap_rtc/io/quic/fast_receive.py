@@ -101,6 +101,8 @@ class FastReceiver:
 
     def _accept_frame_untrusted(self, payload: bytes) -> bool:
         """Accept the only frame of a packet if it is data of an open stream."""
+        if len(payload) < _MIN_FRAME_SIZE:
+            return False
         connection = self._connection
         kind, stream_id = payload[0], payload[1]
         stream = connection.streams.get(stream_id)
@@ -108,7 +110,6 @@ class FastReceiver:
             kind & ~WITH_LENGTH != STREAM_FRAME | WITH_OFFSET
             or stream is None
             or stream_id > _LARGEST_STREAM_ID
-            or len(payload) < _MIN_FRAME_SIZE
         ):
             return False
         offset, at = _read_integer(payload, 2)

@@ -349,6 +349,20 @@ def test_a_turn_makes_a_bounded_number_of_packets(largest: int) -> None:
     assert timer - pair.now < 0.1
 
 
+@pytest.mark.parametrize("payload", [b"", b"\x01", b"\x08\x02", b"\x0c\x02" + bytes(9)])
+def test_a_sealed_packet_of_any_length_ends_at_most_its_connection(
+    payload: bytes,
+) -> None:
+    pair = Pair()
+    client = pair.client.connection
+    number = client.packet_number
+    # Only with a number of four bytes a packet may hold less than two bytes.
+    header = b"\x43" + client.peer_connection_id + number.to_bytes(4)
+    data = client.sealing_context.encrypt_packet(header, payload, number)
+    pair.server.receive_datagrams([(data, CLIENT)], pair.now)
+    pair.flush(pair.server)
+
+
 def test_a_client_trusts_nothing_that_is_not_a_certificate() -> None:
     with pytest.raises(RemoteProtocolError, match="certificate"):
         client_engine_untrusted(b"garbage", idle_timeout=1, datagram_size=1200)

@@ -131,7 +131,7 @@ class CongestionControl:
         self._delivered = 0
         self._delivered_at = 0.0
         self._first_sent_at = 0.0
-        self._app_limited_until = 0
+        self._app_limited_until = -1
         self._flights: deque[_Flight] = deque()
         self._start()
 
@@ -169,7 +169,7 @@ class CongestionControl:
                 self._delivered,
                 self._delivered_at,
                 self._first_sent_at,
-                self._delivered < self._app_limited_until,
+                self._delivered <= self._app_limited_until,
             )
             self._flights.append(flight)
         self.bytes_in_flight += size

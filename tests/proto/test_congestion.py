@@ -144,6 +144,20 @@ def test_packets_that_expire_are_neither_lost_nor_in_flight(
     assert (control.bytes_in_flight, control.packets_lost) == (0, 0)
 
 
+def test_an_idle_time_with_pings_does_not_lower_the_bandwidth(
+    control: CongestionControl,
+) -> None:
+    now = run_rounds(control, 1.0, 30, RATE)
+    before = control.bandwidth
+    for _ in range(30):
+        control.application_limited()
+        control.packet_sent(40, now)
+        control.packet_acknowledged(40, now)
+        control.rtt_measured(RTT, now + RTT)
+        now += 2
+    assert control.bandwidth == before
+
+
 def test_the_window_sets_the_pace_before_the_bandwidth_is_known(
     control: CongestionControl,
 ) -> None:

@@ -246,6 +246,19 @@ def test_random_losses_do_not_slow_a_transfer_down(fast_path: FastPath) -> None:
     assert pair.client.packets_lost > 0
 
 
+def test_a_transfer_after_an_idle_time_is_as_fast_as_before(
+    fast_path: FastPath,
+) -> None:
+    pair = Pair(fast_path, delay=0.025)
+    before = pair.transfer(15 * MEGABYTE)
+    for uid in range(30):
+        pair.now += 2
+        pair.client.send_ping(uid)
+        pair.flush(pair.client)
+        pair.run_until(lambda: uid in pair.pings)  # noqa: B023
+    assert pair.transfer(15 * MEGABYTE) > before / 2
+
+
 def test_a_path_that_loses_much_counts_as_congested(fast_path: FastPath) -> None:
     pair = Pair(fast_path, seed=3, delay=0.025)
     pair.transfer(3 * MEGABYTE)

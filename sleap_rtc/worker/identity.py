@@ -1,8 +1,6 @@
-"""Who a worker is: the peer id that it takes back when it starts again."""
+"""The peer id of a worker, which it gets back after a restart."""
 
-import os
 import secrets
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,13 +11,14 @@ from msgspec import Meta
 
 from sleap_rtc.config import STATE_VARIABLE, ConfigError
 from sleap_rtc.io.closing import Closing
+from sleap_rtc.io.storage.private import write_private
 
 _TAG_BYTES = 3
-"""Enough to tell apart the workers of a name in one room."""
+"""Bytes of the tag in a peer id: enough for the workers of one name in a room."""
 
 
 class _Stored(msgspec.Struct, frozen=True):
-    """What the file of an identity holds, as JSON."""
+    """Content of the file of an identity, as JSON."""
 
     tag: Annotated[str, Meta(pattern=r"\A[0-9a-f]{6}\Z")]
 
@@ -27,11 +26,11 @@ class _Stored(msgspec.Struct, frozen=True):
 class Identity(Closing):
     """A peer id that no other worker of this user has until it is closed.
 
-    The kernel gives it back, too, when the process dies. Made by `take_identity`.
+    The kernel releases it when the process dies. Made by `take_identity`.
 
     Args:
         peer_id: The id.
-        lock: Held as long as the id is in use.
+        lock: The lock on the id.
     """
 
     def __init__(self, peer_id: str, lock: FileLock) -> None:
@@ -39,23 +38,23 @@ class Identity(Closing):
         self._lock = lock
 
     def close(self) -> None:
-        """Let another worker have it; safe to call again."""
+        """Release the id for another worker; safe to call again."""
         self._lock.release()
 
 
 def take_identity(state_directory: Path, slug: str) -> Identity:
-    """Take the first peer id of a name that no running worker has.
+    """Lock the first peer id of a name that no running worker has.
 
-    Ids lie in ``workers/<slug>-<n>.json``, with n = 1, 2, ... Each name counts for
-    itself, so workers with several names, or on several machines with one home, get
-    theirs back in whatever order they start.
+    The files are ``workers/<slug>-<n>.json``, with n = 1, 2, ... Each name has its own
+    numbers, so workers with several names, or on several machines with one home, get
+    their ids back in any order of starting.
 
     Args:
-        state_directory: Where the ids are kept; it is made if it is not there.
+        state_directory: The directory for the ids; it is created if it does not exist.
         slug: The name, of lower-case letters, digits and hyphens.
 
     Raises:
-        ConfigError: If the files can't be read, written or locked.
+        ConfigError: If the files cannot be read, written or locked.
     """
     folder = state_directory / "workers"
     try:
@@ -68,7 +67,7 @@ def take_identity(state_directory: Path, slug: str) -> Identity:
             raise
     except OSError as error:
         raise ConfigError(
-            f"The worker's id can't be kept in {folder}: {error.strerror}. "
+            f"Cannot keep the worker's id in {folder}: {error.strerror}. "
             f"Set {STATE_VARIABLE} to a directory that you can write."
         ) from None
     return Identity(f"worker-{slug}-{tag}", lock)
@@ -77,7 +76,7 @@ def take_identity(state_directory: Path, slug: str) -> Identity:
 def _first_free_lock(folder: Path, slug: str) -> FileLock:
     number = 1
     while True:
-        # Whichever thread closes it: a lock that belongs to a thread would stay.
+        # A lock of one thread could not be released by another.
         lock = FileLock(
             folder / f"{slug}-{number}.lock", mode=0o600, thread_local=False
         )
@@ -90,36 +89,17 @@ def _first_free_lock(folder: Path, slug: str) -> FileLock:
 
 
 def _tag(path: Path) -> str:
-    """Read what makes an id unique, or make it and keep it."""
+    """Read the unique part of an id, or create and store it."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=_Stored).tag
     except FileNotFoundError:
         pass
     except (ValueError, RecursionError) as error:
         structlog.get_logger().warning(
-            "the worker's id is lost, and a new one is made",
+            "worker id not readable, a new one is made",
             file=str(path),
             reason=str(error),
         )
     tag = secrets.token_hex(_TAG_BYTES)
-    _write_private(path, msgspec.json.encode(_Stored(tag)))
+    write_private(path, msgspec.json.encode(_Stored(tag)))
     return tag
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    """Write a file for its owner only, whole or not at all, to outlive a power cut."""
-    # One name is enough: whoever writes holds the lock.
-    fresh = path.with_suffix(".new")
-    fresh.unlink(missing_ok=True)
-    fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(fd, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
-    if sys.platform != "win32":  # which can't sync a directory
-        fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)

@@ -297,7 +297,7 @@ class Job:
     def _forget(self) -> None:
         self._receiving.cancel(reason="the job was given up")
         if self._home.jobs.get(self.core.job_id) is self:
-            self._home.store.put(self.core.job_id)
+            self._home.store.remove(self.core.job_id)
         self._home.nursery.start_soon(self._remove)
 
     async def _remove(self) -> None:

@@ -1,15 +1,15 @@
 """The worker's store of jobs: an SQLite file that outlives the worker.
 
-`JobStore` blocks and belongs into a worker thread. `StoreWriter` is for the event loop:
-whoever changes a job hands over what it is now and goes on.
+`JobStore` blocks; call it from a worker thread. `StoreWriter` is for the event loop: it
+takes records without waiting, and writes them in the background.
 """
 
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,13 @@ import msgspec
 import structlog
 import trio
 
+from sleap_rtc.io.nursery import open_background_nursery
+from sleap_rtc.io.storage.call import call_storage
+from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.proto import messages as m
 
 _VERSION = 1
-"""Of the table below, kept in ``PRAGMA user_version``; 0 is a file without one."""
+"""Version of the table below, kept in ``PRAGMA user_version``; 0 means no table."""
 
 _TABLE = """
 CREATE TABLE jobs (
@@ -39,19 +42,22 @@ CREATE TABLE jobs (
 )
 """
 
-_BUSY_SECONDS = 5.0
-"""How long to wait for another process that writes; a write takes milliseconds."""
+_BUSY_TIMEOUT = 5.0
+"""Seconds to wait for another process that writes; a write takes milliseconds."""
 
-_FLUSH_SECONDS = 3.0
-"""How long a worker that ends may take to write what waits."""
+_FLUSH_TIMEOUT = 3.0
+"""Seconds for the last writes of a worker that ends."""
+
+_CLOSE_TIMEOUT = 3.0
+"""Seconds for closing the store of a worker that ends."""
 
 
 class StoreError(Exception):
-    """The store can't be opened, read or written.
+    """The store cannot be opened, read or written.
 
     Args:
-        message: What happened, to which file, and what to do.
-        kind: SQLite's name for it, such as ``SQLITE_FULL``, to tell failures apart.
+        message: The failure, the file, and the remedy.
+        kind: Name of the failure in SQLite, such as ``SQLITE_FULL``.
     """
 
     def __init__(self, message: str, kind: str = "") -> None:
@@ -60,20 +66,20 @@ class StoreError(Exception):
 
 
 class JobRecord(msgspec.Struct, frozen=True):
-    """What a worker has to remember of a job.
+    """The part of a job that outlives the worker's process.
 
     Args:
         job_id: The job.
         worker_id: Peer id of the worker that it belongs to.
-        route: How the package came.
+        route: The route of the package.
         directory: The job directory, absolute.
         package: Name of the package, or its path beneath the shared root.
         size: Bytes of the package.
-        state: Where the job stands.
-        detail: Why it failed, for people.
-        output_path: Where the models go, as the client named it.
+        state: The state of the job.
+        detail: The reason of a failure, for people.
+        output_path: The directory of the models, as the client named it.
         results: Path, relative to the job directory, and bytes of each result.
-        updated: When it was so, in seconds since the epoch.
+        updated: Time of the last change, in seconds since the epoch.
     """
 
     job_id: m.JobId
@@ -90,11 +96,11 @@ class JobRecord(msgspec.Struct, frozen=True):
 
 
 class LoadedJobs(msgspec.Struct, frozen=True):
-    """What a store knows of a worker's jobs.
+    """The jobs of a worker in a store.
 
     Args:
-        records: Its jobs, the one that was saved first at the front.
-        unreadable: For each row that makes no sense, which one and why, for people.
+        records: The jobs, in the order in which they were first saved.
+        unreadable: A message for people about each row that is invalid.
     """
 
     records: list[JobRecord]
@@ -114,13 +120,13 @@ _REMOVE = "DELETE FROM jobs WHERE job_id = ?"
 
 
 class JobStore:
-    """The jobs of a user's workers; each call is on the disk when it returns.
+    """The jobs of a user's workers; each change is on the disk when the call returns.
 
-    Threads and processes take turns. Made by `open_store`.
+    Any number of threads and processes may use one file. Made by `open_store`.
 
     Args:
         path: The file, for errors.
-        connection: To the file; it is closed with the store.
+        connection: The connection to the file; it is closed with the store.
     """
 
     def __init__(self, path: Path, connection: sqlite3.Connection) -> None:
@@ -129,10 +135,10 @@ class JobStore:
         self._lock = threading.Lock()
 
     def save(self, record: JobRecord) -> None:
-        """Remember a job as it is now.
+        """Insert or replace the record of a job.
 
         Raises:
-            StoreError: If the disk is full or fails, or others keep the file locked.
+            StoreError: If the disk is full or fails, or the file stays locked.
         """
         fields = msgspec.structs.asdict(record)
         fields["results"] = msgspec.json.encode(record.results).decode()
@@ -142,10 +148,10 @@ class JobStore:
     def load(self, worker_id: str) -> LoadedJobs:
         """Read the jobs of a worker.
 
-        A row that makes no sense, because somebody edited it, costs only its own job.
+        An invalid row, for example after an edit by hand, costs only its own job.
 
         Raises:
-            StoreError: If the file can't be read.
+            StoreError: If the file cannot be read.
         """
         with self._lock, _translated(self._path):
             rows = self._connection.execute(_LOAD, [worker_id]).fetchall()
@@ -156,21 +162,21 @@ class JobStore:
             except (ValueError, RecursionError) as error:
                 name = row[0].decode("ascii", "replace")
                 loaded.unreadable.append(
-                    f"The job {name!r} in {self._path} can't be read: {error}."
+                    f"Cannot read the job {name!r} in {self._path}: {error}."
                 )
         return loaded
 
     def remove(self, job_id: str) -> None:
-        """Forget a job; one that is not known is forgotten already.
+        """Delete the record of a job if the store has one.
 
         Raises:
-            StoreError: If the disk is full or fails, or others keep the file locked.
+            StoreError: If the disk is full or fails, or the file stays locked.
         """
         with self._lock, _translated(self._path):
             self._connection.execute(_REMOVE, [job_id])
 
     def close(self) -> None:
-        """Close the file, once the call that is under way is done; safe to repeat.
+        """Close the file after the current call; safe to call again.
 
         Raises:
             StoreError: If the disk fails.
@@ -180,19 +186,19 @@ class JobStore:
 
 
 def open_store(path: Path) -> JobStore:
-    """Open the store, and make it if it is not there, for its owner only.
+    """Open the store, or create it with access for its owner only.
 
     Args:
         path: The file; its directory exists.
 
     Raises:
-        StoreError: If it can't be opened, is damaged, or was made by a newer version.
-            The file stays as it is.
+        StoreError: If it cannot be opened, is damaged, or was made by a newer version.
+            The file is not changed.
     """
     with _translated(path):
         _create_private(path)
         connection = sqlite3.connect(
-            path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            path, timeout=_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
         )
         try:
             _prepare(path, connection)
@@ -206,10 +212,10 @@ def open_store(path: Path) -> JobStore:
 
 
 def _create_private(path: Path) -> None:
-    """Make the file if it is not there; SQLite gives its side files the same mode.
+    """Create the file if it does not exist; SQLite gives its side files the same mode.
 
-    A file that is there is not opened: closing it again would take away the locks that
-    this process has on it.
+    An existing file is not opened: closing it again would drop all locks of this
+    process on it.
     """
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
@@ -218,10 +224,10 @@ def _create_private(path: Path) -> None:
 
 
 def _prepare(path: Path, connection: sqlite3.Connection) -> None:
-    # Text that somebody damaged must cost its row only, so rows decode their own.
+    # Damaged text must cost only its row, so each row is decoded by itself.
     connection.text_factory = bytes
     _require_known_version(path, connection)
-    # Where WAL is not to be had, the older journal is as safe.
+    # Where WAL is not available, the older journal is as safe.
     _use_write_ahead_log(connection)
     connection.execute("PRAGMA synchronous = FULL")
     (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
@@ -232,8 +238,8 @@ def _prepare(path: Path, connection: sqlite3.Connection) -> None:
 
 
 def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
-    """Switch the journal; SQLite does not wait for others by itself here."""
-    end = time.monotonic() + _BUSY_SECONDS
+    """Switch the journal; here SQLite does not wait for other processes itself."""
+    end = time.monotonic() + _BUSY_TIMEOUT
     while True:
         try:
             connection.execute("PRAGMA journal_mode = WAL").fetchone()
@@ -246,8 +252,8 @@ def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
 
 def _create_table(connection: sqlite3.Connection) -> None:
     connection.execute("BEGIN IMMEDIATE")
-    with connection:  # which commits, or rolls back
-        if _version(connection) == 0:  # nobody else was faster
+    with connection:  # commits, or rolls back
+        if _version(connection) == 0:  # no other process was faster
             connection.execute(_TABLE)
             connection.execute(f"PRAGMA user_version = {_VERSION}")
 
@@ -261,17 +267,17 @@ def _require_known_version(path: Path, connection: sqlite3.Connection) -> None:
     version = _version(connection)
     if version > _VERSION:
         raise StoreError(
-            f"The job store {path} has version {version}, and this sleap-rtc knows "
+            f"The job store {path} has version {version}, and this sleap-rtc reads "
             f"version {_VERSION}: a newer sleap-rtc has made it. Update sleap-rtc, or "
             "move the file aside to start without its jobs."
         )
 
 
 def _record(row: tuple[Any, ...]) -> JobRecord:
-    """Make a record of a row.
+    """Convert a row to a record.
 
     Raises:
-        ValueError: If it makes no sense.
+        ValueError: If a field is invalid.
         RecursionError: If its results are nested too deeply.
     """
     fields = {
@@ -284,50 +290,50 @@ def _record(row: tuple[Any, ...]) -> JobRecord:
 
 @contextmanager
 def _translated(path: Path) -> Iterator[None]:
-    """Turn what SQLite and the system say into words for people."""
+    """Convert the errors of SQLite and of the system to `StoreError`."""
     try:
         yield
     except sqlite3.Error as error:
         raise _store_error(path, error) from None
     except OSError as error:
         raise StoreError(
-            f"The job store {path} can't be made: {error.strerror}. See that its "
-            "directory is there and can be written.",
+            f"Cannot create the job store {path}: {error.strerror}. Check that its "
+            "directory exists and can be written.",
             "SQLITE_CANTOPEN",
         ) from None
     except UnicodeEncodeError:
         raise StoreError(
-            f"The job can't be noted in {path}: a name in it is no Unicode text. "
-            "Rename the directory that it lies in.",
+            f"Cannot store the job in {path}: a name in it is not Unicode text. "
+            "Rename the directory of the job.",
             "SQLITE_MISMATCH",
         ) from None
 
 
 _PRIMARY_CODE = 0xFF
-"""The lower byte of an error code of SQLite; the others say where it happened."""
+"""Mask of the byte in an error code of SQLite that is the kind of the error."""
 
 _ADVICE = {
     sqlite3.SQLITE_FULL: "Make room on the disk.",
-    sqlite3.SQLITE_BUSY: "See which other process keeps the file locked.",
-    sqlite3.SQLITE_READONLY: "See that the file and its directory can be written.",
-    sqlite3.SQLITE_CANTOPEN: "See that the file and its directory can be written.",
-    sqlite3.SQLITE_IOERR: "See that the disk works and has room.",
+    sqlite3.SQLITE_BUSY: "Find the other process that keeps the file locked.",
+    sqlite3.SQLITE_READONLY: "Check that the file and its directory can be written.",
+    sqlite3.SQLITE_CANTOPEN: "Check that the file and its directory can be written.",
+    sqlite3.SQLITE_IOERR: "Check that the disk works and has room.",
 }
 
 
 def _store_error(path: Path, error: sqlite3.Error) -> StoreError:
-    # An error that does not come from SQLite itself has no code.
+    # Errors of the Python module have no code.
     code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & _PRIMARY_CODE
     kind = getattr(error, "sqlite_errorname", "SQLITE_ERROR")
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
         return _damaged(path, kind)
     advice = _ADVICE.get(code, "Move the file aside to start without its jobs.")
-    return StoreError(f"The job store {path} can't be used: {error}. {advice}", kind)
+    return StoreError(f"Cannot use the job store {path}: {error}. {advice}", kind)
 
 
 def _damaged(path: Path, kind: str) -> StoreError:
     return StoreError(
-        f"The job store {path} is damaged, and was left as it is. Restore it from a "
+        f"The job store {path} is damaged; it was not changed. Restore it from a "
         f"backup, or move it aside, together with {path.name}-wal and {path.name}-shm, "
         "to start without its jobs. Their results stay in their directories.",
         kind,
@@ -338,14 +344,14 @@ def _damaged(path: Path, kind: str) -> StoreError:
 
 
 class StoreWriter:
-    """Writes jobs to a store; whoever puts them never waits.
+    """Writes the records of jobs to a store in the background.
 
-    A disk that is full or slow does not stop a job. Of a job that changes faster than
-    it can be written only the latest record is kept, so memory stays bounded.
+    A full or slow disk does not stop a job. If a job changes faster than the disk
+    writes, only its latest record is kept, so memory stays bounded.
 
     Args:
-        store: Where they go. It stays open as long as `run` runs.
-        log: Where failures are told.
+        store: The store. It must stay open as long as `run` runs.
+        log: The log for failures.
     """
 
     def __init__(
@@ -355,65 +361,89 @@ class StoreWriter:
         self._log = log
         self._waiting: dict[str, JobRecord | None] = {}
         self._changed = trio.Event()
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
         self._limiter = trio.CapacityLimiter(1)
 
-    def put(self, entry: JobRecord | str) -> None:
-        """Write a record, or forget a job.
+    def put(self, record: JobRecord) -> None:
+        """Queue the record of a job for writing; failed writes are retried as well."""
+        self._waiting[record.job_id] = record
+        self._changed.set()
 
-        What could not be written before is tried again, too.
-
-        Args:
-            entry: What a job is now, or the id of the job to remove.
-        """
-        if isinstance(entry, JobRecord):
-            self._waiting[entry.job_id] = entry
-        else:
-            self._waiting[entry] = None
+    def remove(self, job_id: str) -> None:
+        """Queue a job for removal; failed writes are retried as well."""
+        self._waiting[job_id] = None
         self._changed.set()
 
     async def run(self) -> None:
-        """Write until cancelled, and then for some seconds what still waits."""
+        """Write until cancelled. Then the rest is written within some seconds."""
         try:
             while True:
                 await self._changed.wait()
                 self._changed = trio.Event()
                 await self._write_waiting()
         finally:
-            with trio.move_on_after(_FLUSH_SECONDS, shield=True):
+            with trio.move_on_after(_FLUSH_TIMEOUT, shield=True):
                 await self._write_waiting()
             if self._waiting:
                 self._log.warning("jobs not stored", jobs=list(self._waiting))
 
     async def _write_waiting(self) -> None:
-        """Write each entry once; what fails, or is interrupted, goes on waiting."""
-        for job_id, entry in list(self._waiting.items()):
+        """Write each record once; a failed or interrupted one stays in the queue."""
+        for job_id, record in list(self._waiting.items()):
             try:
                 # An abandoned thread ends by itself. The next one waits for it, and
-                # writing an entry twice does no harm.
+                # writing a record twice does no harm.
                 await trio.to_thread.run_sync(
                     self._write,
                     job_id,
-                    entry,
+                    record,
                     abandon_on_cancel=True,
                     limiter=self._limiter,
                 )
             except StoreError as error:
-                self._tell(error)
+                self._log_once(error)
             else:
-                if self._waiting[job_id] is entry:  # and nothing newer
+                if self._waiting[job_id] is record:  # it is still the latest
                     del self._waiting[job_id]
         if not self._waiting:
-            self._told.clear()
+            self._logged.clear()
 
-    def _write(self, job_id: str, entry: JobRecord | None) -> None:
-        if entry is None:
+    def _write(self, job_id: str, record: JobRecord | None) -> None:
+        if record is None:
             self._store.remove(job_id)
         else:
-            self._store.save(entry)
+            self._store.save(record)
 
-    def _tell(self, error: StoreError) -> None:
-        """Log each kind of failure once, until the store has worked again."""
-        if error.kind not in self._told:
-            self._told.add(error.kind)
+    def _log_once(self, error: StoreError) -> None:
+        """Log each kind of failure once until the store works again."""
+        if error.kind not in self._logged:
+            self._logged.add(error.kind)
             self._log.error("job not stored", reason=str(error))
+
+
+@asynccontextmanager
+async def open_store_writer(
+    path: Path, log: structlog.typing.FilteringBoundLogger
+) -> AsyncIterator[tuple[JobStore, StoreWriter]]:
+    """Open the store, and write to it in the background while the body runs.
+
+    Closing takes limited time, even on a disk that hangs.
+
+    Args:
+        path: The file of the store.
+        log: The log for failures.
+
+    Raises:
+        StoreError: If the store cannot be opened.
+    """
+    store = await call_storage(open_store, path, discard=JobStore.close)
+    try:
+        async with open_background_nursery() as nursery:
+            writer = StoreWriter(store, log)
+            nursery.start_soon(writer.run)
+            yield store, writer
+    finally:
+        try:
+            await call_storage(store.close, timeout=_CLOSE_TIMEOUT, shield=True)
+        except (StoreError, StorageError) as error:
+            log.warning("job store not closed", reason=str(error))

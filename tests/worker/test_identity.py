@@ -1,4 +1,4 @@
-"""The peer id of a worker: its own again after a restart, and nobody else's."""
+"""The peer id of a worker: the same after a restart, and different from all others."""
 
 import re
 import stat
@@ -24,7 +24,7 @@ sys.stdin.read()
 
 
 def peer_id(state: Path, slug: str = "gpu-box") -> str:
-    """Take an identity and give it back."""
+    """Return an identity that is released at once."""
     with take_identity(state, slug) as identity:
         return identity.peer_id
 
@@ -111,12 +111,10 @@ def test_garbage_is_replaced_by_a_new_id_and_logged(
     assert peer_id(tmp_path) == fresh
 
 
-def test_what_a_killed_writer_left_is_in_nobodys_way(tmp_path: Path) -> None:
+def test_a_half_written_file_of_a_killed_worker_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "workers").mkdir()
-    left = tmp_path / "workers" / "gpu-box-1.new"
-    left.write_bytes(b'{"tag"')
+    (tmp_path / "workers" / ".gpu-box-1.json.0123").write_bytes(b'{"tag"')
     assert peer_id(tmp_path) == peer_id(tmp_path)
-    assert not left.exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
@@ -149,7 +147,7 @@ def test_a_folder_that_cannot_be_written_is_refused_in_words(tmp_path: Path) -> 
 
 def test_an_id_that_cannot_be_read_is_not_lost(tmp_path: Path) -> None:
     stored(tmp_path).mkdir(parents=True)
-    with pytest.raises(ConfigError, match="id can't be kept"):
+    with pytest.raises(ConfigError, match="Cannot keep the worker's id"):
         take_identity(tmp_path, "gpu-box")
     stored(tmp_path).rmdir()
     peer_id(tmp_path)

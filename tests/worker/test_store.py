@@ -1,4 +1,4 @@
-"""The worker's store of jobs: what survives, what is refused, and who never waits."""
+"""The worker's store of jobs: durability, refusals, and writes in the background."""
 
 import signal
 import sqlite3
@@ -17,6 +17,7 @@ import structlog
 import trio
 import trio.testing
 from structlog.testing import capture_logs
+from trio.testing import MockClock
 
 from sleap_rtc.worker import store as module
 from sleap_rtc.worker.store import (
@@ -25,6 +26,7 @@ from sleap_rtc.worker.store import (
     StoreError,
     StoreWriter,
     open_store,
+    open_store_writer,
 )
 from tests.io.storage.places import small_mount
 
@@ -199,7 +201,7 @@ def test_a_database_of_something_else_is_refused(path: Path) -> None:
 
 
 def test_a_place_without_a_directory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="its directory is there"):
+    with pytest.raises(StoreError, match="its directory exists"):
         open_store(tmp_path / "nowhere" / "jobs.db")
 
 
@@ -244,14 +246,14 @@ def test_a_row_that_was_edited_badly_costs_only_its_own_job(
 
 def test_a_name_that_is_no_unicode_is_refused_in_words(path: Path) -> None:
     with opened(path) as store:
-        with pytest.raises(StoreError, match="no Unicode text"):
+        with pytest.raises(StoreError, match="not Unicode text"):
             store.save(record(1, directory="/state/\udcff"))
         store.save(record(2))
         assert store.load(ME).records == [record(2)]
 
 
 def test_a_locked_store_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(module, "_BUSY_TIMEOUT", 0.05)
     with opened(path) as store:
         other = sqlite3.connect(path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
@@ -382,7 +384,7 @@ async def test_what_is_put_is_written_in_order(path: Path) -> None:
                 writer.put(record(number))
             await until_written(writer)
             assert store.load(ME).records == [record(2), record(1), record(3)]
-            writer.put(record(1).job_id)
+            writer.remove(record(1).job_id)
             writer.put(record(3, state="COMPLETE"))
             await until_written(writer)
             nursery.cancel_scope.cancel()
@@ -437,7 +439,7 @@ async def test_a_write_that_is_interrupted_is_done_again(path: Path) -> None:
 async def test_a_worker_ends_although_its_disk_hangs(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_FLUSH_SECONDS", 0.05)
+    monkeypatch.setattr(module, "_FLUSH_TIMEOUT", 0.05)
     with opened(path) as store, deadline(), capture_logs() as logs:
         writer = make_writer(store)
         with store._lock:
@@ -457,7 +459,7 @@ async def test_a_worker_ends_although_its_disk_hangs(
 async def test_a_locked_store_is_logged_once_and_tried_again(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(module, "_BUSY_TIMEOUT", 0.01)
     with opened(path) as store, deadline(), capture_logs() as logs:
         writer = make_writer(store)
         other = sqlite3.connect(path, isolation_level=None)
@@ -496,3 +498,28 @@ async def test_one_job_that_cannot_be_written_holds_no_other_up(path: Path) -> N
         assert store.load(ME).records == [record(2), record(3), record(4)]
     events = [log["event"] for log in logs]
     assert events == ["job not stored", "jobs not stored"]
+
+
+async def test_the_store_is_closed_after_its_last_write(path: Path) -> None:
+    with deadline():
+        async with open_store_writer(path, structlog.get_logger()) as (store, writer):
+            writer.put(record(1))
+        with pytest.raises(StoreError, match="closed"):
+            store.save(record(2))
+    with opened(path) as again:
+        assert again.load(ME).records == [record(1)]
+
+
+async def test_closing_a_store_whose_disk_hangs_takes_limited_time(
+    path: Path, mock_clock: MockClock
+) -> None:
+    with capture_logs() as logs:
+        async with open_store_writer(path, structlog.get_logger()) as (store, writer):
+            store._lock.acquire()  # a thread hangs inside the store
+            writer.put(record(1))
+            mock_clock.rate = 50
+        store._lock.release()
+        while writer._limiter.borrowed_tokens:
+            await trio.lowlevel.checkpoint()
+    assert [log["event"] for log in logs] == ["jobs not stored", "job store not closed"]
+    store.close()

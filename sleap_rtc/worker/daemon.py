@@ -5,7 +5,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack, closing
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import msgspec
@@ -51,10 +51,10 @@ from sleap_rtc.rendezvous.rooms import (
 )
 from sleap_rtc.rendezvous.server import run_signaling
 from sleap_rtc.worker.identity import take_identity
-from sleap_rtc.worker.jobs import JobsHome
+from sleap_rtc.worker.jobs import JobSettings, open_jobs
 from sleap_rtc.worker.session import serve_link
 from sleap_rtc.worker.slots import SlotQueue
-from sleap_rtc.worker.store import JobStore, StoreError, StoreWriter, open_store
+from sleap_rtc.worker.store import StoreError, open_store_writer
 
 STATUS_INTERVAL = 30.0
 """Seconds after which the room is told anew how much disk is free."""
@@ -187,7 +187,6 @@ class Worker:
         self._jobs = self._state / "jobs"
         self._disk_free = machine.disk_free
         self._queue = SlotQueue(options.slots or max(1, len(gpus)), gpus)
-        self._changed = trio.Event()
 
     async def run(self, on_ready: OnReady | None) -> None:
         """Serve until cancelled."""
@@ -313,8 +312,7 @@ class Worker:
         """Keep what the room knows of this worker true."""
         while True:
             with trio.move_on_after(STATUS_INTERVAL):
-                await self._changed.wait()
-            self._changed = trio.Event()
+                await self._queue.wait_changed()
             self._disk_free = await trio.to_thread.run_sync(
                 _free_bytes, self._jobs, abandon_on_cancel=True
             )
@@ -323,39 +321,31 @@ class Worker:
     # ---------------------------------------------------------------------- the links
 
     async def _serve_links(self, listener: Listener) -> None:
-        """Take up the jobs of the process before this one, and accept clients."""
-        with closing(await self._open_store()) as store:
-            async with trio.open_nursery() as nursery:
-                writer = StoreWriter(store, self._log)
-                nursery.start_soon(writer.run)
-                home = JobsHome(
-                    worker_id=self._peer_id,
-                    directory=self._jobs,
-                    shared_root=self._options.shared_root,
-                    programs=self._options.programs,
-                    queue=self._queue,
-                    store=writer,
-                    nursery=nursery,
-                    greet=self._greet,
-                    changed=lambda: self._changed.set(),
-                    log=self._log,
+        """Restore the jobs of an earlier process, then accept clients."""
+        settings = JobSettings(
+            worker_id=self._peer_id,
+            directory=self._jobs,
+            shared_root=self._options.shared_root,
+            programs=self._options.programs,
+        )
+        async with AsyncExitStack() as stack:
+            try:
+                store, writer = await stack.enter_async_context(
+                    open_store_writer(self._state / STORE_NAME, self._log)
                 )
-                try:
-                    loaded = await trio.to_thread.run_sync(store.load, self._peer_id)
-                except StoreError as error:
-                    raise ConfigError(str(error)) from None
-                for reason in loaded.unreadable:
-                    self._log.warning("job not restored", reason=reason)
-                await home.restore(loaded.records)
-                nursery.start_soon(home.sweep)
+                loaded = await trio.to_thread.run_sync(store.load, self._peer_id)
+            except StoreError as error:
+                raise ConfigError(str(error)) from None
+            for reason in loaded.unreadable:
+                self._log.warning("job not restored", reason=reason)
+            jobs = await stack.enter_async_context(
+                open_jobs(settings, self._queue, writer, self._log)
+            )
+            await jobs.restore(loaded.records)
+            async with trio.open_nursery() as nursery:
                 while True:
-                    nursery.start_soon(serve_link, home, await listener.accept())
-
-    async def _open_store(self) -> JobStore:
-        try:
-            return await trio.to_thread.run_sync(open_store, self._state / STORE_NAME)
-        except StoreError as error:
-            raise ConfigError(str(error)) from None
+                    link = await listener.accept()
+                    nursery.start_soon(serve_link, jobs, self._greet, link)
 
     def _addresses(self, listener: Listener) -> tuple[Address, ...]:
         """Say where the links can be reached, the likeliest first."""

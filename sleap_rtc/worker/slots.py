@@ -1,4 +1,4 @@
-"""The worker's queue: how many jobs run at once, in which order, on which GPU."""
+"""The queue of a worker: it shares slots and GPUs out among jobs."""
 
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -17,11 +17,11 @@ class _Ticket:
 
 
 class SlotQueue:
-    """First come, first served, in memory.
+    """Grants slots in the order of the requests. It is kept in memory only.
 
     Args:
         slots: Jobs that may run at the same time.
-        gpus: Numbers of the GPUs to share out among the slots; empty if there are none.
+        gpus: Numbers of the GPUs to share out among the slots; empty without GPUs.
     """
 
     def __init__(self, slots: int, gpus: Sequence[int] = ()) -> None:
@@ -29,10 +29,11 @@ class SlotQueue:
         self._gpus = tuple(gpus)
         self._free = list(range(slots - 1, -1, -1))
         self._waiting: deque[_Ticket] = deque()
+        self._changed = trio.Event()
 
     @property
     def free(self) -> int:
-        """Slots that nobody uses or waits for."""
+        """Slots that no job uses."""
         return len(self._free)
 
     @property
@@ -40,18 +41,26 @@ class SlotQueue:
         """Jobs in the queue."""
         return len(self._waiting)
 
+    async def wait_changed(self) -> None:
+        """Wait until `free` or `waiting` has changed since the last call ended.
+
+        One task at a time may wait.
+        """
+        await self._changed.wait()
+        self._changed = trio.Event()
+
     @asynccontextmanager
     async def slot(
         self, on_position: Callable[[int], None]
     ) -> AsyncIterator[tuple[int, ...] | None]:
-        """Wait for a slot and hold it.
+        """Wait for a slot and hold it for as long as the body runs.
 
         Args:
-            on_position: Is told how many jobs are ahead, at once and after each change.
+            on_position: Called with the number of jobs ahead, at once and after each
+                change.
 
         Yields:
-            The GPUs that a job in this slot may use, or None if there are none to
-            share out.
+            The GPUs that a job in this slot may use; None if the queue has no GPUs.
         """
         ticket = _Ticket(on_position)
         self._waiting.append(ticket)
@@ -71,13 +80,14 @@ class SlotQueue:
                 other.on_position(position)
 
     def _share_out(self) -> None:
+        self._changed.set()
         while self._free and self._waiting:
             ticket = self._waiting.popleft()
             ticket.slot = self._free.pop()
             ticket.granted.set()
 
     def _gpus_of(self, slot: int) -> tuple[int, ...] | None:
-        """Give every slot its GPUs: several if there are more GPUs than slots."""
+        """Return the GPUs of a slot: several if there are more GPUs than slots."""
         if not self._gpus:
             return None
         if self.slots >= len(self._gpus):

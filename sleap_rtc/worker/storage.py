@@ -135,13 +135,3 @@ async def results_left(directory: Path, output: str) -> dict[str, int]:
         for path, size, _ in found
         if path == LOG_NAME or PurePosixPath(path).parts[0] == models
     }
-
-
-async def remove_quietly(
-    remove: Callable[[], None], complain: Callable[[str], None]
-) -> None:
-    """Remove what nobody needs any more; what stays is only mentioned."""
-    try:
-        await call_storage(remove)
-    except (StorageError, InvalidInput) as error:
-        complain(str(error))

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,11 +18,18 @@ from sleap_rtc.io.storage.call import GRACE_TIMEOUT
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.job.worker_table import WorkerState
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
-from sleap_rtc.worker.jobs import KEEP_PARTS, SWEEP_INTERVAL, JobsHome
+from sleap_rtc.worker.jobs import (
+    KEEP_PARTS,
+    SWEEP_INTERVAL,
+    Job,
+    Jobs,
+    JobSettings,
+    open_jobs,
+)
 from sleap_rtc.worker.session import serve_link
 from sleap_rtc.worker.slots import SlotQueue
 from sleap_rtc.worker.storage import CHUNK_SIZE
-from sleap_rtc.worker.store import JobRecord, JobStore, StoreWriter, open_store
+from sleap_rtc.worker.store import JobRecord, JobStore, open_store_writer
 from tests.io.link.memory import MemoryLink
 from tests.io.storage.places import HangingStorage
 
@@ -55,16 +62,23 @@ class Client:
 
 
 class World:
-    """A worker's jobs, and a way to open links to them."""
+    """The jobs of a worker, and a way to open links to them."""
 
-    def __init__(self, home: JobsHome, store: JobStore) -> None:
-        self.home = home
+    def __init__(
+        self, jobs: Jobs, directory: Path, store: JobStore, nursery: trio.Nursery
+    ) -> None:
+        self.jobs = jobs
+        self.directory = directory
         self.store = store
+        self._nursery = nursery
+
+    def serve(self, link: MemoryLink) -> None:
+        self._nursery.start_soon(serve_link, self.jobs, _greeting, link)
 
     async def connect(self) -> Client:
         """Open a link, and greet."""
         mine, its = MemoryLink.pair()
-        self.home.nursery.start_soon(serve_link, self.home, its)
+        self.serve(its)
         client = Client(mine)
         await client.send(m.Hello(_greeting()))
         return client
@@ -77,14 +91,19 @@ class World:
         return client
 
     async def resume(self) -> Client:
-        """Open a link, and go on with the job over it."""
+        """Open a link, and resume the job over it."""
         client = await self.connect()
         await client.send(RESUME)
         await client.expect(m.ResumeAccepted)
         return client
 
+    def job(self, job_id: str = JOB) -> Job:
+        job = self.jobs.get(job_id)
+        assert job is not None
+        return job
+
     def state(self) -> WorkerState:
-        return self.home.jobs[JOB].core.state
+        return self.job()._core.state
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -102,23 +121,15 @@ async def open_world(
     tmp_path: Path, shared_root: Path | None = None
 ) -> AsyncIterator[World]:
     log = structlog.get_logger()
-    with trio.fail_after(DEADLINE), closing(open_store(tmp_path / "store")) as store:
-        async with open_background_nursery() as nursery:
-            writer = StoreWriter(store, log)
-            nursery.start_soon(writer.run)
-            home = JobsHome(
-                worker_id="worker-test",
-                directory=tmp_path / "jobs",
-                shared_root=shared_root,
-                programs=frozenset(),
-                queue=SlotQueue(1),
-                store=writer,
-                nursery=nursery,
-                greet=_greeting,
-                changed=lambda: None,
-                log=log,
-            )
-            yield World(home, store)
+    directory = tmp_path / "jobs"
+    settings = JobSettings("worker-test", directory, shared_root, frozenset())
+    with trio.fail_after(DEADLINE):
+        async with (
+            open_store_writer(tmp_path / "store", log) as (store, writer),
+            open_jobs(settings, SlotQueue(1), writer, log) as jobs,
+            open_background_nursery() as nursery,
+        ):
+            yield World(jobs, directory, store, nursery)
 
 
 def record(state: m.JobStateName, updated: float, directory: Path) -> JobRecord:
@@ -168,12 +179,12 @@ async def test_of_two_that_resume_at_once_the_later_one_has_the_job(
 async def test_an_older_link_has_no_say_any_more(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
         await world.begin()
-        job = world.home.jobs[JOB]
+        job = world.job()
         older = job._link
         assert older is not None
         await world.resume()
         job.receive_message(older, m.JobCancel(JOB))
-        assert job.core.state is WorkerState.ADMITTED
+        assert job._core.state is WorkerState.ADMITTED
 
 
 async def test_a_link_that_dies_while_it_waits_for_its_job_leaves_it_free(
@@ -206,7 +217,7 @@ async def test_a_job_that_is_refused_leaves_the_other_of_its_id_alone(
     # The shared storage may hold everything of a user, the state directory, too.
     async with open_world(tmp_path, shared_root=tmp_path) as world:
         await world.begin()
-        directory = world.home.directory / JOB
+        directory = world.directory / JOB
         (directory / "job.zip").write_bytes(b"a package")
         hostile = await world.connect()
         await hostile.send(
@@ -216,19 +227,19 @@ async def test_a_job_that_is_refused_leaves_the_other_of_its_id_alone(
         await hostile.send(m.JobSubmit("job_ffff0000", m.Submission("job.zip", 1)))
         await hostile.send(m.JobCancel("job_ffff0000"))
         await hostile.expect(m.JobFailed)
-        await until(lambda: "job_ffff0000" not in world.home.jobs)
+        await until(lambda: world.jobs.get("job_ffff0000") is None)
         assert (directory / "job.zip").read_bytes() == b"a package"
         another = await world.connect()
         await another.send(SUBMIT)
         rejected = await another.expect(m.JobRejected)
         assert rejected.reason == f"{JOB} is known to the worker"
         assert (directory / "job.zip").exists()
-        assert world.home.jobs[JOB].core.state is WorkerState.ADMITTED
+        assert world.state() is WorkerState.ADMITTED
 
 
 async def test_an_id_is_free_once_nothing_is_left_of_its_job(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        directory = world.home.directory / JOB
+        directory = world.directory / JOB
         for _ in range(30):
             first, second = await world.connect(), await world.connect()
             await first.send(SUBMIT, m.JobCancel(JOB))
@@ -240,7 +251,7 @@ async def test_an_id_is_free_once_nothing_is_left_of_its_job(tmp_path: Path) -> 
             assert directory.exists()
             await second.send(m.JobCancel(JOB))
             await second.expect(m.JobFailed)
-            await until(lambda: not world.home.jobs)
+            await until(lambda: not world.jobs)
             assert not directory.exists()
 
 
@@ -251,42 +262,41 @@ async def test_nothing_is_left_of_a_link_that_named_no_job(tmp_path: Path) -> No
         await client.expect(m.JobUnknown)
         client.link.cut("gone")
         await trio.testing.wait_all_tasks_blocked()
-        assert world.home.jobs == {}
+        assert len(world.jobs) == 0
         assert world.store.load("worker-test").records == []
 
 
 async def test_a_part_outlives_a_long_absence_of_the_worker(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
         long_ago = time.time() - 2 * KEEP_PARTS
-        await world.home.restore([record("RECEIVING", long_ago, tmp_path)])
-        world.home.nursery.start_soon(world.home.sweep)
+        await world.jobs.restore([record("RECEIVING", long_ago, tmp_path)])
         await world.resume()
 
 
 async def test_a_part_counts_from_when_its_client_left(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
         long_ago = time.time() - 2 * KEEP_PARTS
-        await world.home.restore([record("RECEIVING", long_ago, tmp_path)])
-        job = world.home.jobs[JOB]
+        await world.jobs.restore([record("RECEIVING", long_ago, tmp_path)])
+        job = world.job()
         client = await world.resume()
         client.link.cut("gone")
         await until(lambda: world.state() is WorkerState.SUSPENDED)
         await trio.testing.wait_all_tasks_blocked()
-        job.give_up_if_older(time.time() - SWEEP_INTERVAL)
+        job.discard_if_older(time.time() - SWEEP_INTERVAL)
         assert world.state() is WorkerState.SUSPENDED
-        job.give_up_if_older(time.time() + 1)
+        job.discard_if_older(time.time() + 1)
         assert world.state() is WorkerState.DISCARDED
 
 
 async def test_a_state_directory_may_be_moved_between_two_runs(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
-        (world.home.directory / JOB).mkdir(parents=True)
+        (world.directory / JOB).mkdir(parents=True)
         earlier = tmp_path / "elsewhere" / JOB
-        await world.home.restore([record("RECEIVING", time.time(), earlier)])
+        await world.jobs.restore([record("RECEIVING", time.time(), earlier)])
         client = await world.resume()
         await client.send(OFFER)
         await client.expect(m.ChunkGrant)
-        assert list((world.home.directory / JOB).iterdir()) != []
+        assert list((world.directory / JOB).iterdir()) != []
 
 
 class _Stalling(MemoryLink):
@@ -314,12 +324,12 @@ async def test_a_part_is_free_again_when_its_link_stalls_at_once(
         await first.link.aclose()
 
         mine, its = _Stalling.pair()
-        world.home.nursery.start_soon(serve_link, world.home, its)
+        world.serve(its)
         second = Client(mine)
         await second.send(m.Hello(_greeting()), RESUME)
         await second.expect(m.ResumeAccepted)
         await second.send(OFFER)
-        await until(lambda: world.home.jobs[JOB].core.progress.received > 0)
+        await until(lambda: world.job()._core.progress.received > 0)
         await second.link.aclose()
 
         third = await world.resume()

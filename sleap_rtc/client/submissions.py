@@ -22,6 +22,8 @@ from blake3 import blake3
 from filelock import BaseFileLock, FileLock, Timeout
 
 from sleap_rtc.io.nursery import open_background_nursery
+from sleap_rtc.io.storage.call import call_storage
+from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.io.storage.private import write_private
 from sleap_rtc.proto.messages import JobId, Route
 
@@ -76,11 +78,11 @@ class NoteFile:
         trouble: Why the last access failed, for people; empty if all is well.
     """
 
-    def __init__(self, path: Path, lock: BaseFileLock | None, trouble: str) -> None:
-        self.shared = lock is None and not trouble
+    def __init__(self, path: Path, lock: BaseFileLock | None) -> None:
+        self.shared = False
         self.earlier: SubmissionNote | None = None
         self.changed: SubmissionNote | None = None
-        self.trouble = trouble
+        self.trouble = ""
         self._path = path
         self._lock = lock
         self._note: SubmissionNote | None = None
@@ -162,14 +164,15 @@ async def open_note(
         modified_ns: Time of its last change, in nanoseconds since 1970.
     """
     path = state_directory / FOLDER / f"{_key(package)}{_NOTE}"
-    lock, note, trouble = None, None, ""
     try:
         lock, note = await _access(path, lambda: _lock_and_read(path))
     except _NotKeptError as error:
-        trouble = str(error)
-    file = NoteFile(path, lock, trouble)
-    if note is not None:
-        if (note.size, note.modified_ns) == (size, modified_ns):
+        file = NoteFile(path, None)
+        file.trouble = str(error)
+    else:
+        file = NoteFile(path, lock)
+        file.shared = lock is None
+        if note is not None and (note.size, note.modified_ns) == (size, modified_ns):
             file.earlier = note
         else:
             file.changed = note
@@ -199,14 +202,14 @@ async def _access(path: Path, function: Callable[[], T]) -> T:
     Raises:
         _NotKeptError: If it failed or took too long.
     """
-    reason = f"no answer within {DISK_TIMEOUT:.0f} s"
-    with trio.move_on_after(DISK_TIMEOUT, shield=True):
-        try:
-            return await trio.to_thread.run_sync(function, abandon_on_cancel=True)
-        except OSError as error:
-            reason = error.strerror or str(error)
-        except UnicodeEncodeError:
-            reason = "its path is not Unicode text"
+    try:
+        return await call_storage(function, timeout=DISK_TIMEOUT, shield=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except StorageError as error:
+        reason = str(error)
+    except UnicodeEncodeError:
+        reason = "its path is not Unicode text"
     raise _NotKeptError(f"cannot keep a note of the job in {path.parent}: {reason}")
 
 

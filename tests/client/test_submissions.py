@@ -326,7 +326,7 @@ async def test_a_disk_that_hangs_stops_nothing(
         await hanging.wait()
         mock_clock.jump(DISK_TIMEOUT)
         await trio.testing.wait_all_tasks_blocked()
-        assert "no answer within 10 s" in file.trouble
+        assert "did not answer within 10 s" in file.trouble
         released.set()
 
 

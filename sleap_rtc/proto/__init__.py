@@ -1,1 +1,1 @@
-"""Pure protocol core: values and state machines, without any input or output."""
+"""The pure core of the protocol: values and state machines, without input or output."""

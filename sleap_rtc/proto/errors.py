@@ -14,7 +14,7 @@ class RemoteProtocolError(Exception):
     The connection that it came in on ends, never the process.
 
     Args:
-        reason: What was wrong, in words that may be sent back to the peer.
+        reason: The fault, in words that may be sent back to the peer.
     """
 
     def __init__(self, reason: str) -> None:
@@ -29,7 +29,7 @@ class InvalidInput(ValueError):
     turns it into an answer, such as PATH_ERROR, or into a message for people.
 
     Args:
-        reason: What was wrong, in words that may be shown and sent back to the peer.
+        reason: The fault, in words that may be shown and sent back to the peer.
     """
 
     def __init__(self, reason: str) -> None:

@@ -1,4 +1,4 @@
-"""What every machine of proto/ has in common: its verbs, and its table of transitions.
+"""The verbs and the table of transitions that all machines of proto/ share.
 
 A machine gets input from the world (`receive_message`, `handle_timeout`, the state of
 its connection) and commands of its owner. After each of them the driver drains
@@ -20,10 +20,10 @@ from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 StateT = TypeVar("StateT", bound=Enum)
 
 Trigger = Enum | type
-"""What causes a transition: the member of an enumeration, or the class of a message."""
+"""The cause of a transition: a member of an enumeration, or the class of a message."""
 
 Table = Mapping[StateT, Mapping[Trigger, StateT]]
-"""For each state, the state that each trigger leads to."""
+"""The next state, for each state and each of its triggers."""
 
 MessageT = TypeVar("MessageT", contravariant=True)
 OutputT = TypeVar("OutputT", covariant=True)
@@ -51,7 +51,7 @@ class TimedPolicy(Protocol[OutputT]):
     """A machine that depends on its commands and on time, and gets no messages."""
 
     def handle_timeout(self, now: float) -> None:
-        """Do what is due at `now`; nothing happens before `deadline`."""
+        """Handle everything due at `now`; nothing happens before `deadline`."""
 
     def next_output(self) -> OutputT | None:
         """Remove and return the oldest effect or event; None if none is left."""

@@ -1,4 +1,4 @@
-"""Every control message, in one table, and its text codec.
+"""All control messages, in one table, and their text codec.
 
 A control message is one UTF-8 text of at most 64 KiB, ``NAME::field::field``. Only the
 last field may contain ``::``; it is free text, or JSON where it is structured. The
@@ -15,16 +15,22 @@ from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 PROTOCOL_VERSION = 1
 
 MAX_MESSAGE_BYTES = 64 * 1024
-"""What peers in the field accept at most (their data channels advertise 65536)."""
+"""Bytes of the longest message: data channels of older peers advertise 65536."""
+
+MAX_DETAIL = 1024
+"""Characters of the longest `JobProgress.detail`."""
+
+MAX_PATH = 4096
+"""Characters of the longest path, as on Linux."""
 
 MAX_JOB_RESULTS = 200
-"""Files in one `JobResults`: 200 paths of 255 bytes fit into a message."""
+"""Files listed in one `JobResults`: 200 paths of 255 bytes fit into a message."""
 
 MAX_RESULT_FILES = 20_000
-"""Files in all `JobResults` of a job; a training run makes about ten."""
+"""Files listed in all `JobResults` of a job; a training run makes about ten."""
 
 MAX_RESULT_PATHS = 4 * 1024 * 1024
-"""Characters of all their paths together: 200 a file, and no burden for the memory."""
+"""Characters of the paths in all `JobResults` of a job: 200 for each file."""
 
 SEPARATOR = "::"
 
@@ -41,13 +47,13 @@ Nonce = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 
 TransferId = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Size = Annotated[int, Meta(ge=0, le=2**50)]
-"""Bytes; one pebibyte is more than any storage here holds."""
+"""Bytes, up to one pebibyte, which is more than the storage of any worker."""
 
 ChunkIndex = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 Count = Annotated[int, Meta(ge=1, le=2**32 - 1)]
 Number = Annotated[int, Meta(ge=0, le=2**53)]
-WirePath = Annotated[str, Meta(min_length=1, max_length=4096)]
-"""A relative POSIX path; `sleap_rtc.proto.paths` decides whether it is harmless."""
+WirePath = Annotated[str, Meta(min_length=1, max_length=MAX_PATH)]
+"""A relative POSIX path; `sleap_rtc.proto.paths` checks that it is harmless."""
 
 FileName = Annotated[str, Meta(min_length=1, max_length=255)]
 Text = str
@@ -82,7 +88,7 @@ class Gpu(Json, frozen=True):
 
 
 class Greeting(Json, frozen=True):
-    """Who speaks, and what it can do."""
+    """The role, the version and the abilities of a peer."""
 
     protocol: Annotated[int, Meta(ge=1, le=2**16)]
     version: Annotated[str, Meta(max_length=64)]
@@ -96,14 +102,14 @@ class Greeting(Json, frozen=True):
 
 
 class Submission(Json, frozen=True):
-    """A package that will come through the channel."""
+    """Name and size of a package that the client will send through the channel."""
 
     name: FileName
     size: Size
 
 
 class OfferedFile(Json, frozen=True):
-    """One file that the sender of the message is ready to send."""
+    """A file that the sender of the message is ready to send."""
 
     name: FileName
     size: Size
@@ -111,24 +117,24 @@ class OfferedFile(Json, frozen=True):
 
 
 class JobProgress(Json, frozen=True):
-    """Where a job stands."""
+    """State of a job, with its place in the queue or the reason of its end."""
 
     state: JobStateName
     position: Number = 0
-    """Jobs ahead of it while it is QUEUED."""
+    """Number of jobs ahead of it while it is QUEUED."""
 
-    detail: Annotated[str, Meta(max_length=1024)] = ""
-    """For people: which command runs, or why the job ended."""
+    detail: Annotated[str, Meta(max_length=MAX_DETAIL)] = ""
+    """Text for people: why the job ended, or a remark on its results."""
 
     received: Size = 0
-    """Bytes of the package that the worker has from before, while it is RECEIVING."""
+    """Bytes of the package that earlier links delivered, while it is RECEIVING."""
 
 
 class ResumePoint(Json, frozen=True):
-    """What a client has of a job that it comes back to."""
+    """Position in the output of a job at which the client resumes."""
 
     next_sequence: Number = 0
-    """The first `JobLog` that it misses."""
+    """Sequence number of the first `JobLog` that the client lacks."""
 
 
 class ResultFile(Json, frozen=True):
@@ -150,7 +156,7 @@ class ResultPage(Json, frozen=True):
 
 
 class Auth(Message, frozen=True):
-    """Client to worker, first on every link: proof that it holds the room secret."""
+    """Client to worker, first on each link: proof that it has the room secret."""
 
     session: Nonce
     proof: Hash
@@ -163,7 +169,7 @@ class Hello(Message, frozen=True):
 
 
 class Error(Message, frozen=True):
-    """Both sides: the link ends, and why."""
+    """Both sides: the link ends for this reason."""
 
     reason: Text
 
@@ -172,7 +178,7 @@ class Error(Message, frozen=True):
 
 
 class JobIdentity(JobMessage, frozen=True):
-    """Client to worker: the job that the paths which follow belong to."""
+    """Client to worker: the following paths belong to this job."""
 
 
 class MountProbe(JobMessage, frozen=True):
@@ -182,37 +188,37 @@ class MountProbe(JobMessage, frozen=True):
 
 
 class MountProbed(JobMessage, frozen=True):
-    """Worker to client: the BLAKE3 hash of what the probe file holds."""
+    """Worker to client: the BLAKE3 hash of the content of the probe file."""
 
     content: Hash
 
 
 class MountProbeFailed(JobMessage, frozen=True):
-    """Worker to client: the probe file is not there, or there is no root."""
+    """Worker to client: the probe file was not found, or no root is configured."""
 
     reason: Text
 
 
 class SharedInputPath(Message, frozen=True):
-    """Client to worker: where the package lies beneath the shared root."""
+    """Client to worker: path of the package beneath the shared root."""
 
     path: WirePath
 
 
 class SharedOutputPath(Message, frozen=True):
-    """Client to worker: where beneath the shared root the models shall go."""
+    """Client to worker: path of the folder for the models beneath the shared root."""
 
     path: WirePath
 
 
 class PathValidated(Message, frozen=True):
-    """Worker to client: that path is good."""
+    """Worker to client: the path is valid."""
 
     which: Literal["input", "output"]
 
 
 class PathError(Message, frozen=True):
-    """Worker to client: that path is refused; the client takes the channel route."""
+    """Worker to client: the path is refused; the client takes the channel route."""
 
     reason: Text
 
@@ -227,19 +233,19 @@ class SharedStorageJob(Message, frozen=True):
 
 
 class JobResume(JobMessage, frozen=True):
-    """Client to worker, first on a new link: go on with this job."""
+    """Client to worker, first on a new link: resume this job."""
 
     point: ResumePoint
 
 
 class ResumeAccepted(JobMessage, frozen=True):
-    """Worker to client: where it stands; what was missed follows."""
+    """Worker to client: the job is in this state; the messages it lacks follow."""
 
     progress: JobProgress
 
 
 class JobUnknown(JobMessage, frozen=True):
-    """Worker to client: there is nothing to go on with; it may be submitted."""
+    """Worker to client: the job does not exist here; it may be submitted."""
 
 
 # ------------------------------------------------------------------ channel route
@@ -252,17 +258,17 @@ class JobSubmit(JobMessage, frozen=True):
 
 
 class JobAccepted(JobMessage, frozen=True):
-    """Worker to client: send it."""
+    """Worker to client: the package may be sent."""
 
 
 class JobRejected(JobMessage, frozen=True):
-    """Worker to client: this job can't be taken."""
+    """Worker to client: the job is refused."""
 
     reason: Text
 
 
 class FileOffer(Message, frozen=True):
-    """Sender of a file to its receiver."""
+    """Sender to receiver: this file can be sent under this transfer id."""
 
     transfer_id: TransferId
     file: OfferedFile
@@ -277,7 +283,7 @@ class FileRequest(Message, frozen=True):
 
 
 class ChunkGrant(Message, frozen=True):
-    """Receiver to sender: room for these chunks; send them once each."""
+    """Receiver to sender: send these chunks, each of them once."""
 
     transfer_id: TransferId
     first: ChunkIndex
@@ -285,20 +291,20 @@ class ChunkGrant(Message, frozen=True):
 
 
 class FileReceived(Message, frozen=True):
-    """Receiver to sender: every chunk is stored; the hash over the chunk hashes."""
+    """Receiver to sender: every chunk is stored; this is the hash of their hashes."""
 
     transfer_id: TransferId
     root: Hash
 
 
 class FileVerified(Message, frozen=True):
-    """Sender to receiver: the hash is that of the source; the file may appear."""
+    """Sender to receiver: the hash is correct; the file may get its name."""
 
     transfer_id: TransferId
 
 
 class FileError(Message, frozen=True):
-    """Both sides: this transfer ends, and why."""
+    """Both sides: the transfer ends for this reason."""
 
     transfer_id: TransferId
     reason: Text
@@ -308,13 +314,13 @@ class FileError(Message, frozen=True):
 
 
 class JobState(JobMessage, frozen=True):
-    """Worker to client: the job's state changed, or its place in the queue did."""
+    """Worker to client: the state of the job, or its place in the queue, changed."""
 
     progress: JobProgress
 
 
 class JobLog(JobMessage, frozen=True):
-    """Worker to client: one line of output.
+    """Worker to client: a line of the output.
 
     ``sequence`` grows by one with each message of a job. ``line`` is the number of the
     line; a message with the number of an earlier line redraws that line.
@@ -338,29 +344,29 @@ class InferenceComplete(Message, frozen=True):
 
 
 class JobResults(JobMessage, frozen=True):
-    """Worker to client, before the end of the job: what it made."""
+    """Worker to client, before the end of the job: files that it made."""
 
     page: ResultPage
 
 
 class JobComplete(JobMessage, frozen=True):
-    """Worker to client: done; where the models are."""
+    """Worker to client: the job succeeded, and this is the path of its models."""
 
     path: WirePath
 
 
 class JobFailed(JobMessage, frozen=True):
-    """Worker to client: the job ended without success."""
+    """Worker to client: the job failed or was cancelled, for this reason."""
 
     reason: Text
 
 
 class ResultsReceived(JobMessage, frozen=True):
-    """Client to worker: all results have arrived; the worker may remove its copy."""
+    """Client to worker: all results arrived; the worker may remove its copy."""
 
 
 class Unknown(Message, frozen=True):
-    """A message of a newer peer: counted and ignored, never sent."""
+    """A message of a newer peer, which is counted and ignored, and never sent."""
 
     name: str
 
@@ -368,7 +374,7 @@ class Unknown(Message, frozen=True):
 # ------------------------------------------------------------------- who sends what
 
 JobReport = JobState | JobLog | TrainingComplete | InferenceComplete
-"""Messages about the progress of a job, which change nothing else at the client."""
+"""Messages about the progress of a job; they only lead to events."""
 
 WorkerJobMessage = (
     MountProbed
@@ -454,7 +460,7 @@ _MAX_NAME = 64
 
 
 def _is_json(cls: type[Message]) -> bool:
-    """Tell whether the last field of a message is structured."""
+    """Return whether the last field of a message is structured."""
     fields = msgspec.structs.fields(cls)
     if not fields:
         return False
@@ -468,7 +474,7 @@ _JSON_LAST = frozenset(cls for cls in TABLE.values() if _is_json(cls))
 
 
 def encode_message(message: Message) -> str:
-    """Write a message as the text that goes over the wire.
+    """Return the text of a message on the wire.
 
     Args:
         message: Any message of `TABLE`.
@@ -574,7 +580,7 @@ def decode_message_untrusted(data: bytes | str) -> Message:
 
 
 def _text_untrusted(data: bytes | str) -> str:
-    """Check the length and the encoding of what arrived."""
+    """Return the text after checking its length and encoding."""
     try:
         encoded = data.encode() if isinstance(data, str) else data
         if len(encoded) > MAX_MESSAGE_BYTES:
@@ -587,7 +593,7 @@ def _text_untrusted(data: bytes | str) -> str:
 
 
 def _is_name(name: str) -> bool:
-    """Tell whether this could be the name of a message, now or in the future."""
+    """Return whether this may be the name of a message, now or in the future."""
     return (
         0 < len(name) <= _MAX_NAME
         and name.isascii()

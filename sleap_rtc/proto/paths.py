@@ -1,7 +1,7 @@
-"""Decide by its text alone whether a peer's path or file name is harmless.
+"""Checks of the text of a path or file name that came from a peer.
 
-Nothing here looks at a file system. Whoever opens a path that passed must still refuse
-symbolic links on the way (`sleap_rtc.io.storage.folder` does).
+Nothing here looks at a file system. Code that opens a checked path must still refuse
+symbolic links on the way, as `sleap_rtc.io.storage.folder` does.
 """
 
 import re
@@ -10,10 +10,10 @@ import unicodedata
 from sleap_rtc.proto.errors import InvalidInput
 
 MAX_PATH_BYTES = 4096
-"""PATH_MAX of Linux; macOS allows less and then answers ENAMETOOLONG itself."""
+"""Bytes of the longest path on Linux; macOS allows less and reports ENAMETOOLONG."""
 
 MAX_NAME_BYTES = 255
-"""NAME_MAX of every file system in use."""
+"""Bytes of the longest name on every file system in use."""
 
 _DRIVE = re.compile(r"[A-Za-z]:")
 _WINDOWS_CHARACTERS = frozenset('<>:"|?*')
@@ -25,7 +25,7 @@ _SHOWN = 120
 
 
 def check_relative_path_untrusted(text: str) -> str:
-    """Check a path that must lie beneath a shared root.
+    """Check a path that must be beneath a shared root.
 
     Args:
         text: A relative POSIX path, as the peer sent it.
@@ -54,10 +54,10 @@ def check_relative_path_untrusted(text: str) -> str:
 
 
 def check_portable_path_untrusted(text: str) -> str:
-    """Check a relative path that Linux, macOS and Windows shall all be able to store.
+    """Check a relative path that Linux, macOS and Windows must all be able to store.
 
-    It stands for files that a peer chose the names of: hidden files are refused too, so
-    that nothing lands unseen in a directory of the user (such as a ``.bashrc``).
+    It is for files whose names a peer chose. Hidden files are refused as well, so that
+    no file such as ``.bashrc`` appears unseen in a directory of the user.
 
     Args:
         text: A relative POSIX path, as the peer sent it.
@@ -66,7 +66,7 @@ def check_portable_path_untrusted(text: str) -> str:
         The same text.
 
     Raises:
-        InvalidInput: If it is not a relative path, or not such a one.
+        InvalidInput: If it is not a relative path, or not a portable one.
     """
     for name in check_relative_path_untrusted(text).split("/"):
         _check_portable_name(text, name)
@@ -74,7 +74,7 @@ def check_portable_path_untrusted(text: str) -> str:
 
 
 def check_file_name_untrusted(text: str) -> str:
-    """Check the name of one file: what this returns can't hold a path.
+    """Check the name of one file, which must not be a path.
 
     Args:
         text: The name, as the peer sent it.
@@ -92,7 +92,7 @@ def check_file_name_untrusted(text: str) -> str:
 
 
 def fold_path(text: str) -> str:
-    """Map a path to a key that is equal for paths which some system can't tell apart.
+    """Return a key that is equal for paths which some system cannot tell apart.
 
     macOS and Windows ignore case, and macOS ignores how an accent is written. This is
     the canonical caseless match of the Unicode Standard (3.13, D145).
@@ -101,7 +101,7 @@ def fold_path(text: str) -> str:
 
 
 def _check_text(text: str) -> None:
-    """Refuse what can't stand in any path."""
+    """Raise `InvalidInput` for a text that no path contains."""
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
@@ -117,7 +117,7 @@ def _check_text(text: str) -> None:
 
 
 def _check_portable_name(text: str, name: str) -> None:
-    """Refuse a name that is hidden, or that Windows reads in a way of its own."""
+    """Raise `InvalidInput` for a name that is hidden, or that Windows cannot store."""
     if name.startswith("."):
         raise _invalid(text, "has a name that starts with '.'")
     if not _WINDOWS_CHARACTERS.isdisjoint(name):
@@ -137,5 +137,5 @@ def _invalid(text: str, why: str) -> InvalidInput:
 
 
 def _quoted(text: str) -> str:
-    """Show a hostile text: escaped, and not all of a long one."""
+    """Return a hostile text escaped, and shortened if it is long."""
     return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "...")

@@ -1,4 +1,4 @@
-"""Text from elsewhere, made safe to print: terminal control is recognized and removed.
+"""Recognition and removal of terminal control in text from other programs and peers.
 
 The patterns follow ECMA-48: control sequences (CSI), control strings (OSC, DCS, SOS,
 PM, APC), other escape sequences, and single control characters.
@@ -7,7 +7,7 @@ PM, APC), other escape sequences, and single control characters.
 import re
 
 _STRING_LIMIT = 4096
-"""Characters of a window title or the like, after which it was never meant as one."""
+"""Characters of the longest control string, such as a window title."""
 
 _TEXT = r"[^\x00-\x08\x0a-\x1f\x7f-\x9f]+"
 _CSI_START = r"(?:\x1b\[|\x9b)[0-?]{0,64}[ -/]{0,8}"
@@ -27,7 +27,7 @@ TOKEN = re.compile(
 """Text or one piece of terminal control; a tab counts as text."""
 
 UNFINISHED = re.compile(rf"(?:\x1b[ -/]{{0,8}}|{_CSI_START}|{_STRING_START}\x1b?)\Z")
-"""The beginning of a sequence whose end may still come."""
+"""The beginning of a sequence whose end may follow."""
 
 _BREAKS = re.compile(r"[\n\v\f\r\x85\u2028\u2029]+")
 _REORDERING = re.compile(r"[\u202a-\u202e\u2066-\u2069]")
@@ -35,19 +35,19 @@ _SURROGATES = re.compile(r"[\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    """Make a text that came from elsewhere safe to print on a terminal.
+    """Return a text as one line that is safe to print on a terminal.
 
     Args:
-        text: Anything.
+        text: Any text of another program or a peer.
 
     Returns:
-        One line. Control sequences, control characters other than tabs, and the marks
-        that reorder text are gone; line breaks became spaces.
+        The text without control sequences, control characters other than tabs, and
+        marks that reorder text. Line breaks become spaces.
     """
     text = _BREAKS.sub(" ", text)
     return without_marks("".join(m[0] for m in TOKEN.finditer(text) if m["text"]))
 
 
 def without_marks(text: str) -> str:
-    """Remove what still misleads in a text without control characters."""
+    """Remove the marks that reorder text, and replace surrogates."""
     return _SURROGATES.sub("\ufffd", _REORDERING.sub("", text))

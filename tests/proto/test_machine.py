@@ -49,7 +49,7 @@ def check_types(
     receiver: Receiver,
     sender: Sender,
 ) -> None:
-    """Let mypy check each machine against its protocol. This function never runs."""
+    """Check each machine against its protocol, in mypy. This function never runs."""
     _member: ReconnectingMachine[Signal, MemberOutput] = member
     _server: ServerMachine[Signal, ServerOutput] = server
     _race: TimedPolicy[RaceOutput] = race
@@ -60,7 +60,7 @@ def check_types(
 def check_types_of_jobs(
     client: ClientJob, worker: WorkerJob, route: SharedRoute, intake: SharedIntake
 ) -> None:
-    """Let mypy check the machines of jobs. This function never runs."""
+    """Check the machines of jobs, in mypy. This function never runs."""
     _client: TimedMachine[
         messages.WorkerJobMessage | messages.Error, client_outputs.Output
     ] = client

@@ -1,4 +1,4 @@
-"""Control messages: what is written is read again, and nothing else is."""
+"""Control messages: every message survives the wire, and all other text is refused."""
 
 from types import UnionType
 from typing import get_args
@@ -86,7 +86,7 @@ def test_every_message_has_an_example() -> None:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_a_good_text_is_read_and_written_the_same(name: str) -> None:
+def test_a_good_text_is_decoded_and_encoded_again(name: str) -> None:
     message = decode_message_untrusted(GOOD[name])
     assert type(message) is TABLE[name]
     assert encode_message(message) == GOOD[name]
@@ -98,14 +98,14 @@ TEXT = st.text(LETTERS)
 
 
 def messages_of(cls: type[Message]) -> st.SearchStrategy[Message]:
-    """Messages with any values that their fields allow."""
+    """Return a strategy for messages with any values that their fields allow."""
     fields = msgspec.structs.fields(cls)
     strategies = {field.name: values_of(field.type) for field in fields}
     return st.builds(cls, **strategies)
 
 
 def values_of(annotation: object) -> st.SearchStrategy[object]:
-    """Values of a field type, from what msgspec says about it."""
+    """Return a strategy for the values of a field type, by its msgspec description."""
     return _values(msgspec.inspect.type_info(annotation))
 
 
@@ -140,7 +140,7 @@ def test_every_message_survives_the_wire(message: Message) -> None:
     assert decode_message_untrusted(text.encode()) == message
 
 
-def test_the_flow_that_other_implementations_speak_is_this_byte_for_byte() -> None:
+def test_the_flow_of_other_implementations_is_kept_byte_for_byte() -> None:
     job = "job_f3a8b2c1"
     flow: list[tuple[Message, bytes]] = [
         (JobIdentity(job), b"JOB_ID::job_f3a8b2c1"),
@@ -170,7 +170,9 @@ def test_the_flow_that_other_implementations_speak_is_this_byte_for_byte() -> No
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_a_field_too_few_names_the_message_and_its_fields(name: str) -> None:
+def test_an_error_about_a_missing_field_names_the_message_and_its_fields(
+    name: str,
+) -> None:
     keys = TABLE[name].__struct_fields__
     text = GOOD[name].rpartition("::")[0] if keys else f"{name}::"
     with pytest.raises(RemoteProtocolError) as caught:
@@ -244,7 +246,7 @@ def test_keys_of_a_newer_peer_are_ignored() -> None:
 
 
 @pytest.mark.parametrize("name", ["A", "NEW_MESSAGE", "V2_HELLO", "X" * 64])
-def test_a_message_of_a_newer_peer_is_unknown_and_no_error(name: str) -> None:
+def test_a_message_of_a_newer_peer_is_unknown_and_not_an_error(name: str) -> None:
     assert decode_message_untrusted(name) == Unknown(name)
     assert decode_message_untrusted(f"{name}::with::fields") == Unknown(name)
 
@@ -253,7 +255,7 @@ def test_a_message_of_a_newer_peer_is_unknown_and_no_error(name: str) -> None:
     "text",
     ["", "::", "::x", "hello::x", "A B::x", "2A", "_A", "É", "A\n", "X" * 65, " ERROR"],
 )
-def test_what_has_no_name_is_no_message(text: str) -> None:
+def test_a_text_without_a_name_is_not_a_message(text: str) -> None:
     with pytest.raises(RemoteProtocolError, match="no NAME"):
         decode_message_untrusted(text)
 
@@ -261,7 +263,7 @@ def test_what_has_no_name_is_no_message(text: str) -> None:
 @pytest.mark.parametrize(
     "data", [b"ERROR::\xff", b"\x80", b"ERROR::\xed\xa0\x80", "ERROR::\ud800"]
 )
-def test_what_is_no_utf_8_is_no_message(data: bytes | str) -> None:
+def test_bytes_that_are_not_utf_8_are_not_a_message(data: bytes | str) -> None:
     with pytest.raises(RemoteProtocolError, match="UTF-8"):
         decode_message_untrusted(data)
 
@@ -297,14 +299,14 @@ def test_a_known_name_with_any_fields_is_refused_or_of_that_name(
 # ----------------------------------------------------------------------- writing
 
 
-def test_the_last_field_may_hold_separators() -> None:
+def test_the_last_field_may_contain_separators() -> None:
     message = JobLog(ID, 1, 2, "::a::b:::")
     assert encode_message(message) == f"JOB_LOG::{ID}::1::2::::a::b:::"
     assert decode_message_untrusted(encode_message(message)) == message
 
 
 @pytest.mark.parametrize("bad", ["a::b", "::", "a:", ":"])
-def test_another_field_that_would_move_a_border_is_not_written(bad: str) -> None:
+def test_a_field_that_would_move_a_separator_is_not_encoded(bad: str) -> None:
     with pytest.raises(LocalProtocolError, match="a field of JOB_LOG"):
         encode_message(JobLog(bad, 1, 2, "text"))
 
@@ -336,12 +338,12 @@ def test_a_full_page_of_results_with_long_paths_fits() -> None:
 
 
 @pytest.mark.parametrize("message", [Unknown("NEW"), Message()])
-def test_what_is_not_in_the_table_is_not_written(message: Message) -> None:
+def test_a_message_outside_the_table_is_not_encoded(message: Message) -> None:
     with pytest.raises(LocalProtocolError, match="is not a wire message"):
         encode_message(message)
 
 
-def test_text_that_is_no_unicode_is_not_written() -> None:
+def test_text_that_is_not_unicode_is_not_encoded() -> None:
     hello = decode_message_untrusted(GOOD["HELLO"])
     assert isinstance(hello, Hello)
     bad_greeting = msgspec.structs.replace(hello.greeting, hostname="\udcff")
@@ -350,7 +352,7 @@ def test_text_that_is_no_unicode_is_not_written() -> None:
             encode_message(message)
 
 
-def test_numbers_are_written_in_decimal() -> None:
+def test_numbers_are_encoded_in_decimal() -> None:
     assert (
         encode_message(ChunkGrant(2**32 - 1, 0, 1)) == "CHUNK_GRANT::4294967295::0::1"
     )

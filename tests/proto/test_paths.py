@@ -110,7 +110,7 @@ def test_a_malformed_path_is_invalid(path: str) -> None:
         "<a>",
     ],
 )
-def test_a_name_that_some_system_reads_otherwise_is_refused(name: str) -> None:
+def test_a_name_that_some_system_cannot_store_is_refused(name: str) -> None:
     with pytest.raises(InvalidInput):
         check_file_name_untrusted(name)
     with pytest.raises(InvalidInput):
@@ -123,7 +123,7 @@ def test_an_ordinary_name_passes(name: str) -> None:
     assert check_portable_path_untrusted(f"models/{name}") == f"models/{name}"
 
 
-def test_a_file_name_can_not_hold_a_path() -> None:
+def test_a_file_name_cannot_be_a_path() -> None:
     for name in ["models/best.ckpt", "../../.ssh/authorized_keys", "a/", "/a", "a\\b"]:
         with pytest.raises(InvalidInput):
             check_file_name_untrusted(name)
@@ -136,7 +136,7 @@ def test_an_error_shows_a_hostile_path_escaped_and_short() -> None:
     assert len(caught.value.reason) < 250
 
 
-def test_paths_that_some_system_takes_for_one_fold_to_one_key() -> None:
+def test_paths_that_some_system_cannot_tell_apart_fold_to_one_key() -> None:
     composed, decomposed = "\u00c9", "E\u0301"
     assert composed != decomposed
     assert fold_path(composed) == fold_path(decomposed) == fold_path("\u00e9")
@@ -145,7 +145,7 @@ def test_paths_that_some_system_takes_for_one_fold_to_one_key() -> None:
 
 
 @given(HOSTILE_TEXT)
-def test_whatever_passes_stays_beneath_its_root(text: str) -> None:
+def test_a_checked_path_stays_beneath_its_root(text: str) -> None:
     for check in CHECKS:
         try:
             path = check(text)
@@ -162,5 +162,5 @@ def test_whatever_passes_stays_beneath_its_root(text: str) -> None:
 
 
 @given(st.text(max_size=20))
-def test_folding_twice_changes_nothing_more(text: str) -> None:
+def test_folding_twice_changes_nothing(text: str) -> None:
     assert fold_path(fold_path(text)) == fold_path(text)

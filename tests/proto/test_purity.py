@@ -1,4 +1,4 @@
-"""Nothing in proto/ can reach the world, and the checks of that do notice."""
+"""Nothing in proto/ can reach the world, and the checks of that are checked."""
 
 import ast
 import shutil
@@ -33,7 +33,7 @@ WORLDLY_IMPORTS = [
     "from sleap_rtc.io.link.link import Link",
 ]
 
-# Ruff bans modules; these are there without an import.
+# Ruff bans modules; these names need no import.
 WORLDLY_BUILTINS = {
     "__import__",
     "breakpoint",
@@ -47,7 +47,7 @@ WORLDLY_BUILTINS = {
 
 
 def worldly_names(source: str) -> set[str]:
-    """The worldly builtins that a module mentions."""
+    """Return the worldly builtins that a module mentions."""
     names = {
         node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)
     }
@@ -55,7 +55,7 @@ def worldly_names(source: str) -> set[str]:
 
 
 def ruff(folder: Path) -> subprocess.CompletedProcess[str]:
-    """Check what is below a folder with the rules of this project."""
+    """Run ruff on a folder with the rules of this project."""
     return subprocess.run(
         [
             sys.executable,
@@ -75,7 +75,7 @@ def ruff(folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of proto/ where a project with the same rules has it."""
+    """Return a copy of proto/ in a project with the same rules."""
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     shutil.copytree(PROTO, tmp_path / "sleap_rtc" / "proto")
     return tmp_path
@@ -123,7 +123,7 @@ def test_a_worldly_builtin_is_noticed(name: str) -> None:
 
 
 def test_nothing_that_proto_imports_reaches_the_world() -> None:
-    """Import-linter follows the imports that ruff does not see."""
+    """Run import-linter, which follows the imports that ruff does not see."""
     program = Path(sys.executable).with_name("lint-imports")
     result = subprocess.run(
         [program, "--no-cache", "--no-logo"],

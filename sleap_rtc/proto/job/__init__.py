@@ -1,1 +1,1 @@
-"""One job as its client and its worker see it, and what it prints."""
+"""Machines of a job at its client and its worker, and the output of its commands."""

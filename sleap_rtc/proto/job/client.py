@@ -267,7 +267,7 @@ class ClientJob:
             return
         self._transfer = None
         if self.state is ClientState.SENDING:
-            self._send(messages.JobCancel(self.job_id))  # nothing will follow
+            self._send(messages.JobCancel(self.job_id))  # no package will follow
         if self.state is not ClientState.WAITING:
             self._end("transfer_failed", reason)
         # Otherwise the worker has reported that it has the package, and that counts.
@@ -295,7 +295,7 @@ class ClientJob:
         self._handle(message, now)
 
     def connection_lost(self, reason: str, now: float) -> None:
-        """Stop what needs a link, and ask for another one.
+        """Stop the transfer, and ask for another link.
 
         Args:
             reason: Why the link ended, for people.
@@ -312,7 +312,7 @@ class ClientJob:
         self._outputs.append(Reconnect(reason))
 
     def connection_restored(self, now: float) -> None:
-        """Go on over another link to the same worker.
+        """Continue over another link to the same worker.
 
         Raises:
             LocalProtocolError: If no link was lost, or the job has not been submitted.
@@ -347,7 +347,7 @@ class ClientJob:
             self._lose(reason)
 
     def handle_timeout(self, now: float) -> None:
-        """End a job whose worker has not answered; nothing before `deadline`."""
+        """End a job whose worker is silent; nothing happens before `deadline`."""
         deadline = self.deadline()
         if deadline is None or now < deadline:
             return
@@ -497,7 +497,7 @@ class ClientJob:
         self._move(ClientTrigger.RESUME, deadline)
 
     def _resumed(self, progress: messages.JobProgress, now: float) -> None:
-        """Go on with a job that the worker has, from where it is there."""
+        """Continue a job that the worker has, from its state there."""
         self._is_known = self._is_known or progress.state != "RECEIVING"
         if self.route is None or progress.state == "RECEIVING":
             self._use_channel("the worker has the job already")
@@ -513,7 +513,7 @@ class ClientJob:
             self._move(messages.ResumeAccepted)
 
     def _start_again(self, now: float) -> None:
-        """Submit a job that the worker does not have, unless it had it once."""
+        """Submit a job that the worker lacks, unless it had the job before."""
         announced = self._shared if self._may_announce() else None
         if self._cancellation is not None and not self._cancellation.stopped:
             if announced is not None:
@@ -537,7 +537,7 @@ class ClientJob:
         """Return whether a worker without the job may have missed its start."""
         return self.route == "shared" and not self._is_known
 
-    # ----------------------------------------------------------------- the end of it
+    # ------------------------------------------------------------------------ the end
 
     def _fetch(
         self,
@@ -568,7 +568,7 @@ class ClientJob:
         self._end("lost", reason)
 
     def _abandon(self) -> None:
-        """Stop the effect that is under way, and undo what will not be used."""
+        """Stop the effect that is under way, and discard a copy that is of no use."""
         if self.state is ClientState.SHARING:
             self._outputs.append(DiscardShared(self.job_id))
         self._stop_transfer()

@@ -1,4 +1,4 @@
-"""What a client's job asks of its owner: messages to send, effects, and events."""
+"""Outputs of a client's job: messages to send, effects to run, and events."""
 
 from typing import Literal
 
@@ -81,14 +81,14 @@ class Reconnect(msgspec.Struct, frozen=True):
 
 
 class RouteChosen(msgspec.Struct, frozen=True):
-    """Event: how the package will travel, and why."""
+    """Event: the route of the package was chosen, for this reason."""
 
     route: messages.Route
     reason: str
 
 
 class JobEnded(msgspec.Struct, frozen=True):
-    """Event, the last one.
+    """Event: the job has ended; it is the last output.
 
     Args:
         outcome: How it ended.

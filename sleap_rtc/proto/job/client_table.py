@@ -1,4 +1,4 @@
-"""The states of a client's job, and what leads from one to another."""
+"""The states of a client's job, and the transitions between them."""
 
 from enum import Enum, auto
 from typing import get_args
@@ -38,7 +38,7 @@ class ClientTrigger(Enum):
 _M, _S, _T = messages, ClientState, ClientTrigger
 
 # The owner of a worker may stop a job as soon as the worker has its id. A message that
-# changes no state is in the table as well: what is not there is the worker's fault.
+# changes no state is in the table as well: any other one is a fault of the worker.
 TRANSITIONS: Table[ClientState] = {
     _S.IDLE: {
         _T.SHARED: _S.SHARING,

@@ -1,4 +1,4 @@
-"""What a program printed, as numbered lines that are safe to show.
+"""The output of a program, as numbered lines that are safe to show.
 
 A program that believes it talks to a terminal redraws: a bare carriage return starts
 its line again, and ``ESC [ A`` goes back up to one that it drew before (nested progress
@@ -15,15 +15,15 @@ import msgspec
 from sleap_rtc.proto.terminal import TOKEN, UNFINISHED, without_marks
 
 MAX_LINE_BYTES = 16 * 1024
-"""UTF-8 bytes of one line; four times as much would still fit a control message."""
+"""UTF-8 bytes of the longest line; four times as many would still fit a message."""
 
 CUT_MARK = " [line cut]"
 
 REDRAW_SECONDS = 0.1
-"""Time between two redraws of a line: people do not read ten a second."""
+"""Seconds between two redraws of a line: people do not read ten a second."""
 
 REACH = 16
-"""Lines that can still be redrawn; progress bars nest two or three deep."""
+"""Number of lines that can be redrawn; progress bars nest two or three deep."""
 
 _UPWARDS = re.compile(r"(?:\x1b\[|\x9b)([0-9]{0,4})A")
 _ERASE_LINE = re.compile(r"(?:\x1b\[|\x9b)([0-2]?)K")
@@ -33,7 +33,7 @@ class LineEvent(msgspec.Struct, frozen=True):
     """The text of a line, for the first time or again.
 
     Args:
-        line: Its number; a number that was there before is a redraw of that line.
+        line: Its number; a number that came before is a redraw of that line.
         text: Printable text without trailing spaces, at most `MAX_LINE_BYTES` bytes
             and `CUT_MARK`.
     """
@@ -43,7 +43,7 @@ class LineEvent(msgspec.Struct, frozen=True):
 
 
 class _Row:
-    """A line that can still change."""
+    """A line that may change."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -56,11 +56,11 @@ class _Row:
 
     @property
     def is_blank(self) -> bool:
-        """True if nothing was ever on this line that a reader could have seen."""
+        """True if this line never had any text that a reader could have seen."""
         return self._shown is None and not "".join(self._pieces).strip(" ")
 
     def write(self, text: str, now: float) -> None:
-        """Put text at the end of the line."""
+        """Append text to the line."""
         if self._cut or not text:
             return
         data = text.encode()
@@ -72,7 +72,7 @@ class _Row:
         self._touch(now)
 
     def erase(self, now: float) -> None:
-        """Take all text off the line."""
+        """Remove all text from the line."""
         if not self._pieces:
             return
         self._pieces.clear()
@@ -81,7 +81,7 @@ class _Row:
         self._touch(now)
 
     def take(self) -> LineEvent | None:
-        """Give the line to the reader, if it has not seen this text yet."""
+        """Return the event for the line; None if its text was delivered before."""
         self.due = None
         text = "".join(self._pieces)
         self._pieces = [text] if text else []
@@ -99,12 +99,13 @@ class _Row:
 class LineAssembler:
     """Cut the output of a program into numbered lines.
 
-    Call `receive_data` with whatever was read, `handle_timeout` once `deadline` has
-    come, and `finish` at the end of the output; each returns the lines to deliver, in
-    order. A finished line is delivered at once. A line that is still being drawn, or is
-    drawn again, is delivered `REDRAW_SECONDS` after it changed, with the text that it
-    has then; so its last text always comes. How the bytes were cut never matters for
-    the last text of a line.
+    Call `receive_data` with any bytes that were read, `handle_timeout` at `deadline`,
+    and `finish` at the end of the output. Each returns the lines to deliver, in order.
+
+    A finished line is delivered at once. A line that is being drawn or redrawn is
+    delivered `REDRAW_SECONDS` after it changed, with the text that it has then, so that
+    its last text is always delivered. That text does not depend on where the bytes were
+    cut.
 
     Args:
         first_line: The number of the first line.
@@ -116,7 +117,7 @@ class LineAssembler:
         self._rows = [_Row(first_line)]
         self._cursor = 0
         self._fresh = False
-        """True if the next text replaces the line instead of growing it."""
+        """True if the next text replaces the line instead of extending it."""
 
     @property
     def next_line(self) -> int:
@@ -125,22 +126,22 @@ class LineAssembler:
         return last.number if last.is_blank else last.number + 1
 
     def deadline(self) -> float | None:
-        """Say when `handle_timeout` has something to deliver."""
+        """Return when `handle_timeout` has something to deliver; None if never."""
         return min((row.due for row in self._rows if row.due is not None), default=None)
 
     def receive_data(self, data: bytes, now: float) -> list[LineEvent]:
-        """Take output of the program.
+        """Return the lines that are complete or due after this output.
 
         Args:
-            data: Any number of bytes, with borders anywhere; what is not UTF-8 shows
-                as U+FFFD.
-            now: The time in seconds.
+            data: Any number of bytes, cut anywhere. A byte that is not UTF-8 becomes
+                U+FFFD.
+            now: Seconds on the clock of the caller.
         """
         events = list(self._feed(self._decoder.decode(data), now))
         return events + self.handle_timeout(now)
 
     def handle_timeout(self, now: float) -> list[LineEvent]:
-        """Deliver the lines whose time has come."""
+        """Return the lines that are due."""
         return [
             event
             for row in self._rows
@@ -148,7 +149,7 @@ class LineAssembler:
         ]
 
     def finish(self, now: float) -> list[LineEvent]:
-        """Deliver everything: the output has ended. More may follow below it."""
+        """Return all lines that were not delivered; later output starts a new line."""
         events = list(self._feed(self._decoder.decode(b"", final=True), now))
         self._held = ""
         following = self.next_line
@@ -165,7 +166,7 @@ class LineAssembler:
         text = self._held + text
         self._held = ""
         for token in TOKEN.finditer(text):
-            # Only the last sequence can be unfinished, and only if it holds no text.
+            # Only the last sequence can be unfinished, and only if it has no text.
             if token["text"]:
                 self._write(token[0], now)
             elif UNFINISHED.match(text, token.start()):
@@ -186,7 +187,7 @@ class LineAssembler:
         row.write(without_marks(text), now)
 
     def _control(self, sequence: str, now: float) -> None:
-        """Follow a control sequence, if it is one that moves lines."""
+        """Follow a control sequence that moves up or erases a line."""
         if match := _UPWARDS.fullmatch(sequence):
             self._cursor = max(0, self._cursor - max(1, int(match[1] or 1)))
             self._fresh = True
@@ -197,7 +198,7 @@ class LineAssembler:
             self._rows[self._cursor].erase(now)
 
     def _end_line(self) -> Iterator[LineEvent]:
-        """Go down one line; a line that ends for the first time is delivered."""
+        """Move down one line; deliver a line that ends for the first time."""
         row = self._rows[self._cursor]
         if not row.ended:
             row.ended = True
@@ -210,7 +211,7 @@ class LineAssembler:
             yield from self._retire()
 
     def _retire(self) -> Iterator[LineEvent]:
-        """Let go of the line that is out of reach now."""
+        """Drop the line that is out of reach, and deliver its last text."""
         if len(self._rows) > REACH:
             row = self._rows.pop(0)
             self._cursor -= 1

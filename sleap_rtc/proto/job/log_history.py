@@ -1,21 +1,21 @@
-"""The last lines of a job's output, for a client that comes back."""
+"""The last lines of the output of a job, for a client that resumes it."""
 
 from collections.abc import Iterator
 
 from sleap_rtc.proto.messages import JobLog
 
 MAX_HISTORY = 2 * 1024 * 1024
-"""Bytes of text that are kept of a job; a long training prints less."""
+"""Bytes of output that are kept for each job; a long training prints less."""
 
 _LINE_OVERHEAD = 200
-"""Bytes that a line costs beside its text: many empty ones must not add up."""
+"""Bytes that a line costs beside its text, so that empty lines are limited."""
 
 
 class LogHistory:
     """Keeps the last version of each line, up to a number of bytes.
 
     Args:
-        limit: Bytes to keep; the oldest lines give way.
+        limit: Bytes to keep; the oldest lines are dropped first.
     """
 
     def __init__(self, limit: int = MAX_HISTORY) -> None:
@@ -24,7 +24,7 @@ class LogHistory:
         self._by_line: dict[int, JobLog] = {}
 
     def add(self, message: JobLog) -> None:
-        """Keep a line; a newer version takes the place of the one before."""
+        """Record a line in place of its earlier version."""
         earlier = self._by_line.pop(message.line, None)
         if earlier is not None:
             self._size -= _cost(earlier)
@@ -35,7 +35,7 @@ class LogHistory:
             self._size -= _cost(self._by_line.pop(oldest))
 
     def since(self, sequence: int) -> Iterator[JobLog]:
-        """Give what is kept from a sequence number on, in order."""
+        """Return the messages from a sequence number on, in order."""
         return (each for each in self._by_line.values() if each.sequence >= sequence)
 
 

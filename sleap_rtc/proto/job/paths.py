@@ -1,9 +1,9 @@
-"""Where the files of a job lie beneath a shared root."""
+"""Paths of the files of a job beneath a shared root."""
 
 import msgspec
 
 MODELS = "models"
-"""Name of the folder in a job directory that the models of a package go to."""
+"""Name of the folder for the models in a job directory."""
 
 _PROBE = "mount-probe"
 
@@ -29,7 +29,7 @@ class JobPaths(msgspec.Struct, frozen=True):
 
     @property
     def models(self) -> str:
-        """The folder that the models of the package go to."""
+        """The folder for the models."""
         return self.file(MODELS)
 
     def file(self, path: str) -> str:

@@ -1,4 +1,4 @@
-"""What a worker reports of a running job, as events for the user."""
+"""The reports of a worker on a running job, as events for the user."""
 
 from typing import Literal, assert_never
 
@@ -8,7 +8,7 @@ from sleap_rtc.proto import messages
 
 
 class StateChanged(msgspec.Struct, frozen=True):
-    """Event: the worker reports where the job is."""
+    """Event: the state of the job at the worker changed."""
 
     progress: messages.JobProgress
 

@@ -5,37 +5,31 @@ import msgspec
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import RemoteProtocolError
 
-_MAX_DETAIL = 1024
-"""Characters of `JobProgress.detail`."""
-
-_MAX_TEXT = 60 * 1024
-"""Bytes of a text that fit into a message beside its other fields."""
-
-_MAX_PATH = 4096
-"""Characters of a `WirePath`."""
+_MAX_TEXT = messages.MAX_MESSAGE_BYTES - 4096
+"""Bytes of the longest text that fits into a message beside its other fields."""
 
 _PAGE_BYTES = messages.MAX_MESSAGE_BYTES // 2
-"""Half a message: JSON may need two bytes for one of a path."""
+"""Bytes of the files on one page: half a message, since JSON escapes some bytes."""
 
 
 def clean_text(text: str) -> str:
-    """Make a text fit for a message: no stray surrogates, and not too long."""
+    """Return a text without stray surrogates, cut to fit into a message."""
     data = text[:_MAX_TEXT].encode("utf-8", "replace")
     return data[:_MAX_TEXT].decode("utf-8", "ignore")
 
 
 def end_progress(state: messages.JobStateName, detail: str) -> messages.JobProgress:
-    """Say how a job ended, and as much about it as fits.
+    """Return the progress of a job that has ended, with as much detail as fits.
 
     Args:
-        state: Its last state.
+        state: The last state of the job.
         detail: Any text.
     """
-    return messages.JobProgress(state, 0, clean_text(detail)[:_MAX_DETAIL])
+    return messages.JobProgress(state, 0, clean_text(detail)[: messages.MAX_DETAIL])
 
 
 def listed_results(results: dict[str, int]) -> dict[str, int]:
-    """Leave out the files whose paths no message can carry, and those over a limit.
+    """Return the results whose paths fit into messages, up to the limits.
 
     Args:
         results: Size in bytes of each file, by its path.
@@ -49,13 +43,13 @@ def listed_results(results: dict[str, int]) -> dict[str, int]:
             or characters > messages.MAX_RESULT_PATHS
         ):
             break
-        if 0 < len(path) <= _MAX_PATH and path == clean_text(path):
+        if 0 < len(path) <= messages.MAX_PATH and path == clean_text(path):
             listed[path] = size
     return listed
 
 
 def result_pages(results: dict[str, int]) -> list[messages.ResultPage]:
-    """Give the lists that tell of these files, each as long as a message may be.
+    """Return pages that list these files, each short enough for a message.
 
     Args:
         results: Size in bytes of each file, by its path.
@@ -70,7 +64,7 @@ def result_pages(results: dict[str, int]) -> list[messages.ResultPage]:
 
 
 def _fitting(files: list[messages.ResultFile]) -> int:
-    """Count how many of these files, one at least, fit into one message."""
+    """Return how many of these files, at least one, fit into one message."""
     size = 0
     for count, file in enumerate(files):
         size += len(msgspec.json.encode(file)) + 1

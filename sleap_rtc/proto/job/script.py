@@ -1,8 +1,8 @@
-"""The scripts of a package, read as commands and never run by a shell.
+"""The scripts of a package, parsed into commands; no shell runs them.
 
-SLEAP exports `train-script.sh` and `inference-script.sh`; `track-script.sh` is what
-people write for tracking. Each line is a program and its arguments. They are read with
-the quoting rules of the POSIX shell (Shell Command Language, 2.2); whatever else a
+SLEAP exports `train-script.sh` and `inference-script.sh`; people write
+`track-script.sh` for tracking. Each line is a program and its arguments, with the
+quoting rules of the POSIX shell (Shell Command Language, 2.2). Everything else that a
 shell would interpret is refused with the line and the reason, because here it would
 silently mean something different.
 """
@@ -17,7 +17,7 @@ from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.terminal import printable
 
 DEFAULT_PROGRAMS = frozenset({"sleap", "sleap-nn", "sleap-nn-train", "sleap-nn-track"})
-"""What a worker runs unless its owner allows more."""
+"""Programs that a worker runs unless its owner allows more."""
 
 ScriptKind = Literal["training", "inference"]
 
@@ -26,34 +26,35 @@ SCRIPT_KINDS: dict[str, ScriptKind] = {
     "track-script.sh": "inference",
     "inference-script.sh": "inference",
 }
-"""The file names that are scripts, in the order in which they run."""
+"""File names of scripts, in the order in which they run."""
 
 MAX_SCRIPT_LENGTH = 256 * 1024
-"""Characters; a line for each of a thousand models and videos fits."""
+"""Characters of the longest script: a line for each of a thousand videos fits."""
 
 MAX_COMMANDS = 1000
+"""Commands in one script."""
 
 _SPELLINGS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("sleap-nn", "train"), ("sleap-nn-train",), ("sleap", "train")),
     (("sleap-nn", "track"), ("sleap-nn-track",), ("sleap", "track")),
     (("sleap-nn", "predict"), ("sleap", "predict")),
 )
-"""Beginnings of commands that do the same, the most common one first."""
+"""First words of commands that do the same, the most common ones first."""
 
 _PROTECTED = frozenset('$`"\\\n')
-"""What a backslash protects within double quotes."""
+"""Characters that a backslash protects within double quotes."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\ud800-\udfff]")
-"""What no argument holds: control characters, and halves of characters."""
+"""Characters that no argument has: control characters and surrogates."""
 
 
 class ScriptError(InvalidInput):
-    """A package's script can't be run.
+    """A script of a package cannot be run.
 
     Args:
         script: The name of the file, or "" if the fault is not in one file.
         line: The line, counted from 1, or None if the fault is not in one line.
-        problem: What is wrong and what to do, for people.
+        problem: The fault and how to mend it, for people.
     """
 
     def __init__(self, script: str, line: int | None, problem: str) -> None:
@@ -72,7 +73,7 @@ class Command(msgspec.Struct, frozen=True):
 
     Args:
         argv: The program and its arguments.
-        line: The line of the script that it begins on, counted from 1.
+        line: The line of the script on which it begins, counted from 1.
         script: The name of the script.
     """
 
@@ -82,7 +83,7 @@ class Command(msgspec.Struct, frozen=True):
 
     @property
     def title(self) -> str:
-        """What people call it: the program, and its subcommand if it has one."""
+        """The program, and its subcommand if it has one, for people."""
         words = self.argv[:1]
         if re.fullmatch(r"[a-z][a-z-]*", "".join(self.argv[1:2])):
             words = self.argv[:2]
@@ -93,7 +94,7 @@ class Command(msgspec.Struct, frozen=True):
 
 
 class Script(msgspec.Struct, frozen=True):
-    """The commands of one script; an exporter may leave them out."""
+    """The commands of one script; SLEAP exports some scripts without any."""
 
     name: str
     kind: ScriptKind
@@ -103,11 +104,11 @@ class Script(msgspec.Struct, frozen=True):
 def plan_scripts_untrusted(
     files: Mapping[str, str], allowed: frozenset[str]
 ) -> tuple[Script, ...]:
-    """Decide what a package runs, and in which order.
+    """Return the scripts that a package runs, in order.
 
     Training comes first. SLEAP always writes both of its scripts, and leaves the one
-    without work empty: an empty one is skipped. An inference script that only repeats
-    the commands of the tracking script is skipped too.
+    without work empty. An empty script is skipped, and so is an inference script that
+    only repeats the commands of the tracking script.
 
     Args:
         files: The text of each script of the package by its file name.
@@ -117,7 +118,7 @@ def plan_scripts_untrusted(
         At least one script, each with at least one command.
 
     Raises:
-        ScriptError: If there is nothing to run, or a script can't be run.
+        ScriptError: If the package has no command, or a script cannot be run.
     """
     scripts: list[Script] = []
     for name in SCRIPT_KINDS:
@@ -134,7 +135,7 @@ def plan_scripts_untrusted(
             "",
             None,
             f"nothing to run: {' and '.join(present)} of the package "
-            f"{'holds' if len(present) == 1 else 'hold'} no command",
+            f"{'has' if len(present) == 1 else 'have'} no command",
         )
     raise ScriptError(
         "",
@@ -150,11 +151,11 @@ def _arguments(script: Script) -> tuple[tuple[str, ...], ...]:
 
 
 def read_script_untrusted(name: str, text: str, allowed: frozenset[str]) -> Script:
-    """Read one script.
+    """Parse one script.
 
     Args:
         name: Its file name, a key of `SCRIPT_KINDS`.
-        text: What it holds.
+        text: Its content.
         allowed: The programs that this worker runs, exactly as a script names them.
 
     Returns:
@@ -166,7 +167,9 @@ def read_script_untrusted(name: str, text: str, allowed: frozenset[str]) -> Scri
     """
     kind = SCRIPT_KINDS.get(name)
     if kind is None:
-        raise ScriptError(name, None, "this is not a script that sleap-rtc knows")
+        raise ScriptError(
+            name, None, "it is not one of the scripts that sleap-rtc runs"
+        )
     if len(text) > MAX_SCRIPT_LENGTH:
         raise ScriptError(
             name, None, f"it has more than {MAX_SCRIPT_LENGTH} characters"
@@ -183,10 +186,10 @@ def read_script_untrusted(name: str, text: str, allowed: frozenset[str]) -> Scri
 
 
 def equivalents(argv: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
-    """Say how else a command can be spelled, for workers without its program.
+    """Return other spellings of a command, for workers without its program.
 
     Returns:
-        Commands that do the same, the most likely first; none for an unknown one.
+        Commands that do the same, the most likely first; none for other programs.
     """
     for spellings in _SPELLINGS:
         for spelling in spellings:
@@ -197,7 +200,7 @@ def equivalents(argv: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
 
 
 def _only_options(words: tuple[str, ...]) -> bool:
-    """Tell whether these are options of the shell, like ``-euo pipefail``."""
+    """Return whether these are options of the shell, like ``-euo pipefail``."""
     previous = ""
     for word in words:
         named = previous[:1] in ("-", "+") and previous.endswith("o") and word.isalpha()
@@ -217,7 +220,7 @@ def _check_program(name: str, line: int, program: str, allowed: frozenset[str]) 
         )
     elif re.match(r"[A-Za-z_][A-Za-z0-9_]*\+?=", program):
         problem = (
-            "a variable can't be set here, because no shell runs the script. "
+            "variables cannot be set, because no shell runs the script. "
             "Remove the assignment"
         )
     else:
@@ -230,7 +233,7 @@ def _check_program(name: str, line: int, program: str, allowed: frozenset[str]) 
 
 
 class _Lexer:
-    """Cut a script into words, by the quoting rules of the shell."""
+    """Split a script into words, by the quoting rules of the shell."""
 
     def __init__(self, name: str, text: str) -> None:
         self._name = name
@@ -239,7 +242,7 @@ class _Lexer:
         self._line = 1
 
     def commands(self) -> Iterator[tuple[int, tuple[str, ...]]]:
-        """Give each command with the line that it begins on."""
+        """Yield each command with the line on which it begins."""
         words: list[str] = []
         first = 0
         while char := self._peek():
@@ -276,17 +279,17 @@ class _Lexer:
         return "".join(parts)
 
     def _plain(self, char: str) -> str:
-        """Take a character outside of quotes."""
+        """Consume a character outside quotes."""
         if char in "|&;<>()`$":
             self._refuse(f"a shell would interpret '{char}'")
-        # Square brackets stay: hydra lists are written with them, and a shell leaves
-        # them alone unless a file has just that name.
+        # Square brackets are allowed: hydra lists are written with them, and a shell
+        # keeps them unless a file name matches.
         if char in "*?{}":
             self._refuse(f"a shell would expand '{char}'")
         return self._take(char)
 
     def _escaped(self) -> str:
-        """Take a backslash outside of quotes and what it protects."""
+        """Consume a backslash outside quotes and the character that it protects."""
         self._advance()
         char = self._peek()
         if not char:
@@ -318,7 +321,7 @@ class _Lexer:
         return "".join(parts)
 
     def _inside(self, quote: str) -> str:
-        """Look at the next character within quotes."""
+        """Return the next character within quotes."""
         char = self._peek()
         if char in ("", "\n"):
             raise ScriptError(
@@ -334,10 +337,10 @@ class _Lexer:
         return self._text[self._at : self._at + 1]
 
     def _take(self, char: str) -> str:
-        """Go past a character that becomes part of a word."""
+        """Consume a character that becomes part of a word."""
         if _CONTROL.match(char):
             raise ScriptError(
-                self._name, self._line, f"it holds the character U+{ord(char):04X}"
+                self._name, self._line, f"it contains the character U+{ord(char):04X}"
             )
         self._advance()
         return char
@@ -351,5 +354,5 @@ class _Lexer:
             self._name,
             self._line,
             f"{problem}, but no shell runs the script. Write one plain command on a "
-            "line, and put what is meant as it stands in single quotes",
+            "line, and put characters that are meant literally in single quotes",
         )

@@ -45,7 +45,7 @@ class IntakeState(Enum):
 
 
 class Report(Enum):
-    """Reports of the owner on what it was asked to do."""
+    """Reports of the owner on the effects that it ran."""
 
     PROBED = auto()
     INPUT_VALID = auto()
@@ -98,11 +98,11 @@ EARLY: dict[IntakeState, tuple[type[SharedRequest], ...]] = {
     _S.CHECKING_INPUT: (_M.SharedOutputPath, _M.SharedStorageJob),
     _S.MAKING_OUTPUT: (_M.SharedStorageJob,),
 }
-"""Requests that are kept in a state, in the order in which they have to come."""
+"""Requests that are kept in a state, in the order in which they must come."""
 
 
 class SharedIntake:
-    """Checks what a client asks for, until the job is `STARTED`."""
+    """Checks the requests of a client, until the job is `STARTED`."""
 
     def __init__(self) -> None:
         self.state = IntakeState.NEW

@@ -22,7 +22,7 @@ PROBE_TIMEOUT = 30.0
 """Seconds for the worker to read the probe file: a slow mount takes several."""
 
 PATH_TIMEOUT = 30.0
-"""Seconds for the worker to check both paths, each of them."""
+"""Seconds for the worker to check one path."""
 
 SharedAnswer = (
     messages.MountProbed
@@ -98,7 +98,7 @@ class SharedRoute:
     def __init__(self, job_id: str, package: str) -> None:
         self.state = SharedState.PREPARING
         self.failure = ""
-        """Why the route failed, a sentence without its full stop."""
+        """Reason why the route failed, a sentence without its full stop."""
 
         self._paths = JobPaths(job_id)
         self._package = package
@@ -196,7 +196,7 @@ class SharedRoute:
                 pass  # an effect is under way; its report goes over the new link
 
     def handle_timeout(self, now: float) -> None:
-        """Give up if the worker has not answered; nothing happens before `deadline`."""
+        """Fail if the worker has not answered; nothing happens before `deadline`."""
         if self._deadline is None or now < self._deadline:
             return
         probing = self.state is SharedState.PROBING

@@ -44,7 +44,7 @@ _NAMES: dict[WorkerState, messages.JobStateName] = {
 
 
 class _Ending(msgspec.Struct, frozen=True):
-    """How a job ended, with the reason, or a remark on its results."""
+    """Last state of a job, with the reason, or a remark on its results."""
 
     state: messages.JobStateName
     detail: str
@@ -59,8 +59,8 @@ class WorkerJob:
     `next_output` until it returns None. It has no deadline of its own: the idle timeout
     of the link ends what a silent client leaves behind.
 
-    A client that goes away while paths are being checked takes the job with it. Later
-    its loss changes nothing, and it may come back over another link.
+    A job whose paths are being checked ends with its link. A later job outlives its
+    link, and its client may come back over another one.
     """
 
     def __init__(self) -> None:
@@ -101,11 +101,11 @@ class WorkerJob:
 
         Args:
             job_id: Its id.
-            route: How its package came.
+            route: The route of its package.
             submission: Name and size of the package; the name as in `Enqueue`.
-            progress: Where it was.
+            progress: Its state.
             results: As in `run_ended`.
-            output_path: Where its models are, as in `JobComplete`.
+            output_path: Path of its models, as in `JobComplete`.
         """
         job = cls()
         job.job_id, job.route, job._connected = job_id, route, False
@@ -130,7 +130,7 @@ class WorkerJob:
 
     @property
     def progress(self) -> messages.JobProgress:
-        """Where the job is, as its client and the worker's store see it."""
+        """The state of the job, as its client and the worker's store see it."""
         if self._ending is not None:
             return end_progress(self._ending.state, self._ending.detail)
         name = _NAMES.get(self.state, "RECEIVING")
@@ -145,7 +145,7 @@ class WorkerJob:
 
     @property
     def output_path(self) -> str:
-        """Where the models are, beneath the shared root or the job directory."""
+        """Path of the models, beneath the shared root or the job directory."""
         return self._output_path
 
     @property
@@ -214,7 +214,7 @@ class WorkerJob:
         """Stop the job; nothing happens before the client has named it, or at its end.
 
         Args:
-            reason: Who cancels it and why, for people.
+            reason: Why, for people.
         """
         match self.state:
             case WorkerState.NEW | WorkerState.ENDED | WorkerState.DISCARDED:
@@ -414,7 +414,7 @@ class WorkerJob:
                 assert_never(message)
 
     def _resume(self, point: messages.ResumePoint) -> None:
-        """Tell a client that came back where the job is, and send what it missed."""
+        """Send the state of the job, and the messages that the client has missed."""
         if self.state is WorkerState.ADMITTING:
             self._resumed = True  # `admitted` answers
             return
@@ -443,10 +443,10 @@ class WorkerJob:
         self._outputs.append(Remember())
         self._outputs.append(Enqueue(self.job_id, self.route, self._package))
 
-    # ------------------------------------------------------------------- the end of it
+    # ------------------------------------------------------------------------ the end
 
     def _discard(self, ending: _Ending | None = None) -> None:
-        """Leave nothing of a job that did not run, or whose results were fetched."""
+        """Discard a job that did not run, or whose results were fetched."""
         if ending is not None:
             progress = end_progress(ending.state, ending.detail)
             self._send(messages.JobState(self.job_id, progress))
@@ -466,7 +466,7 @@ class WorkerJob:
     # ------------------------------------------------------------------ small helpers
 
     def _sharing(self) -> SharedIntake | None:
-        """Return the intake for a report; None if the client has gone another way."""
+        """Return the intake for a report; None if the client took another route."""
         if self.state is WorkerState.SHARING:
             return self._intake
         if self.has_ended or self.route == "channel":

@@ -1,4 +1,4 @@
-"""What a worker's job asks of its owner: messages to send, and effects."""
+"""Outputs of a worker's job: messages to send, and effects to run."""
 
 import msgspec
 
@@ -24,13 +24,13 @@ class CheckInput(msgspec.Struct, frozen=True):
 
 
 class MakeOutput(msgspec.Struct, frozen=True):
-    """Create this directory beneath the root; `output_made` or `path_refused`."""
+    """Create this folder beneath the root; `output_made` or `path_refused` follows."""
 
     path: str
 
 
 class Admit(msgspec.Struct, frozen=True):
-    """Decide about a package that is to come; `admitted` or `rejected` follows."""
+    """Decide whether to take a package; `admitted` or `rejected` follows."""
 
     job_id: str
     submission: messages.Submission
@@ -44,24 +44,24 @@ class ReceivePackage(msgspec.Struct, frozen=True):
 
 
 class StopReceiving(msgspec.Struct, frozen=True):
-    """Stop receiving the package, and keep what has arrived of it."""
+    """Stop receiving the package, and keep the part that has arrived."""
 
 
 class Remember(msgspec.Struct, frozen=True):
-    """Note durably where the job stands: `WorkerJob.restored` goes on from there."""
+    """Record the state of the job durably, for `WorkerJob.restored`."""
 
 
 class Enqueue(msgspec.Struct, frozen=True):
-    """The package is here: wait for a slot, then run it.
+    """Wait for a slot, then run the package.
 
-    While it waits: `queue_moved`; then `slot_granted`, any number of `output` and
-    `stage_complete`, and `run_ended`.
+    Reports follow: `queue_moved` while it waits, then `slot_granted`, any number of
+    reports on its progress, and `run_ended`.
     """
 
     job_id: str
     route: messages.Route
     package: str
-    """Beneath the shared root, or the name within the job directory."""
+    """Path beneath the shared root, or name in the job directory."""
 
 
 class StopRun(msgspec.Struct, frozen=True):
@@ -76,7 +76,7 @@ class SendResult(msgspec.Struct, frozen=True):
 
 
 class Discard(msgspec.Struct, frozen=True):
-    """Forget this job, and the worker's copy of it; stop what concerns it."""
+    """Stop all effects of this job, and remove the worker's record and copy of it."""
 
 
 Output = (

@@ -1,4 +1,4 @@
-"""The states of a worker's job, and what leads from one to another."""
+"""The states of a worker's job, and the transitions between them."""
 
 from enum import Enum, auto
 from typing import get_args

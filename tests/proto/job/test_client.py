@@ -1,4 +1,4 @@
-"""A client's job: the way to the worker, the wait, and the way home of its results."""
+"""A client's job, from the choice of a route to the results."""
 
 from collections.abc import Callable
 from typing import get_args
@@ -152,7 +152,7 @@ ASIDE: dict[str, tuple[str, list[Input]]] = {
         ],
     ),
 }
-"""Places beside the golden paths: the place before, and what leads there."""
+"""Places beside the golden paths: the place before, and the inputs that follow it."""
 
 PLACES: list[tuple[str, str]] = [
     ("shared", "idle"),
@@ -480,7 +480,7 @@ FALLBACKS: list[tuple[str, Input, str]] = [
 
 
 @pytest.mark.parametrize(("place", "trouble", "why"), FALLBACKS)
-def test_trouble_with_the_shared_route_falls_back_and_tells_why(
+def test_trouble_with_the_shared_route_falls_back_for_a_reason(
     place: str, trouble: Input, why: str
 ) -> None:
     job = job_at("shared", place)
@@ -516,7 +516,7 @@ def test_a_required_shared_route_without_roots_ends_at_once() -> None:
     assert ended.outcome == "transfer_failed"
 
 
-def test_what_the_worker_tells_is_shown() -> None:
+def test_reports_of_the_worker_become_events() -> None:
     job = job_at("channel", "waiting")
     for kind in (
         messages.JobState,
@@ -583,7 +583,7 @@ def test_the_text_of_a_worker_does_not_undo_a_cancellation(
     assert not ending.can_be_resumed
 
 
-def test_a_second_cancellation_ends_the_fetching_too() -> None:
+def test_a_second_cancellation_ends_the_fetching() -> None:
     job = job_at("channel", "cancelling")
     receive(EXAMPLES[messages.JobResults])(job)
     receive(EXAMPLES[messages.JobFailed])(job)
@@ -596,7 +596,7 @@ def test_a_second_cancellation_ends_the_fetching_too() -> None:
 
 
 def test_a_failed_package_stops_its_sender() -> None:
-    # The worker says FAILED in a JobState before it sends JobFailed.
+    # The worker sends FAILED in a JobState before JobFailed.
     job = job_at("channel", "sending")
     job.receive_message(messages.JobState(JOB, messages.JobProgress("FAILED")), 0.0)
     assert job.state is ClientState.SENDING
@@ -652,7 +652,7 @@ def page(count: int, length: int) -> messages.JobResults:
         (page(10, 4096), messages.MAX_RESULT_PATHS // 40960),
     ],
 )
-def test_a_worker_can_not_fill_the_memory_with_results(
+def test_a_worker_cannot_fill_the_memory_with_results(
     each: messages.JobResults, fits: int
 ) -> None:
     job = job_at("channel", "waiting")

@@ -187,7 +187,7 @@ def test_a_repeated_report_is_shown_once() -> None:
 
 
 @pytest.mark.parametrize("route", [None, "shared", "channel"])
-def test_a_job_of_an_earlier_process_is_submitted_if_it_is_not_known(
+def test_a_job_of_an_earlier_process_is_submitted_if_the_worker_lacks_it(
     route: messages.Route | None,
 ) -> None:
     job = ClientJob(JOB, NAME, SIZE)
@@ -219,7 +219,9 @@ def test_a_job_that_the_worker_had_is_not_started_again(
     assert drain(job) == [JobEnded("lost", "the worker no longer has the job")]
 
 
-def test_the_copy_for_a_job_that_never_started_goes_when_it_is_cancelled() -> None:
+def test_the_copy_for_a_job_that_never_started_is_removed_when_it_is_cancelled() -> (
+    None
+):
     job = clients.job_at("shared", "resuming")
     job.cancel("Ctrl-C", 0.0)
     job.receive_message(messages.JobUnknown(JOB), 0.0)
@@ -227,7 +229,7 @@ def test_the_copy_for_a_job_that_never_started_goes_when_it_is_cancelled() -> No
     assert drain(job) == [DiscardShared(JOB), ended]
 
 
-def test_a_cancellation_does_not_wait_for_results_that_come_again() -> None:
+def test_a_cancellation_does_not_wait_for_results_that_are_fetched_again() -> None:
     job = away("channel", "fetching")
     job.connection_restored(0.0)
     drain(job)

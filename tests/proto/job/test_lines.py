@@ -1,4 +1,4 @@
-"""What a program printed, as numbered lines."""
+"""The output of a program, as numbered lines."""
 
 import random
 from collections.abc import Iterable
@@ -34,7 +34,7 @@ def feed(chunks: Iterable[bytes], step: float = 0.0) -> list[LineEvent]:
 
 
 def final(events: Iterable[LineEvent]) -> dict[int, str]:
-    """What a reader sees in the end."""
+    """Return the last text of each line."""
     return {event.line: event.text for event in events}
 
 
@@ -166,7 +166,7 @@ def test_line_numbers_have_no_gaps_and_go_on_after_the_end() -> None:
     events = assembler.receive_data(b"one\ntwo", 0.0)
     events += assembler.finish(0.0)
     assert assembler.next_line == 9
-    # What follows can't climb into the output of the program before.
+    # Later output cannot redraw the lines of the program before.
     events += assembler.receive_data(b"\x1b[Athree\n", 0.0)
     assert events == [LineEvent(7, "one"), LineEvent(8, "two"), LineEvent(9, "three")]
     assert assembler.finish(0.0) == []

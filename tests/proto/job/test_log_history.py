@@ -19,14 +19,14 @@ def test_a_redrawn_line_is_kept_in_its_last_version_and_place() -> None:
     assert list(history.since(3)) == []
 
 
-def test_the_oldest_lines_give_way() -> None:
+def test_the_oldest_lines_are_dropped() -> None:
     history = LogHistory(limit=1000)
     for number in range(10):
         history.add(log(number, number, "x" * 100))
     assert [each.line for each in history.since(0)] == [7, 8, 9]
 
 
-def test_a_line_that_is_redrawn_for_hours_makes_no_other_line_give_way() -> None:
+def test_a_line_that_is_redrawn_often_counts_once() -> None:
     history = LogHistory(limit=1000)
     history.add(log(0, 0, "saved"))
     for number in range(1, 100):
@@ -34,7 +34,7 @@ def test_a_line_that_is_redrawn_for_hours_makes_no_other_line_give_way() -> None
     assert list(history.since(0)) == [log(0, 0, "saved"), log(99, 1, "x" * 100)]
 
 
-def test_a_line_that_is_too_long_leaves_nothing_behind() -> None:
+def test_a_line_over_the_limit_empties_the_history() -> None:
     history = LogHistory(limit=1000)
     history.add(log(0, 0))
     history.add(log(1, 1, "x" * 1000))

@@ -14,11 +14,11 @@ from tests.proto.job.examples import JOB, NAME, SIZE
 from tests.proto.job.world import LINES, PROBE_PATH, Mount, Scenario, Trouble, World
 
 HISTORY = 40.0
-"""Seconds after which every undisturbed scenario here has ended."""
+"""Seconds after which every undisturbed scenario has ended."""
 
 
 def check_peace(world: World) -> None:
-    """Both sides have come to rest, agree, and have nothing left to say."""
+    """Check that both sides have come to rest, agree, and have no output left."""
     ended = world.ended
     assert world.client.next_output() is None
     assert world.worker.next_output() is None
@@ -60,7 +60,7 @@ def check_peace(world: World) -> None:
 
 
 def check_lines(world: World) -> None:
-    """No line comes twice, and none is missing in its last version."""
+    """Check that no line comes twice, and none is missing in its last version."""
     lines = [
         (event.line, event.text)
         for event in world.events
@@ -172,7 +172,7 @@ def test_other_trouble_ends_the_job(
         assert len(world.fetched) == 2
 
 
-def test_a_worker_that_never_answers_a_submission_is_left() -> None:
+def test_a_client_gives_up_on_a_worker_that_never_answers() -> None:
     world = World(Scenario(mount="none", hangs=frozenset({"admit"}))).run()
     check_peace(world)
     assert world.ended.reason == "the worker did not answer for 30 s"
@@ -195,7 +195,7 @@ def test_a_cancellation_at_any_moment_ends_both_sides(
 
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("mount", ["same", "other", "none"])
-def test_the_owner_of_the_worker_may_stop_the_job_at_any_moment(
+def test_the_owner_of_a_worker_may_stop_the_job_at_any_moment(
     mount: Mount, moment: float
 ) -> None:
     world = World(Scenario(mount=mount, owner_cancels_at=moment)).run()
@@ -234,7 +234,7 @@ def test_a_client_that_waits_for_nothing_can_be_refused_and_fall_back() -> None:
         [*FLOW[1:], messages.JobSubmit(JOB, messages.Submission(NAME, SIZE))]
     )
     kinds = [type(message) for message in world.to_client]
-    # It fell back before the answer came, which is then of no interest any more.
+    # It fell back before the answer came, so the answer is not sent.
     assert kinds == [messages.JobAccepted]
     other = World(Scenario()).run_script(FLOW[1:])
     assert [type(message) for message in other.to_client] == [messages.PathError]
@@ -244,7 +244,7 @@ def test_a_client_that_waits_for_nothing_can_be_refused_and_fall_back() -> None:
 
 ROUNDS = 3000
 DELAYS = (0.0, 0.001, 1.0, 1.0, 5.0, 25.0, 45.0)
-"""The last one is longer than either side waits."""
+"""Seconds; the last one is longer than either side waits."""
 
 FAILURES: tuple[Trouble, ...] = get_args(Trouble)
 HANGS: tuple[Trouble, ...] = ("probe", "input", "output", "admit")

@@ -29,7 +29,7 @@ def test_a_lost_link_at_any_moment_costs_nothing(mount: Mount, moment: float) ->
 
 @EVERY_MOMENT
 @EVERY_MOUNT
-def test_so_do_two_of_them(mount: Mount, moment: float) -> None:
+def test_two_lost_links_at_any_moment_cost_nothing(mount: Mount, moment: float) -> None:
     # The client needs 4 s from the first loss until it has resumed.
     for after in (2.5, 3.5, 4.5, 5.5, 9.5):
         for lag in LAGS:

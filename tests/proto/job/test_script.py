@@ -1,4 +1,4 @@
-"""The scripts of a package, read as commands."""
+"""The scripts of a package, parsed into commands."""
 
 import shlex
 import shutil
@@ -125,13 +125,13 @@ QUOTED: list[tuple[str, list[str]]] = [
 
 
 @pytest.mark.parametrize(("text", "words"), QUOTED)
-def test_words_are_cut_by_the_rules_of_the_shell(text: str, words: list[str]) -> None:
+def test_words_are_split_by_the_rules_of_the_shell(text: str, words: list[str]) -> None:
     assert read(text) == [words]
 
 
 @pytest.mark.skipif(shutil.which("sh") is None, reason="no shell to compare with")
 @pytest.mark.parametrize(("text", "words"), QUOTED[:-1])
-def test_a_real_shell_cuts_the_same_words(text: str, words: list[str]) -> None:
+def test_a_real_shell_splits_into_the_same_words(text: str, words: list[str]) -> None:
     script = "sleap() { printf '%s\\0' sleap \"$@\"; }\n" + text.replace("\r", "")
     done = subprocess.run(["sh", "-c", script], capture_output=True, check=True)
     assert done.stdout.decode().split("\0")[:-1] == words
@@ -139,7 +139,7 @@ def test_a_real_shell_cuts_the_same_words(text: str, words: list[str]) -> None:
 
 @given(st.lists(st.text(st.characters(exclude_categories=("C", "Zl", "Zp")))))
 @example(["$x", "`y`", "it's", 'a "b"', "~", "*", "\\", "#"])
-def test_whatever_was_quoted_comes_back(words: list[str]) -> None:
+def test_quoted_words_are_parsed_back(words: list[str]) -> None:
     argv = ["sleap", *words]
     assert read(shlex.join(argv)) == [argv]
 
@@ -162,8 +162,8 @@ def test_whatever_was_quoted_comes_back(words: list[str]) -> None:
         ("sleap a?", 1, "expand '?'"),
         ("sleap {a,b}", 1, "expand '{'"),
         ("sleap ~/x", 1, "home folder"),
-        ("# x\nX=1 sleap a", 2, "variable can't be set"),
-        ("X+=1", 1, "variable can't be set"),
+        ("# x\nX=1 sleap a", 2, "variables cannot be set"),
+        ("X+=1", 1, "variables cannot be set"),
         ("export X", 1, "does not run 'export'"),
         ("sleap a\ncd models\nsleap b", 2, "'cd' is not possible"),
         ("sleap 'a\nsleap b'", 1, "quote ' is not closed"),
@@ -181,7 +181,7 @@ def test_whatever_was_quoted_comes_back(words: list[str]) -> None:
         ("''", 1, "does not run ''"),
     ],
 )
-def test_what_a_shell_would_interpret_is_refused(
+def test_syntax_that_a_shell_would_interpret_is_refused(
     text: str, line: int, why: str
 ) -> None:
     reason = refusal(text)
@@ -212,7 +212,7 @@ def test_a_path_is_allowed_only_if_exactly_that_path_is(program: str) -> None:
     assert "does not run" in refusal("sleap", frozenset({program}))
 
 
-def test_a_refused_name_can_not_harm_a_terminal() -> None:
+def test_a_refused_name_cannot_harm_a_terminal() -> None:
     reason = refusal("'" + "\u202e" + "x" * 1000 + "'")
     assert len(reason) < 300
     assert "\u202e" not in reason
@@ -226,7 +226,7 @@ def test_a_script_has_limits() -> None:
 
 
 @given(st.text(), st.sampled_from([*SCRIPT_KINDS, "other.sh"]))
-def test_garbage_is_a_script_or_the_fault_of_the_peer(text: str, name: str) -> None:
+def test_garbage_is_a_script_or_invalid_input(text: str, name: str) -> None:
     for body in (text, f"sleap {text}", f'sleap "{text}"'):
         try:
             read_script_untrusted(name, body, DEFAULT_PROGRAMS)
@@ -269,15 +269,17 @@ def test_training_comes_before_inference(
     [
         ({}, "has no train-script.sh, track-script.sh or inference-script.sh"),
         ({"run.sh": "sleap a"}, "has no train-script.sh"),
-        ({TRAIN: "#!/bin/bash\n"}, "train-script.sh of the package holds no command"),
+        ({TRAIN: "#!/bin/bash\n"}, "train-script.sh of the package has no command"),
         (
             {TRAIN: "", INFERENCE: "set -e"},
-            "inference-script.sh of the package hold no",
+            "inference-script.sh of the package have no",
         ),
         ({TRAIN: "sleap a", INFERENCE: "rm x"}, "inference-script.sh, line 1: this"),
     ],
 )
-def test_a_package_that_can_not_run_says_why(files: dict[str, str], why: str) -> None:
+def test_a_package_that_cannot_run_is_refused_with_the_reason(
+    files: dict[str, str], why: str
+) -> None:
     with pytest.raises(ScriptError, match=why):
         plan(files)
 

@@ -144,7 +144,7 @@ ASIDE: dict[str, tuple[str, Input]] = {
     "refused": ("checking input", lambda job: job.path_refused("not there")),
     "suspended": ("receiving", lambda job: job.connection_lost("no answer", 0.0)),
 }
-"""Places beside the golden paths: the place before, and what leads there."""
+"""Places beside the golden paths: the place before, and the input that follows it."""
 
 PLACES: list[tuple[str, str]] = [
     ("shared", "new"),
@@ -242,7 +242,7 @@ def test_every_message_in_every_place(
 
 @pytest.mark.parametrize("kind", get_args(SharedRequest))
 @EVERY_PLACE
-def test_shared_storage_is_a_matter_of_jobs_that_were_not_started(
+def test_requests_about_shared_storage_come_before_the_start(
     route: str, place: str, kind: type[messages.Message]
 ) -> None:
     job = job_at(route, place)

@@ -30,11 +30,11 @@ WHERE: dict[str, messages.JobStateName] = {
     "running": "RUNNING",
     "ended": "COMPLETE",
 }
-"""What a client that comes back is told; other jobs cannot be resumed at once."""
+"""The state that a client gets when it resumes a job, for each place."""
 
 
 def resume(job: WorkerJob, next_sequence: int = 0) -> list[Output]:
-    """Come back over another link; returns what the worker does."""
+    """Resume a job over another link, and return the outputs of the worker."""
     job.connection_restored(5.0)
     point = messages.ResumePoint(next_sequence)
     job.receive_message(messages.JobResume(JOB, point), 5.0)

@@ -1,8 +1,8 @@
-"""Both sides of a job in memory: a clock, a link with delays, and fake storage.
+"""Both sides of a job in memory: a clock, links with delays, and fake storage.
 
-The world carries out what the two machines want, as their drivers would, and lets a
-scenario decide what goes wrong. Reports of effects come even when they come too late,
-but not from a process that was restarted, and not once the next transfer has begun.
+The world runs the effects of the two machines, as their drivers would, and a scenario
+decides which of them fail. Reports on effects come even when they come too late, but
+not from a process that was restarted, and not once the next transfer has begun.
 """
 
 import functools
@@ -25,7 +25,7 @@ from tests.proto.job.examples import JOB, NAME, SIZE
 
 MAX_STEPS = 50_000
 LINES = [(0, "epoch 1"), (0, "epoch 2"), (1, "saved"), (2, "done")]
-"""What a job prints: line and text; the first one is redrawn."""
+"""Lines and texts that a job prints; the first line is redrawn."""
 
 PROBE_PATH = f"jobs/{JOB}/.probe"
 
@@ -45,22 +45,23 @@ Trouble = Literal[
 
 
 class Scenario(msgspec.Struct, frozen=True):
-    """What happens in a world.
+    """The events of a world.
 
     Args:
-        mount: Who mounts which storage.
+        mount: The sides that mount shared storage.
         preference: The route that the user asks for.
         fails: Effects that fail.
         hangs: Effects of the worker that never report.
-        cancel_at: When the user cancels, in seconds.
-        owner_cancels_at: When the owner of the worker does.
-        lose_at: When the link breaks.
-        back_after: How long the client needs for another one; None if it gives up.
-        worker_lag: How much later than the client the worker hears of a loss.
-        restart_client_at: When the client's process is replaced by another.
-        restart_worker_at: When the worker's is: what it did not note is gone.
-        results: Files that the job makes.
-        delay: Seconds that the next message, effect or report takes.
+        cancel_at: Second at which the user cancels.
+        owner_cancels_at: Second at which the owner of the worker cancels.
+        lose_at: Seconds at which the link breaks.
+        back_after: Seconds until the client has another link; None if it gives up.
+        worker_lag: Seconds by which the worker notices a loss later than the client.
+        restart_client_at: Seconds at which another process replaces the client.
+        restart_worker_at: Seconds at which another process, which has only the record,
+            replaces the worker.
+        results: Number of files that the job makes.
+        delay: Returns the seconds that the next message, effect or report takes.
     """
 
     mount: Mount = "same"
@@ -79,7 +80,7 @@ class Scenario(msgspec.Struct, frozen=True):
 
 
 class _Link:
-    """One connection: what is on the way when it breaks is lost."""
+    """A connection; messages on the way when it breaks are lost."""
 
     def __init__(self) -> None:
         self.is_alive = True
@@ -87,7 +88,7 @@ class _Link:
 
 
 class _Note(msgspec.Struct, frozen=True):
-    """What the worker's store holds of the job."""
+    """The record of the job in the worker's store."""
 
     route: messages.Route
     submission: messages.Submission
@@ -123,13 +124,13 @@ class World:
         self._wanted: set[str] = set()
         self._discarded = False
         self._scripted = False
-        # The client: its process, its link, and what an earlier process noted.
+        # The client: its process, its link, and the record of an earlier process.
         self._client_life = 0
         self._link: _Link | None = _Link()
         self._transfer = 0
         self._sending = False
         self._noted_route: messages.Route | None = None
-        # The worker: its process, its jobs and their links, and what it noted.
+        # The worker: its process, its jobs and their links, and its record.
         self._worker_life = 0
         self._jobs: dict[WorkerJob, _Link | None] = {self.worker: self._link}
         self._known: dict[str, WorkerJob] = {}
@@ -138,7 +139,7 @@ class World:
         self._note: _Note | None = None
 
     def run(self) -> "World":
-        """Start the job, and go on until nothing happens any more."""
+        """Start the job, and run until nothing is left to happen."""
         scenario = self.scenario
         client_root, worker_root = self._roots()
         self.client.submit(
@@ -160,7 +161,7 @@ class World:
         return self._go_on()
 
     def run_script(self, script: list[messages.Message]) -> "World":
-        """Let a client of another kind say all this at once, and go on."""
+        """Run with a client of another kind, which sends all this at once."""
         self._scripted = True
         for message in script:
             self._send("worker", message, self._link)
@@ -173,7 +174,7 @@ class World:
 
     @property
     def ended(self) -> client_outputs.JobEnded:
-        """How the job ended for the client."""
+        """The end of the job, for the client."""
         [ending] = [
             each for each in self.events if isinstance(each, client_outputs.JobEnded)
         ]
@@ -182,7 +183,7 @@ class World:
 
     @property
     def route_reasons(self) -> list[str]:
-        """What the client said about each route it chose."""
+        """The client's reasons for the routes it chose."""
         return [
             e.reason for e in self.events if isinstance(e, client_outputs.RouteChosen)
         ]
@@ -254,7 +255,7 @@ class World:
             job.cancel("the owner stops it")
 
     def _lose(self) -> None:
-        """Break the link; whatever is on the way is lost."""
+        """Break the link; messages on the way are lost."""
         self._note_disturbance()
         link = self._link
         if link is not None and link.is_alive:
@@ -292,7 +293,7 @@ class World:
         self._jobs[self.worker] = self._link
 
     def _restart_client(self) -> None:
-        """Another process goes on; it knows no more than the route."""
+        """Replace the client by another process, which has only the route."""
         self._note_disturbance()
         if self.client.state is ClientState.ENDED:
             return
@@ -321,7 +322,7 @@ class World:
         )
 
     def _restart_worker(self) -> None:
-        """Another process goes on with what this one noted."""
+        """Replace the worker by another process, which has only the record."""
         self._note_disturbance()
         self._worker_life += 1
         self.restarts_since_run += self.runs
@@ -384,10 +385,10 @@ class World:
     def _attach(
         self, message: messages.JobResume, link: _Link, fresh: WorkerJob
     ) -> None:
-        """Give a job to the link that asks for it, once nothing else is done to it."""
+        """Attach a job to the link that asks for it, once no effect of the job runs."""
         job = self._known.get(JOB)
         if self._jobs.get(fresh) is not link or link is not self._newest:
-            return  # the client went away meanwhile, or came back over another link
+            return  # the client went away, or came back over another link
         if job is None or not job.can_resume:
             self._send("client", messages.JobUnknown(JOB), link)
             return
@@ -403,7 +404,7 @@ class World:
         job.receive_message(message, self.now)
 
     def _close(self) -> None:
-        """The client closes the link when its job has ended; what it sent arrives."""
+        """Close the link as a client does whose job has ended; its messages arrive."""
         link = self._link
         if link is not None:
             arrival = max(link.arrivals["worker"], self.now + self.scenario.delay())
@@ -563,7 +564,7 @@ class World:
             job.admitted()
 
     def _receive(self, job: WorkerJob, link: _Link | None, number: int) -> None:
-        """The whole package arrives, if its sender is still there."""
+        """Deliver the whole package, if its sender is still connected."""
         arrived = self._sending and number == self._transfer
         arrived = arrived and link is not None and link.is_alive
         if "receive" in self.scenario.fails:

@@ -77,7 +77,8 @@ def disk_mount(folder: Path, kind: str, megabytes: int) -> Iterator[Path]:
 
     Args:
         folder: An empty directory for the file and the mount point.
-        kind: ``xfs`` or ``btrfs``; both can share blocks between files.
+        kind: ``xfs`` or ``btrfs``, which can share blocks between files, or ``exfat``,
+            which has no hard links.
         megabytes: Its size; what is not used takes no space.
     """
     maker = find_program(f"mkfs.{kind}")
@@ -87,8 +88,10 @@ def disk_mount(folder: Path, kind: str, megabytes: int) -> Iterator[Path]:
     path.mkdir()
     with image.open("wb") as file:
         file.truncate(megabytes * 2**20)
-    subprocess.run([maker, "-q", str(image)], check=True, capture_output=True)
-    with _mounted("-t", kind, "-o", "loop", str(image), str(path)):
+    subprocess.run([maker, str(image)], check=True, capture_output=True)
+    # Few kernels have exFAT; the program of that name serves it anywhere.
+    driver = "exfat-fuse" if kind == "exfat" else kind
+    with _mounted("-t", driver, "-o", "loop", str(image), str(path)):
         yield path
 
 

@@ -210,6 +210,23 @@ def test_a_zip64_package_comes_out(job: Path) -> None:
     assert tree(job) == {"labels.slp": b"labels"}
 
 
+@pytest.mark.parametrize(
+    ("name", "stored"),
+    [("日本/märz.slp", "日本/märz.slp".encode()), ("märz.slp", b"m\x84rz.slp")],
+    ids=["UTF-8", "code page 437"],
+)
+def test_names_in_both_encodings_of_zip_come_out(
+    job: Path, name: str, stored: bytes
+) -> None:
+    if name.encode() == stored:
+        data = zip_of((name, b"1"), ("b", b"2"))
+    else:  # Python writes UTF-8 whenever a name is not ASCII
+        data = zip_of(("#" * len(stored), b"1"), ("b", b"2"))
+        data = patched(data, b"#" * len(stored), stored)
+    assert unpack(job, data) == (name, "b")
+    assert (job / name).read_bytes() == b"1"
+
+
 # ------------------------------------------------------------------ hostile zips
 
 
@@ -365,6 +382,25 @@ def test_entries_that_are_not_announced_are_counted_too(job: Path) -> None:
         unpack(
             job, patched(data, b"\x14\0\x14\0", b"\1\0\1\0"), ArchiveLimits(entries=10)
         )
+
+
+def test_the_bytes_of_the_list_of_entries_are_limited(job: Path) -> None:
+    """`zipfile` reads the list into memory before any entry can be counted."""
+    data = zip_of(("a" * 100, b""), ("b" * 100, b""))
+    size = 2 * (46 + 100)  # an entry of the list and its name
+    with pytest.raises(ArchiveError, match="list of entries is too long"):
+        unpack(job, data, ArchiveLimits(directory_bytes=size - 1))
+    assert tree(job) == {}
+    unpack(job, data, ArchiveLimits(directory_bytes=size))
+
+
+def test_the_bytes_of_a_long_zip64_list_are_limited(job: Path) -> None:
+    data = bytearray(claiming_a_million_entries())
+    record = data.find(b"PK\6\6")
+    struct.pack_into("<2Q", data, record + 24, 1, 1)
+    struct.pack_into("<Q", data, record + 40, 2**40)
+    with pytest.raises(ArchiveError, match="list of entries is too long"):
+        unpack(job, bytes(data))
 
 
 def test_the_sum_of_all_files_is_limited(job: Path) -> None:

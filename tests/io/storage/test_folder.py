@@ -1,8 +1,11 @@
+import errno
 import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +21,7 @@ from sleap_rtc.io.storage.folder import (
     remove_tree_beneath,
 )
 from sleap_rtc.proto.errors import InvalidInput
-from tests.io.storage.places import busy_file, memory_folder
+from tests.io.storage.places import busy_file, disk_mount, memory_folder
 
 
 @pytest.fixture(params=["disk", "memory"])
@@ -246,3 +249,128 @@ def test_no_open_escapes_while_a_directory_is_swapped_for_a_link(root: Path) -> 
     assert outcomes[b"outside"] == 0
     assert outcomes[b"inside"] > 0
     assert outcomes[b"refused"] > 0
+
+
+Opener = Callable[[Path], int]
+
+open_in_both_ways = pytest.mark.parametrize(
+    "open_file",
+    [lambda root: open_beneath(root, "file"), lambda root: open_owned(root / "file")],
+    ids=["beneath", "owned"],
+)
+
+
+@contextmanager
+def exchanged_after_stat(path: Path, make: Callable[[Path], None]) -> Iterator[None]:
+    """Exchange a file just after its kind was looked up, and before it is opened."""
+    stat = os.stat
+
+    def stat_and_exchange(name: Any, **options: Any) -> os.stat_result:
+        status = stat(name, **options)
+        if name == path.name:
+            path.unlink()
+            make(path)
+        return status
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "stat", stat_and_exchange)
+        yield
+
+
+@open_in_both_ways
+def test_a_link_that_takes_the_place_of_a_file_is_not_followed(
+    root: Path, open_file: Opener
+) -> None:
+    (root.parent / "secret").write_bytes(b"outside")
+    (root / "file").write_bytes(b"inside")
+    with (
+        exchanged_after_stat(root / "file", lambda path: path.symlink_to("../secret")),
+        pytest.raises(InvalidInput, match="symbolic link"),
+    ):
+        open_file(root)
+
+
+@open_in_both_ways
+@pytest.mark.timeout(20)
+def test_a_pipe_that_takes_the_place_of_a_file_is_neither_waited_for_nor_read(
+    root: Path, open_file: Opener
+) -> None:
+    (root / "file").write_bytes(b"inside")
+    with (
+        exchanged_after_stat(root / "file", os.mkfifo),
+        pytest.raises(InvalidInput, match="a named pipe"),
+    ):
+        open_file(root)
+
+
+@contextmanager
+def without_hard_links(error: int) -> Iterator[None]:
+    """Let the file system answer as one without hard links does."""
+
+    def refuse(*_names: object, **_options: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "link", refuse)
+        yield
+
+
+def check_renaming_never_replaces(root: Path) -> None:
+    (root / "old").write_bytes(b"new content")
+    with Folder.open(root) as folder:
+        folder.rename_new("old", "new")
+        assert (root / "new").read_bytes() == b"new content"
+        (root / "old").write_bytes(b"other content")
+        with pytest.raises(FileExistsError):
+            folder.rename_new("old", "new")
+    assert (root / "new").read_bytes() == b"new content"
+    assert (root / "old").read_bytes() == b"other content"
+
+
+def test_renaming_never_replaces_a_file(root: Path) -> None:
+    check_renaming_never_replaces(root)
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_without_hard_links_renaming_never_replaces_a_file(
+    root: Path, error: int
+) -> None:
+    with without_hard_links(error):
+        check_renaming_never_replaces(root)
+
+
+def test_on_a_disk_without_hard_links_renaming_never_replaces_a_file(
+    tmp_path: Path,
+) -> None:
+    with disk_mount(tmp_path, "exfat", megabytes=64) as root:
+        (root / "a").touch()
+        with pytest.raises(PermissionError):
+            os.link(root / "a", root / "b")
+        check_renaming_never_replaces(root)
+
+
+def test_any_other_failure_to_link_is_an_error(root: Path) -> None:
+    (root / "old").touch()
+    with (
+        Folder.open(root) as folder,
+        without_hard_links(errno.EIO),
+        pytest.raises(OSError, match="Input/output error"),
+    ):
+        folder.rename_new("old", "new")
+    assert os.listdir(root) == ["old"]
+
+
+def test_a_link_whose_answer_was_lost_is_our_own(root: Path) -> None:
+    """An NFS client repeats the request, and the server answers that it exists."""
+    link = os.link
+
+    def link_twice(*names: Any, **options: Any) -> None:
+        link(*names, **options)
+        link(*names, **options)
+
+    (root / "old").write_bytes(b"content")
+    with Folder.open(root) as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "link", link_twice)
+        folder.rename_new("old", "new")
+    assert os.listdir(root) == ["new"]
+    assert (root / "new").read_bytes() == b"content"

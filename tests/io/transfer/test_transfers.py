@@ -1,6 +1,7 @@
 """Real files over a link in memory, and over QUIC."""
 
 import tracemalloc
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -222,12 +223,9 @@ async def test_a_lost_link_ends_both_sides_and_keeps_the_part(tmp_path: Path) ->
         link = sender.link
         link.harm = cut_at_the_fifth
         await send_and_receive(job, sender, receiver)
-        with pytest.raises(LinkClosedError):
-            await sender.transfers.send_file(
-                2,
-                job.offer,
-                ChunkReader(open_owned(job.source_path), chunk_size=CHUNK_SIZE),
-            )
+        source = ChunkReader(open_owned(job.source_path), chunk_size=CHUNK_SIZE)
+        with pytest.raises(LinkClosedError), closing(source):
+            await sender.transfers.send_file(2, job.offer, source)
     for side in ("sender", "receiver"):
         assert isinstance(job.errors[side], LinkClosedError)
         assert str(job.errors[side]) == "the network is gone"

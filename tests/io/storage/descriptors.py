@@ -1,0 +1,32 @@
+"""Check that a test closes every file that it, or the code under test, opened."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_LISTS = (Path("/proc/self/fd"), Path("/dev/fd"))
+
+
+def open_descriptors() -> dict[str, str]:
+    """Return the open file descriptors of this process, and what each is."""
+    listing = next((path for path in _LISTS if path.is_dir()), None)
+    if listing is None:
+        pytest.skip("NOT TESTED: this system does not list file descriptors")
+    found: dict[str, str] = {}
+    for name in os.listdir(listing):
+        try:
+            found[name] = os.readlink(listing / name)
+        except OSError:
+            continue  # the descriptor of the listing itself, or macOS
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_is_left() -> Iterator[None]:
+    """Fail a test that leaves a file open."""
+    before = open_descriptors()
+    yield
+    left = open_descriptors()
+    assert {fd: left[fd] for fd in left.keys() - before.keys()} == {}

@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import TextIO
 
@@ -134,7 +135,7 @@ def _unpack(run: Run) -> tuple[Script, ...]:
     """
     with (
         explain_errors("Failed to unpack the package"),
-        Folder.open(run.directory) as folder,
+        closing(Folder.open(run.directory)) as folder,
     ):
         package = open_beneath(run.directory, run.package)
         extract_package(package, folder, check=trio.from_thread.check_cancelled)

@@ -10,7 +10,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import msgspec
@@ -127,7 +127,7 @@ def pack_directory(
         check_clashes((name, is_folder) for name, is_folder, _ in members)
         needed = sum(path.stat().st_size for _, _, path in members)
         folder = Folder.open(target.resolve().parent)
-        with folder:
+        with closing(folder):
             require_space(folder, needed, f"for {target.name}")
             part = PartFile.create(folder, target.name)
             try:
@@ -220,7 +220,7 @@ class _Unpacking:
             for depth, name in enumerate(names, 1):
                 if make and folder.make_folder(name):
                     self._made.append((names[:depth], True))
-                folder = stack.enter_context(folder.open_folder(name))
+                folder = stack.enter_context(closing(folder.open_folder(name)))
             yield folder
 
 

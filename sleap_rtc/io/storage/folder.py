@@ -17,11 +17,10 @@ import os
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NoReturn, Self
 
-from sleap_rtc.io.closing import Closing
 from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.paths import check_relative_path_untrusted
 
@@ -80,7 +79,7 @@ def explain_errors(what: str) -> Iterator[None]:
         raise StorageError(f"{what}: {error.strerror or error}") from error
 
 
-class Folder(Closing):
+class Folder:
     """An open directory. Names are looked up in it and never lead out of it.
 
     A name is one component that passed `sleap_rtc.proto.paths`, or that `names`
@@ -280,7 +279,7 @@ def open_owned(path: Path) -> int:
     """
     with _explain_path(str(path)):
         target = path.resolve(strict=True)
-        with Folder.open(target.parent) as folder:
+        with closing(Folder.open(target.parent)) as folder:
             return folder.open_file(target.name)
 
 
@@ -302,7 +301,7 @@ def open_beneath(root: Path, relative: str) -> int:
         StorageError: If the storage failed.
     """
     *parents, name = split_path(relative)
-    with _explain_path(relative), open_folder_beneath(root, parents) as folder:
+    with _explain_path(relative), closing(open_folder_beneath(root, parents)) as folder:
         return folder.open_file(name)
 
 
@@ -317,7 +316,7 @@ def create_beneath(root: Path, relative: str) -> int:
         StorageError: If something of that name is there, or the storage failed.
     """
     *parents, name = split_path(relative)
-    with _explain_path(relative), open_folder_beneath(root, parents) as folder:
+    with _explain_path(relative), closing(open_folder_beneath(root, parents)) as folder:
         return folder.create_file(name)
 
 
@@ -332,7 +331,10 @@ def make_directories_beneath(root: Path, relative: str) -> Path:
         StorageError: If the storage failed.
     """
     names = split_path(relative)
-    with _explain_path(relative), open_folder_beneath(root, names, create=True):
+    with (
+        _explain_path(relative),
+        closing(open_folder_beneath(root, names, create=True)),
+    ):
         return root.joinpath(*names)
 
 
@@ -349,7 +351,7 @@ def remove_tree_beneath(root: Path, relative: str) -> None:
     *parents, name = split_path(relative)
     with explain_errors(f"Failed to remove {relative}"):
         try:
-            with open_folder_beneath(root, parents) as folder:
+            with closing(open_folder_beneath(root, parents)) as folder:
                 _remove_tree(folder, name, MAX_DEPTH)
         except FileNotFoundError:
             pass
@@ -369,7 +371,7 @@ def list_tree(root: Path) -> list[tuple[str, int, int]]:
         StorageError: If the storage failed, or the tree is too deep.
     """
     found: list[tuple[str, int, int]] = []
-    with explain_errors(f"Failed to list {root}"), Folder.open(root) as folder:
+    with explain_errors(f"Failed to list {root}"), closing(Folder.open(root)) as folder:
         _list_tree(folder, "", found, MAX_DEPTH)
     return sorted(found)
 
@@ -399,7 +401,7 @@ def open_folder_beneath(
     """
     folder = Folder.open(root)
     for name in names:
-        with folder:
+        with closing(folder):
             try:
                 inner = folder.open_folder(name)
             except FileNotFoundError:
@@ -436,7 +438,7 @@ def _remove_tree(parent: Folder, name: str, depth: int) -> bool:
         return _unlink_or_leave(parent, name)
     if depth == 0:
         raise StorageError(f"{parent.path} is nested too deeply to remove")
-    with parent.open_folder(name) as folder:
+    with closing(parent.open_folder(name)) as folder:
         gone = [_remove_tree(folder, child, depth - 1) for child in folder.names()]
         # A file that was open just got a new name, which was not in the list.
         empty = all(gone) and not any(map(_is_nfs_leftover, folder.names()))
@@ -472,7 +474,7 @@ def _list_tree(
             if stat.S_ISREG(status.st_mode):
                 found.append((prefix + name, status.st_size, status.st_mtime_ns))
             elif stat.S_ISDIR(status.st_mode):
-                with folder.open_folder(name) as inner:
+                with closing(folder.open_folder(name)) as inner:
                     _list_tree(inner, f"{prefix}{name}/", found, depth - 1)
         except FileNotFoundError:
             continue  # removed while the list was made

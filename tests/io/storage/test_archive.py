@@ -6,6 +6,7 @@ import stat
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -92,7 +93,7 @@ def extract(
     limits: ArchiveLimits | None = None,
 ) -> ExtractedPackage:
     fd = open_owned(package)
-    with Folder.open(job) as folder:
+    with closing(Folder.open(job)) as folder:
         return extract_package(fd, folder, check=check, limits=limits)
 
 
@@ -192,7 +193,7 @@ def test_only_the_executable_bits_are_kept(job: Path) -> None:
 def test_the_file_descriptor_of_the_package_is_closed(job: Path) -> None:
     (job.parent / "package.zip").write_bytes(zip_of(("a", b"1")))
     fd = open_beneath(job.parent, "package.zip")
-    with Folder.open(job) as folder:
+    with closing(Folder.open(job)) as folder:
         extract_package(fd, folder, check=never)
     assert tree(job) == {"a": b"1"}
     with pytest.raises(OSError, match="Bad file descriptor"):

@@ -2,6 +2,7 @@ import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -218,7 +219,7 @@ def test_a_reader_refuses_what_is_no_file(tmp_path: Path) -> None:
 
 def test_a_file_in_use_is_closed_by_its_last_user(tmp_path: Path) -> None:
     """Or a thread that hung would write into whatever gets the number next."""
-    with Folder.open(tmp_path) as folder:
+    with closing(Folder.open(tmp_path)) as folder:
         part = PartFile.create(folder, "name")
         with part.use() as fd:
             with part.use():

@@ -3,7 +3,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +208,7 @@ def test_files_of_the_owner_may_be_links(root: Path) -> None:
 
 
 def test_a_closed_folder_is_not_used_again(root: Path) -> None:
-    with Folder.open(root) as folder:
+    with closing(Folder.open(root)) as folder:
         assert folder.names() == []
     with pytest.raises(ValueError, match="was closed"):
         folder.status("a")
@@ -317,7 +317,7 @@ def without_hard_links(error: int) -> Iterator[None]:
 
 def check_renaming_never_replaces(root: Path) -> None:
     (root / "old").write_bytes(b"new content")
-    with Folder.open(root) as folder:
+    with closing(Folder.open(root)) as folder:
         folder.rename_new("old", "new")
         assert (root / "new").read_bytes() == b"new content"
         (root / "old").write_bytes(b"other content")
@@ -352,7 +352,7 @@ def test_on_a_disk_without_hard_links_renaming_never_replaces_a_file(
 def test_any_other_failure_to_link_is_an_error(root: Path) -> None:
     (root / "old").touch()
     with (
-        Folder.open(root) as folder,
+        closing(Folder.open(root)) as folder,
         without_hard_links(errno.EIO),
         pytest.raises(OSError, match="Input/output error"),
     ):
@@ -369,7 +369,7 @@ def test_a_link_whose_answer_was_lost_is_our_own(root: Path) -> None:
         link(*names, **options)
 
     (root / "old").write_bytes(b"content")
-    with Folder.open(root) as folder, pytest.MonkeyPatch.context() as patch:
+    with closing(Folder.open(root)) as folder, pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "link", link_twice)
         folder.rename_new("old", "new")
     assert os.listdir(root) == ["new"]

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -288,8 +288,8 @@ def test_a_journal_that_goes_before_it_is_locked_is_made_again(tmp_path: Path) -
             return opened
 
     with (
-        Folder.open(tmp_path) as folder,
-        FolderOfAnEndingWriter.open(tmp_path) as racing_folder,
+        closing(Folder.open(tmp_path)) as folder,
+        closing(FolderOfAnEndingWriter.open(tmp_path)) as racing_folder,
     ):
         ending = Journal.open(folder, "j", size=SIZE, chunk_size=CHUNK)
         racing = Journal.open(racing_folder, "j", size=SIZE, chunk_size=CHUNK)

@@ -37,6 +37,7 @@ from sleap_rtc.proto.job import client_outputs
 from sleap_rtc.proto.job.client import PACKAGE_TRANSFER_ID, ClientJob
 from sleap_rtc.proto.job.client_table import ClientState
 from sleap_rtc.proto.job.reports import StateChanged
+from sleap_rtc.proto.job.route_plan import RoutePlan
 from sleap_rtc.proto.route.reconnection import GiveUp, Reconnection, TryAgain
 from sleap_rtc.proto.route.routes import RoutePreference
 
@@ -246,22 +247,16 @@ class _Session:
     def _begin(self, worker: m.Greeting) -> None:
         """Start the job, or continue it over a new link."""
         now, plan = trio.current_time(), self._plan
-        client_root, worker_root = plan.shared_root is not None, worker.shared_storage
+        route_plan = RoutePlan(
+            plan.preference, plan.shared_root is not None, worker.shared_storage
+        )
         if self._job.state is not ClientState.IDLE:
             self._job.connection_restored(now)
         elif plan.resumes:
             self._on_event(JobResumed(plan.job_id))
-            self._job.resume(
-                plan.preference,
-                now,
-                client_root=client_root,
-                worker_root=worker_root,
-                route=plan.route,
-            )
+            self._job.resume(route_plan, now, route=plan.route)
         else:
-            self._job.submit(
-                plan.preference, now, client_root=client_root, worker_root=worker_root
-            )
+            self._job.submit(route_plan, now)
         self._drain()
 
     # ---------------------------------------------------------------- background tasks

@@ -24,16 +24,10 @@ from sleap_rtc.proto.job.reports import (
     ReportReader,
 )
 from sleap_rtc.proto.job.results import ResultList
+from sleap_rtc.proto.job.route_plan import RoutePlan
 from sleap_rtc.proto.job.shared_route import SharedAnswer, SharedRoute, SharedState
 from sleap_rtc.proto.machine import move, move_untrusted
-from sleap_rtc.proto.route.routes import (
-    GiveUp,
-    RoutePreference,
-    TryShared,
-    UseChannel,
-    after_shared_failure,
-    first_route,
-)
+from sleap_rtc.proto.route.routes import GiveUp, TryShared, UseChannel
 
 REPLY_TIMEOUT = 30.0
 """Seconds for the worker to accept a package, or to resume a job."""
@@ -85,8 +79,7 @@ class ClientJob:
         self.route: messages.Route | None = None
         self._package = package
         self._size = size
-        self._preference: RoutePreference = "auto"
-        self._decision: TryShared | UseChannel | GiveUp = GiveUp("not submitted")
+        self._plan = RoutePlan()
         self._shared: SharedRoute | None = None
         self._connected = True
         self._resumed_from = ClientState.IDLE
@@ -101,52 +94,31 @@ class ClientJob:
 
     # ------------------------------------------------------------------- commands
 
-    def submit(
-        self,
-        preference: RoutePreference,
-        now: float,
-        *,
-        client_root: bool,
-        worker_root: bool,
-    ) -> None:
+    def submit(self, plan: RoutePlan, now: float) -> None:
         """Start the job, unless it was cancelled or lost before.
-
-        Args:
-            preference: The route that the user asked for.
-            now: Seconds on the owner's clock.
-            client_root: Whether shared storage is configured here.
-            worker_root: Whether the worker's greeting reports shared storage.
 
         Raises:
             LocalProtocolError: If it has started already.
         """
         if self.state is not ClientState.ENDED:
-            self._decide(preference, client_root, worker_root)
-            self._follow(self._decision, now)
+            self._begin(plan)
+            self._follow(plan.first(), now)
 
     def resume(
-        self,
-        preference: RoutePreference,
-        now: float,
-        *,
-        client_root: bool,
-        worker_root: bool,
-        route: messages.Route | None,
+        self, plan: RoutePlan, now: float, *, route: messages.Route | None
     ) -> None:
         """Resume a job of an earlier process, or start it if the worker lacks it.
 
         Args:
-            preference: As in `submit`, as are the next three.
+            plan: As for `submit`.
             now: Seconds on the owner's clock.
-            client_root: Whether shared storage is configured here.
-            worker_root: Whether the worker's greeting reports shared storage.
             route: The route that the earlier process took; None if it took none yet.
 
         Raises:
             LocalProtocolError: If it has started already.
         """
         if self.state is not ClientState.ENDED:
-            self._decide(preference, client_root, worker_root)
+            self._begin(plan)
             self.route = route
             self._ask_to_resume(now)
 
@@ -374,17 +346,12 @@ class ClientJob:
 
     # ----------------------------------------------------------- the way to the worker
 
-    def _decide(
-        self, preference: RoutePreference, client_root: bool, worker_root: bool
-    ) -> None:
-        """Decide on the first route, over the first link or another one."""
+    def _begin(self, plan: RoutePlan) -> None:
+        """Start over the first link, or over another one if that was lost before."""
         if self.state is not ClientState.IDLE:
             raise LocalProtocolError(f"the job was submitted: it is {self.state.name}")
         self._connected = True
-        self._preference = preference
-        self._decision = first_route(
-            preference, client_root=client_root, worker_root=worker_root
-        )
+        self._plan = plan
 
     def _follow(self, decision: TryShared | UseChannel | GiveUp, now: float) -> None:
         match decision:
@@ -416,7 +383,7 @@ class ClientJob:
             self._move(ClientTrigger.STARTED)
         elif shared.state is SharedState.FAILED:
             self._abandon()
-            self._follow(after_shared_failure(self._preference, shared.failure), now)
+            self._follow(self._plan.after_failure(shared.failure), now)
 
     def _use_channel(self, reason: str) -> None:
         if self.route != "channel":
@@ -438,6 +405,9 @@ class ClientJob:
 
     def _handle(self, message: messages.WorkerJobMessage, now: float) -> None:
         """Handle a message that the table expects now."""
+        if isinstance(message, messages.JobReport):
+            self._handle_report(message)
+            return
         match message:
             case (
                 messages.MountProbed()
@@ -458,18 +428,6 @@ class ClientJob:
                 self._resumed(progress, now)
             case messages.JobUnknown():
                 self._start_again(now)
-            case messages.JobState(progress=progress):
-                self._is_known = True
-                self._report(message)
-                if self.state is ClientState.SENDING and progress.state in _HAS_PACKAGE:
-                    # The worker may be quicker than the report that all is sent.
-                    self._move(ClientTrigger.SENT)
-            case (
-                messages.JobLog()
-                | messages.TrainingComplete()
-                | messages.InferenceComplete()
-            ):
-                self._report(message)
             case messages.JobResults(page=page):
                 self._results.add_untrusted(page)
             case messages.JobComplete(path=path):
@@ -483,9 +441,15 @@ class ClientJob:
             case _:
                 assert_never(message)
 
-    def _report(self, report: messages.JobReport) -> None:
+    def _handle_report(self, report: messages.JobReport) -> None:
         if (event := self._reports.read(report)) is not None:
             self._outputs.append(event)
+        if isinstance(report, messages.JobState):
+            self._is_known = True
+            has_package = report.progress.state in _HAS_PACKAGE
+            if self.state is ClientState.SENDING and has_package:
+                # The worker may be quicker than the report that all is sent.
+                self._move(ClientTrigger.SENT)
 
     def _ask_to_resume(self, now: float) -> None:
         deadline = self._deadline if self._is_stopping() else now + REPLY_TIMEOUT
@@ -523,7 +487,7 @@ class ClientJob:
         match self._resumed_from:
             case ClientState.IDLE:
                 self.route = None
-                self._follow(self._decision, now)
+                self._follow(self._plan.first(), now)
             case ClientState.SUBMITTING | ClientState.SENDING:
                 self._submit(now)
             case ClientState.WAITING if announced is not None:

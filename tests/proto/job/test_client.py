@@ -29,6 +29,7 @@ from sleap_rtc.proto.job.client_outputs import (
 )
 from sleap_rtc.proto.job.client_table import TRANSITIONS, ClientState
 from sleap_rtc.proto.job.reports import LinePrinted, StageComplete, StateChanged
+from sleap_rtc.proto.job.route_plan import RoutePlan
 from sleap_rtc.proto.job.shared_route import PATH_TIMEOUT, PROBE_TIMEOUT, SharedAnswer
 from sleap_rtc.proto.route.routes import RoutePreference
 from tests.proto.job.examples import (
@@ -55,7 +56,7 @@ def receive(message: messages.Message, now: float = 0.0) -> Input:
 
 
 def submit(preference: RoutePreference, roots: bool) -> Input:
-    return lambda job: job.submit(preference, 0.0, client_root=roots, worker_root=roots)
+    return lambda job: job.submit(RoutePlan(preference, roots, roots), 0.0)
 
 
 def send(*parts: messages.ClientJobMessage) -> list[Output]:
@@ -312,9 +313,7 @@ def fallen_back(what: str) -> list[Output]:
 INPUTS: dict[str, tuple[Input, Wanted]] = {
     "submit": (submit("auto", True), {"idle": [PrepareShared(JOB)], "ended": []}),
     "resume": (
-        lambda job: job.resume(
-            "auto", 0.0, client_root=True, worker_root=True, route="shared"
-        ),
+        lambda job: job.resume(RoutePlan("auto", True, True), 0.0, route="shared"),
         {"idle": RESUME, "ended": []},
     ),
     "cancel": (

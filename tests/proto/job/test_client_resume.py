@@ -16,6 +16,7 @@ from sleap_rtc.proto.job.client_outputs import (
     RouteChosen,
     SendMessage,
 )
+from sleap_rtc.proto.job.route_plan import RoutePlan
 from tests.proto.job import test_client as clients
 from tests.proto.job.examples import EXAMPLES, JOB, NAME, RESULT, SIZE, drain, snapshot
 
@@ -191,7 +192,7 @@ def test_a_job_of_an_earlier_process_is_submitted_if_the_worker_lacks_it(
     route: messages.Route | None,
 ) -> None:
     job = ClientJob(JOB, NAME, SIZE)
-    job.resume("auto", 0.0, client_root=True, worker_root=True, route=route)
+    job.resume(RoutePlan("auto", True, True), 0.0, route=route)
     job.receive_message(messages.JobUnknown(JOB), 0.0)
     assert drain(job)[-1] == PrepareShared(JOB)
     assert job.route is None
@@ -239,7 +240,7 @@ def test_a_cancellation_does_not_wait_for_results_that_are_fetched_again() -> No
 
 def test_results_of_a_job_without_a_known_route_come_through_the_channel() -> None:
     job = ClientJob(JOB, NAME, SIZE)
-    job.resume("auto", 0.0, client_root=True, worker_root=True, route=None)
+    job.resume(RoutePlan("auto", True, True), 0.0, route=None)
     drain(job)
     clients.receive(EXAMPLES[messages.ResumeAccepted])(job)
     chosen = RouteChosen("channel", "the worker has the job already")

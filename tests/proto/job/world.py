@@ -18,6 +18,7 @@ from sleap_rtc.proto.job import client_outputs, worker_outputs
 from sleap_rtc.proto.job.client import ClientJob
 from sleap_rtc.proto.job.client_table import ClientState
 from sleap_rtc.proto.job.reports import LinePrinted, StageComplete, StateChanged
+from sleap_rtc.proto.job.route_plan import RoutePlan
 from sleap_rtc.proto.job.worker import WorkerJob
 from sleap_rtc.proto.job.worker_table import WorkerState
 from sleap_rtc.proto.route.routes import RoutePreference
@@ -141,13 +142,7 @@ class World:
     def run(self) -> "World":
         """Start the job, and run until nothing is left to happen."""
         scenario = self.scenario
-        client_root, worker_root = self._roots()
-        self.client.submit(
-            scenario.preference,
-            self.now,
-            client_root=client_root,
-            worker_root=worker_root,
-        )
+        self.client.submit(self._plan(), self.now)
         if scenario.cancel_at is not None:
             self._at(scenario.cancel_at, self._cancel)
         if scenario.owner_cancels_at is not None:
@@ -167,10 +162,12 @@ class World:
             self._send("worker", message, self._link)
         return self._go_on()
 
-    def _roots(self) -> tuple[bool, bool]:
+    def _plan(self) -> RoutePlan:
         mount = self.scenario.mount
         both = mount in ("same", "other")
-        return both or mount == "client only", both or mount == "worker only"
+        client_root, worker_root = mount == "client only", mount == "worker only"
+        preference = self.scenario.preference
+        return RoutePlan(preference, both or client_root, both or worker_root)
 
     @property
     def ended(self) -> client_outputs.JobEnded:
@@ -312,14 +309,7 @@ class World:
         if self.client.state is ClientState.ENDED:
             return
         self._dial()
-        client_root, worker_root = self._roots()
-        self.client.resume(
-            self.scenario.preference,
-            self.now,
-            client_root=client_root,
-            worker_root=worker_root,
-            route=self._noted_route,
-        )
+        self.client.resume(self._plan(), self.now, route=self._noted_route)
 
     def _restart_worker(self) -> None:
         """Replace the worker by another process, which has only the record."""

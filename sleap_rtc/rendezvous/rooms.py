@@ -1,4 +1,4 @@
-"""The room of this machine: which invite it holds, and who runs its signaling."""
+"""The room of this machine: its invite, and the machine that serves its signaling."""
 
 import errno
 import secrets
@@ -19,6 +19,7 @@ from sleap_rtc.config import (
     state_directory,
 )
 from sleap_rtc.errors import UsageError
+from sleap_rtc.io.storage.private import write_private
 from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.rendezvous.invite import (
     Invite,
@@ -29,21 +30,21 @@ from sleap_rtc.proto.rendezvous.invite import (
 LOOPBACK = "127.0.0.1"
 
 _HOSTING = "signaling-address"
-"""File of the state directory that says that, and where, a worker here serves."""
+"""File of the state directory with the address at which a worker here serves."""
 
 
 class Hosting(msgspec.Struct, frozen=True):
-    """Where a worker of this machine runs a signaling server of its own."""
+    """The address at which a worker of this machine runs a signaling server."""
 
     host: str
     port: int
 
 
 def load_invite(environ: Mapping[str, str]) -> Invite | None:
-    """Read the invite of the room that this machine is in.
+    """Return the invite of the room that this machine has joined, if it has.
 
     Raises:
-        UsageError: If there is one and it is damaged.
+        UsageError: If the stored invite is damaged.
     """
     text = load_invite_text(environ)
     if text is None:
@@ -59,15 +60,15 @@ def load_invite(environ: Mapping[str, str]) -> Invite | None:
 
 
 def require_invite(environ: Mapping[str, str]) -> Invite:
-    """Read the invite of this machine's room.
+    """Return the invite of this machine's room.
 
     Raises:
-        UsageError: If it is in no room.
+        UsageError: If the machine has not joined a room.
     """
     invite = load_invite(environ)
     if invite is None:
         raise UsageError(
-            "This machine is in no room yet.",
+            "This machine has not joined a room yet.",
             "Start a worker here with `sleap-rtc daemon --role worker`, or type "
             "`sleap-rtc join <invite>` with the invite that a worker printed.",
         )
@@ -75,7 +76,7 @@ def require_invite(environ: Mapping[str, str]) -> Invite:
 
 
 def join_room(text: str, environ: Mapping[str, str]) -> Invite:
-    """Enter the room of an invite; the machine forgets the room it was in.
+    """Join the room of an invite, and leave the room of before.
 
     Raises:
         UsageError: If the invite is damaged.
@@ -84,7 +85,7 @@ def join_room(text: str, environ: Mapping[str, str]) -> Invite:
     try:
         invite = decode_invite_untrusted(text)
     except InvalidInput as error:
-        raise UsageError(f"That is no invite: {error.reason}.") from None
+        raise UsageError(f"The invite can't be used: {error.reason}.") from None
     save_invite_text(encode_invite(invite), environ)
     (state_directory(environ) / _HOSTING).unlink(missing_ok=True)
     return invite
@@ -94,7 +95,7 @@ def renew_secret(environ: Mapping[str, str]) -> Invite:
     """Replace the room of this machine by a new one at the same signaling server.
 
     Raises:
-        UsageError: If there is no room.
+        UsageError: If the machine has not joined a room.
     """
     invite = Invite(require_invite(environ).url, secrets.token_bytes(32))
     save_invite_text(encode_invite(invite), environ)
@@ -102,7 +103,7 @@ def renew_secret(environ: Mapping[str, str]) -> Invite:
 
 
 def hosting(environ: Mapping[str, str]) -> Hosting | None:
-    """Say where a worker of this machine serves its room, if one does."""
+    """Return where a worker of this machine serves its room, if one does."""
     try:
         text = (state_directory(environ) / _HOSTING).read_text(encoding="ascii")
         return parse_listen_address(text.strip())
@@ -118,29 +119,33 @@ def host_room(
     Args:
         where: The address that the server is bound to, with its real port.
         environ: Environment variables.
-        public_url: How others reach it, if not under an address of this machine.
+        public_url: Its address for other machines, if not an address of this machine.
 
     Returns:
         The invite, stored. The secret stays the same as long as the room does.
 
     Raises:
         UsageError: If the public address is not one of a signaling server.
+        ConfigError: If the room can't be stored.
     """
     known = load_invite(environ)
     secret = known.secret if known else secrets.token_bytes(32)
     invite = _make_invite(public_url or _reachable_url(where), secret)
     save_invite_text(encode_invite(invite), environ)
     path = make_state_directory(environ) / _HOSTING
-    path.write_text(f"{_bracketed(where.host)}:{where.port}\n", encoding="ascii")
+    try:
+        write_private(path, f"{_bracketed(where.host)}:{where.port}\n".encode("ascii"))
+    except OSError as error:
+        raise ConfigError(f"Cannot write {path}: {error.strerror}.") from None
     return invite
 
 
 def room_elsewhere(settings: Settings, environ: Mapping[str, str]) -> Invite | None:
-    """Find the room of a worker whose signaling server runs elsewhere.
+    """Return the room of a worker whose signaling server runs elsewhere.
 
     Returns:
         The invite that the machine has joined, or one for the configured server, which
-        is made and stored if need be. None if the worker serves the room itself.
+        is made and stored if necessary. None if the worker serves the room itself.
 
     Raises:
         UsageError: If the configured address is not one of a signaling server.
@@ -166,10 +171,10 @@ def _make_invite(url: str, secret: bytes) -> Invite:
 
 
 def parse_listen_address(text: str) -> Hosting:
-    """Read ``HOST:PORT``, with brackets around an IPv6 address.
+    """Parse ``HOST:PORT``, with brackets around an IPv6 address.
 
     Raises:
-        UsageError: If it is none.
+        UsageError: If the text is something else.
     """
     host, separator, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
@@ -181,19 +186,19 @@ def parse_listen_address(text: str) -> Hosting:
 
 
 def bind_problem(where: Hosting, error: OSError) -> ConfigError:
-    """Say for people why a server can't listen."""
+    """Return the error of a server that can't listen, with a remedy."""
     if error.errno == errno.EADDRINUSE:
         return ConfigError(
             f"Port {where.port} of {where.host} is in use by another program. "
-            "Stop it, or choose another with --listen HOST:PORT."
+            "Stop it, or choose another port with --listen HOST:PORT."
         )
     return ConfigError(
-        f"Can't listen on {_bracketed(where.host)}:{where.port}: {error.strerror}."
+        f"Cannot listen on {_bracketed(where.host)}:{where.port}: {error.strerror}."
     )
 
 
 def _reachable_url(where: Hosting) -> str:
-    """Guess how other machines reach a server that is bound here."""
+    """Return a guess of the address at which other machines reach a server here."""
     host = where.host
     if host in ("0.0.0.0", "::"):
         family = socket.AF_INET if host == "0.0.0.0" else None

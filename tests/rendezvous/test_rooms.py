@@ -1,14 +1,16 @@
-"""The room of a machine: who makes it, who joins it, and where it is kept."""
+"""The room of a machine: how it is made and joined, and where it is stored."""
 
 import errno
+import os
 import secrets
 import stat
 import sys
 from pathlib import Path
 
+import ifaddr
 import pytest
 
-from sleap_rtc.config import Environment, Settings, load_invite_text
+from sleap_rtc.config import ConfigError, Environment, Settings, load_invite_text
 from sleap_rtc.errors import UsageError
 from sleap_rtc.proto.rendezvous.invite import Invite, encode_invite
 from sleap_rtc.rendezvous.rooms import (
@@ -38,12 +40,12 @@ def configured(address: str) -> Settings:
     return Settings(environments={"production": Environment(address)})
 
 
-def test_a_machine_is_in_no_room_at_first(environ: dict[str, str]) -> None:
+def test_a_machine_has_not_joined_a_room_at_first(environ: dict[str, str]) -> None:
     assert load_invite(environ) is None
     assert hosting(environ) is None
-    with pytest.raises(UsageError, match="in no room yet"):
+    with pytest.raises(UsageError, match="has not joined a room yet"):
         require_invite(environ)
-    with pytest.raises(UsageError, match="in no room yet"):
+    with pytest.raises(UsageError, match="has not joined a room yet"):
         renew_secret(environ)
     assert not Path(environ["SLEAP_RTC_STATE_DIR"]).exists()
 
@@ -60,19 +62,19 @@ def test_a_room_keeps_its_secret_when_its_worker_starts_again(
     assert hosting(environ) == Hosting("::1", 9000)
 
 
-def test_a_public_address_is_what_others_are_told(environ: dict[str, str]) -> None:
+def test_a_public_address_is_in_the_invite(environ: dict[str, str]) -> None:
     invite = host_room(Hosting("0.0.0.0", 8787), environ, "wss://lab.example.org")
     assert invite.url == "wss://lab.example.org"
     assert not invite.is_loopback
 
 
-def test_an_address_for_all_is_not_told_as_such(environ: dict[str, str]) -> None:
+def test_a_wildcard_address_is_not_in_the_invite(environ: dict[str, str]) -> None:
     invite = host_room(Hosting("0.0.0.0", 8787), environ)
     assert "0.0.0.0" not in invite.url
     assert invite.url.endswith(":8787")
 
 
-def test_to_join_a_room_is_to_leave_the_own_one(environ: dict[str, str]) -> None:
+def test_joining_a_room_leaves_the_own_room(environ: dict[str, str]) -> None:
     host_room(HERE, environ)
     assert room_elsewhere(Settings(), environ) is None
     assert join_room(encode_invite(ELSEWHERE), environ) == ELSEWHERE
@@ -82,10 +84,10 @@ def test_to_join_a_room_is_to_leave_the_own_one(environ: dict[str, str]) -> None
 
 
 @pytest.mark.parametrize("text", ["", "hello", "sleap-rtc-", "sleap-rtc-AAAA"])
-def test_what_is_no_invite_changes_nothing(environ: dict[str, str], text: str) -> None:
+def test_an_invalid_invite_changes_nothing(environ: dict[str, str], text: str) -> None:
     host_room(HERE, environ)
     before = load_invite_text(environ)
-    with pytest.raises(UsageError, match="no invite") as caught:
+    with pytest.raises(UsageError, match="The invite can't be used") as caught:
         join_room(text, environ)
     assert load_invite_text(environ) == before
     assert hosting(environ) == HERE
@@ -159,11 +161,76 @@ def test_a_new_secret_is_another_room_at_the_same_place(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no file modes")
-def test_only_the_owner_can_read_the_invite(environ: dict[str, str]) -> None:
+def test_only_the_owner_can_read_the_files(environ: dict[str, str]) -> None:
     host_room(HERE, environ)
     state = Path(environ["SLEAP_RTC_STATE_DIR"])
     assert stat.S_IMODE(state.stat().st_mode) == 0o700
-    assert stat.S_IMODE((state / "invite").stat().st_mode) == 0o600
+    for file in state.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+def test_an_address_that_can_not_be_stored_leaves_the_old_one(
+    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host_room(HERE, environ)
+    real_replace = os.replace
+
+    def replace(source: str, target: Path) -> None:
+        if target.name == "signaling-address":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(ConfigError, match="No space left on device"):
+        host_room(Hosting(LOOPBACK, 9000), environ)
+    assert hosting(environ) == HERE
+
+
+@pytest.mark.parametrize("content", ["", "nonsense", "é:1", "host:99999"])
+def test_a_damaged_address_counts_as_none(
+    environ: dict[str, str], content: str
+) -> None:
+    host_room(HERE, environ)
+    path = Path(environ["SLEAP_RTC_STATE_DIR"]) / "signaling-address"
+    path.write_text(content, encoding="utf-8")
+    assert hosting(environ) is None
+
+
+ADAPTERS: list[tuple[str, list[tuple[str | tuple[str, int, int], int]]]] = [
+    ("lo", [("127.0.0.1", 8), (("::1", 0, 0), 128)]),
+    ("link-local", [("169.254.1.1", 16), (("fe80::1", 0, 2), 64)]),
+    ("vpn", [(("2001:db8::1", 0, 0), 64)]),
+    ("eth0", [("192.0.2.7", 24)]),
+]
+
+
+def adapters(*names: str) -> list[ifaddr.Adapter]:
+    return [
+        ifaddr.Adapter(name, name, [ifaddr.IP(ip, prefix, name) for ip, prefix in ips])
+        for name, ips in ADAPTERS
+        if name in names
+    ]
+
+
+@pytest.mark.parametrize(
+    ("host", "names", "url"),
+    [
+        ("0.0.0.0", ("lo", "link-local", "vpn", "eth0"), "ws://192.0.2.7:8787"),
+        ("0.0.0.0", ("lo", "link-local", "vpn"), "ws://127.0.0.1:8787"),
+        ("::", ("lo", "link-local", "vpn", "eth0"), "ws://192.0.2.7:8787"),
+        ("::", ("lo", "link-local", "vpn"), "ws://[2001:db8::1]:8787"),
+        ("::", ("lo",), "ws://127.0.0.1:8787"),
+    ],
+)
+def test_a_wildcard_address_becomes_one_that_others_can_reach(
+    environ: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    host: str,
+    names: tuple[str, ...],
+    url: str,
+) -> None:
+    monkeypatch.setattr(ifaddr, "get_adapters", lambda: adapters(*names))
+    assert host_room(Hosting(host, 8787), environ).url == url
 
 
 @pytest.mark.parametrize(
@@ -181,13 +248,13 @@ def test_a_listen_address_is_a_host_and_a_port(text: str, expected: Hosting) -> 
 @pytest.mark.parametrize(
     "text", ["", "8787", ":8787", "host:", "host:http", "host:-1", "host:٣", "h:65536"]
 )
-def test_what_is_no_listen_address_is_usage(text: str) -> None:
+def test_an_invalid_listen_address_is_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError):
         parse_listen_address(text)
 
 
-def test_a_server_that_can_not_listen_says_why() -> None:
+def test_a_server_that_can_not_listen_gives_the_reason() -> None:
     in_use = bind_problem(HERE, OSError(errno.EADDRINUSE, "in use"))
     assert "Port 8787 of 127.0.0.1 is in use" in in_use.message
     other = bind_problem(Hosting("::1", 80), OSError(errno.EACCES, "Forbidden"))
-    assert other.message == "Can't listen on [::1]:80: Forbidden."
+    assert other.message == "Cannot listen on [::1]:80: Forbidden."

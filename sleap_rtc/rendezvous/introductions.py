@@ -1,7 +1,7 @@
-"""How a client and a worker get from a shared room to a link of their own.
+"""Introductions: from a shared room to a link between a client and a worker.
 
-The sealed texts and their checks are in `sleap_rtc.proto.rendezvous.envelope`; this
-module gives them entropy and the time, and carries them through the room.
+`sleap_rtc.proto.rendezvous.envelope` seals and checks the offers and answers. This
+module adds entropy and the time, and sends them through the room.
 """
 
 import secrets
@@ -22,8 +22,6 @@ from sleap_rtc.proto.rendezvous.envelope import (
     Address,
     Answer,
     Offer,
-    OfferLedger,
-    link_proof,
     open_answer_untrusted,
     open_offer_untrusted,
     seal_answer,
@@ -31,12 +29,13 @@ from sleap_rtc.proto.rendezvous.envelope import (
     worker_nonce_untrusted,
 )
 from sleap_rtc.proto.rendezvous.invite import RoomKeys
+from sleap_rtc.proto.rendezvous.proof import OfferTable, link_proof
 from sleap_rtc.proto.rendezvous.workers import Candidate
 from sleap_rtc.proto.route.kinds import LINK_KINDS, LinkKindName
 
 
 class Introduction(msgspec.Struct, frozen=True):
-    """All that a client needs to open a link to a worker."""
+    """The data that a client needs to open a link to a worker."""
 
     answer: Answer
     auth: Auth
@@ -48,19 +47,19 @@ async def ask_worker(
     worker: Candidate,
     kinds: tuple[LinkKindName, ...] = LINK_KINDS,
 ) -> Introduction:
-    """Offer a link to a worker, and open its answer.
+    """Send an offer to a worker, and open its answer.
 
-    The caller sets the deadline.
+    It waits without a time limit of its own.
 
     Args:
-        room: The room that both are in.
-        keys: The room's.
-        worker: Whom to ask.
-        kinds: The kinds of link that would do.
+        room: The room that both peers are in.
+        keys: Keys of the room.
+        worker: The worker to ask.
+        kinds: The kinds of link that the client can use.
 
     Raises:
-        NoWorkerError: If it has left the room.
-        RefusedError: If what came back is not from a holder of the room secret.
+        NoWorkerError: If the worker has left the room.
+        RefusedError: If the answer does not come from a holder of the room secret.
     """
     offer_nonce = secrets.token_bytes(NONCE_BYTES)
     try:
@@ -86,7 +85,7 @@ async def ask_worker(
     except PeerUnreachableError:
         raise NoWorkerError(
             f"The worker {worker.peer_id} has left the room.",
-            "Try again: it may come back. `sleap-rtc workers` lists who is there.",
+            "Try again: it may come back. `sleap-rtc workers` lists the workers.",
         ) from None
     except InvalidInput:
         raise RefusedError(
@@ -106,14 +105,17 @@ async def ask_worker(
     return Introduction(opened.answer, Auth(session, proof))
 
 
-class Doorkeeper:
-    """Answers the offers that reach a worker, and checks who comes through the door.
+class Authenticator:
+    """Answers the offers that reach a worker, and checks the proofs of its clients.
 
     Args:
-        keys: The room's.
-        peer_id: The worker's.
-        certificate: What its links show, DER.
-        log: Where refusals are noted.
+        keys: Keys of the room.
+        peer_id: The worker's peer id.
+        certificate: The certificate of the worker's links, DER.
+        log: Log of refusals.
+
+    Attributes:
+        nonce: Published by the worker, so that no offer outlives this process.
     """
 
     def __init__(
@@ -124,22 +126,20 @@ class Doorkeeper:
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self.nonce = secrets.token_bytes(NONCE_BYTES)
-        """What the worker publishes, so that no offer outlives this process."""
-
         self._keys = keys
         self._peer_id = peer_id
         self._certificate = certificate
         self._log = log
-        self._ledger = OfferLedger(keys, peer_id, certificate)
+        self._offers = OfferTable(keys, peer_id, certificate)
 
     async def answer_offers(
         self, room: RoomConnection, addresses: Callable[[], tuple[Address, ...]]
     ) -> None:
-        """Answer every good offer until cancelled; the others are noted and dropped.
+        """Answer every valid offer until cancelled; log and drop the others.
 
         Args:
-            room: Where the offers come from.
-            addresses: Says where the worker's links can be reached at present.
+            room: The room that the offers come from.
+            addresses: Returns the addresses of the worker's links at present.
         """
         async for sender, text in room.offers:
             try:
@@ -160,10 +160,10 @@ class Doorkeeper:
             The client's peer id.
 
         Raises:
-            RemoteProtocolError: If it proves nothing.
+            RemoteProtocolError: If it is not a proof, or not the first on a link.
         """
         try:
-            return self._ledger.check_proof_untrusted(
+            return self._offers.check_proof_untrusted(
                 auth.session, auth.proof, time.time()
             )
         except RemoteProtocolError:
@@ -180,10 +180,10 @@ class Doorkeeper:
             worker_nonce=self.nonce,
             now=now,
         )
-        self._ledger.accept(opened.nonce, opened.expires, now)
+        self._offers.accept(opened.nonce, opened.expires, now)
         answer_nonce = secrets.token_bytes(NONCE_BYTES)
         expires = now + SEAL_LIFETIME
-        self._ledger.expect(opened.nonce.hex(), answer_nonce, sender, expires)
+        self._offers.expect(opened.nonce.hex(), answer_nonce, sender, expires)
         return seal_answer(
             self._keys,
             Answer(addresses, self._certificate, LINK_KINDS),

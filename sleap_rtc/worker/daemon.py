@@ -38,7 +38,7 @@ from sleap_rtc.proto.rendezvous.envelope import Address
 from sleap_rtc.proto.rendezvous.invite import Invite, RoomKeys
 from sleap_rtc.proto.rendezvous.messages import Metadata
 from sleap_rtc.proto.rendezvous.workers import WorkerCard
-from sleap_rtc.rendezvous.introductions import Doorkeeper
+from sleap_rtc.rendezvous.introductions import Authenticator
 from sleap_rtc.rendezvous.rooms import (
     LOOPBACK,
     Hosting,
@@ -194,7 +194,7 @@ class Worker:
             invite, hosted = await self._find_room(servants)
             certificate = await trio.to_thread.run_sync(make_certificate)
             keys = RoomKeys.from_secret(invite.secret)
-            doorkeeper = Doorkeeper(
+            authenticator = Authenticator(
                 keys, self._peer_id, certificate.certificate_der, self._log
             )
             # The links need to be reachable from no further than the room itself.
@@ -206,7 +206,7 @@ class Worker:
                             host,
                             self._options.port,
                             certificate,
-                            doorkeeper.authenticate,
+                            authenticator.authenticate,
                         )
                     )
                 except OSError as error:
@@ -221,7 +221,7 @@ class Worker:
                         peer_id=self._peer_id,
                         role="worker",
                         metadata=Metadata(
-                            TAGS, msgspec.to_builtins(self._card(doorkeeper))
+                            TAGS, msgspec.to_builtins(self._card(authenticator))
                         ),
                         log=self._log,
                     )
@@ -245,9 +245,9 @@ class Worker:
                 if on_ready is not None:
                     on_ready(invite, hosted)
                 servants.start_soon(
-                    doorkeeper.answer_offers, room, lambda: self._addresses(listener)
+                    authenticator.answer_offers, room, lambda: self._addresses(listener)
                 )
-                servants.start_soon(self._tell_room, room, doorkeeper)
+                servants.start_soon(self._tell_room, room, authenticator)
                 await self._serve_links(listener)
 
     # ----------------------------------------------------------------------- the room
@@ -288,7 +288,7 @@ class Worker:
         )
         return invite, True
 
-    def _card(self, doorkeeper: Doorkeeper) -> WorkerCard:
+    def _card(self, authenticator: Authenticator) -> WorkerCard:
         """Describe the worker as it is at present."""
         gpus = self._machine.gpus
         largest = max(gpus, key=lambda gpu: gpu.memory_mb, default=None)
@@ -305,10 +305,12 @@ class Worker:
             queued=self._queue.waiting,
             disk_free=self._disk_free,
             shared_storage=self._options.shared_root is not None,
-            nonce=doorkeeper.nonce.hex(),
+            nonce=authenticator.nonce.hex(),
         )
 
-    async def _tell_room(self, room: RoomConnection, doorkeeper: Doorkeeper) -> None:
+    async def _tell_room(
+        self, room: RoomConnection, authenticator: Authenticator
+    ) -> None:
         """Keep what the room knows of this worker true."""
         while True:
             with trio.move_on_after(STATUS_INTERVAL):
@@ -316,7 +318,7 @@ class Worker:
             self._disk_free = await trio.to_thread.run_sync(
                 _free_bytes, self._jobs, abandon_on_cancel=True
             )
-            await room.update_metadata(msgspec.to_builtins(self._card(doorkeeper)))
+            await room.update_metadata(msgspec.to_builtins(self._card(authenticator)))
 
     # ---------------------------------------------------------------------- the links
 

@@ -85,7 +85,7 @@ def join_room(text: str, environ: Mapping[str, str]) -> Invite:
     try:
         invite = decode_invite_untrusted(text)
     except InvalidInput as error:
-        raise UsageError(f"The invite can't be used: {error.reason}.") from None
+        raise UsageError(f"Cannot join: {error.reason}.") from None
     save_invite_text(encode_invite(invite), environ)
     (state_directory(environ) / _HOSTING).unlink(missing_ok=True)
     return invite

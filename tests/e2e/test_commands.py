@@ -46,7 +46,7 @@ def json_lines(text: str) -> list[dict[str, object]]:
         (["daemon", "--slots", "0"], "slots"),
         (["daemon", "--listen", "here"], "HOST:PORT"),
         (["daemon", "--role", "signaling"], "--listen"),
-        (["join", "hello"], "no invite"),
+        (["join", "hello"], "not an invite"),
         (["workers", "--timeout", "x"], "timeout"),
         (["dance"], "dance"),
         (["--option"], "--option"),

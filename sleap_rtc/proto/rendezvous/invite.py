@@ -126,7 +126,7 @@ def decode_invite_untrusted(text: str) -> Invite:
     """
     word = "".join(text.split())
     if not word.startswith(_PREFIX):
-        raise InvalidInput(f"this is not an invite: one starts with {_PREFIX}")
+        raise InvalidInput(f"this is not an invite, which starts with {_PREFIX}")
     encoded = word.removeprefix(_PREFIX)
     if not re.fullmatch(r"[A-Za-z0-9_-]+", encoded):
         raise InvalidInput(_DAMAGED)

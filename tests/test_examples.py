@@ -13,6 +13,7 @@ import trio
 
 from sleap_rtc.proto.job.lines import LineEvent
 from sleap_rtc.proto.job.script import DEFAULT_PROGRAMS, plan_scripts_untrusted
+from sleap_rtc.worker.job_log import open_job_log
 from sleap_rtc.worker.process import run_script
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -46,19 +47,19 @@ async def run_package(package: Path, folder: Path) -> list[str]:
     )
     lines: dict[int, str] = {}
 
-    async def on_line(event: LineEvent) -> None:
-        await trio.lowlevel.checkpoint()
+    def on_line(event: LineEvent) -> None:
         lines[event.line] = event.text
 
-    for script in scripts:
-        with trio.fail_after(60):
-            outcome = await run_script(
-                script.commands,
-                cwd=job,
-                environment={**os.environ, "PATH": str(folder / "bin")},
-                on_line=on_line,
-            )
-        assert outcome.ok, outcome.reason
+    async with open_job_log(folder, on_line) as log:
+        for script in scripts:
+            with trio.fail_after(60):
+                outcome = await run_script(
+                    script.commands,
+                    cwd=job,
+                    environment={**os.environ, "PATH": str(folder / "bin")},
+                    log=log,
+                )
+            assert outcome.ok, outcome.reason
     return list(lines.values())
 
 

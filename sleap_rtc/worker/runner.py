@@ -1,11 +1,9 @@
-"""Run one job in its directory: unpack it, run its scripts, list what they made."""
+"""Run one job in its directory: unpack it, run its scripts, list the results."""
 
 import os
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import TextIO
 
 import msgspec
 import trio
@@ -16,7 +14,6 @@ from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.folder import (
     Folder,
     StorageError,
-    create_beneath,
     explain_errors,
     list_tree,
     open_beneath,
@@ -31,29 +28,18 @@ from sleap_rtc.proto.job.script import (
     ScriptKind,
     plan_scripts_untrusted,
 )
+from sleap_rtc.worker.job_log import open_job_log
 from sleap_rtc.worker.process import run_script
-
-LOG_NAME = "job.log"
-"""The whole output of a job, the last version of each line; it is a result, too."""
 
 LISTING_TIMEOUT = 5.0
 """Seconds for listing the results of a job that was stopped."""
 
-LOG_CLOSE_TIMEOUT = 3.0
-"""Seconds for writing the rest of the log after the commands have ended."""
-
-_FLUSH_INTERVAL = 1.0
-"""Seconds between two writes of the log: storage may be slow, and jobs chatty."""
-
-_REDRAWN_LINES = 16
-"""How far up a progress bar reaches: nested ones redraw a few lines."""
-
 
 class RunReport(msgspec.Struct, frozen=True):
-    """How a run ended.
+    """The end of a run.
 
     Args:
-        failure: Why it failed, for people; None if it succeeded.
+        failure: The reason of a failure, for people; None if it succeeded.
         results: Size in bytes of each file that the job made or changed, by its path
             relative to the job directory.
     """
@@ -63,15 +49,15 @@ class RunReport(msgspec.Struct, frozen=True):
 
 
 class Run(msgspec.Struct, frozen=True):
-    """What to run, and whom to tell.
+    """A job to run, and the callbacks for its progress.
 
     Args:
         directory: The job directory; nothing outside of it is written.
         package: Name of the package in it.
         programs: The programs that this worker runs.
         gpus: The GPUs that the commands see, or None for all.
-        on_line: Is told every line of output.
-        on_stage: Is told when all commands of one kind have succeeded.
+        on_line: Called with every line of output.
+        on_stage: Called when all commands of one kind have succeeded.
     """
 
     directory: Path
@@ -83,15 +69,15 @@ class Run(msgspec.Struct, frozen=True):
 
 
 async def run_job(run: Run, stop: trio.CancelScope) -> RunReport:
-    """Run a package that lies in its job directory.
+    """Run the package in a job directory.
 
     Args:
-        run: What to run.
-        stop: Is entered here; whoever cancels it stops the commands, and still gets
-            the report with what the job made until then.
+        run: The job.
+        stop: Scope entered here. Cancelling it stops the commands; the report is still
+            returned, with the results up to then.
 
     Returns:
-        How it ended. A package that is no good is a failed run, not an exception.
+        The report. An unusable package is a failed run, not an exception.
     """
     failure: str | None = "stopped"
     before: dict[str, tuple[int, int]] = {}
@@ -102,9 +88,9 @@ async def run_job(run: Run, stop: trio.CancelScope) -> RunReport:
             before = await call_storage(_snapshot, run.directory)
             failure = await _run_scripts(run, scripts)
         except ArchiveError as error:
-            failure = f"The package {run.package} can't be unpacked: {error}"
+            failure = f"Cannot unpack the package {run.package}: {error}"
         except ScriptError as error:
-            failure = f"The package {run.package} can't be run: {error.reason}"
+            failure = f"Cannot run the package {run.package}: {error.reason}"
         except (StorageError, InvalidInput) as error:
             failure = str(error)
         results = await call_storage(_made_since, run, before)
@@ -126,7 +112,7 @@ async def _list_after_stop(
 
 
 def _unpack(run: Run) -> tuple[Script, ...]:
-    """Unpack the package and read its scripts; nothing has run yet.
+    """Unpack the package and read its scripts; it blocks.
 
     Raises:
         ArchiveError: If the package is broken or hostile.
@@ -154,46 +140,26 @@ def _read_script(directory: Path, name: str) -> str:
         explain_errors(f"Failed to read {name}"),
         os.fdopen(fd, encoding="utf-8", errors="replace") as file,
     ):
-        # One more than is allowed, so that a longer one is refused and not cut.
+        # One character more than allowed, so that a longer script is refused.
         return file.read(MAX_SCRIPT_LENGTH + 1)
 
 
 async def _run_scripts(run: Run, scripts: tuple[Script, ...]) -> str | None:
-    """Run the commands of all scripts, up to the first that fails."""
-    failure: str | None = None
-    async with trio.open_nursery() as nursery:
-        log = _JobLog(run.directory)
-        nursery.start_soon(log.write_regularly)
-
-        async def on_line(event: LineEvent) -> None:
-            log.add(event)
-            run.on_line(event)
-
-        next_line = 1
-        try:
-            for script in scripts:
-                outcome = await run_script(
-                    script.commands,
-                    cwd=run.directory,
-                    environment=os.environ,
-                    on_line=on_line,
-                    gpus=run.gpus,
-                    first_line=next_line,
-                )
-                next_line = outcome.next_line
-                if not outcome.ok:
-                    failure = outcome.reason
-                    break
-                if not any(s.kind == script.kind for s in _after(scripts, script)):
-                    run.on_stage(script.kind)
-        finally:
-            nursery.cancel_scope.cancel(reason="the commands have ended")
-            await log.close()
-    return failure
-
-
-def _after(scripts: tuple[Script, ...], script: Script) -> tuple[Script, ...]:
-    return scripts[scripts.index(script) + 1 :]
+    """Run all scripts up to the first command that fails; return the failure."""
+    async with open_job_log(run.directory, run.on_line) as log:
+        for number, script in enumerate(scripts):
+            outcome = await run_script(
+                script.commands,
+                cwd=run.directory,
+                environment=os.environ,
+                log=log,
+                gpus=run.gpus,
+            )
+            if not outcome.ok:
+                return outcome.reason
+            if all(later.kind != script.kind for later in scripts[number + 1 :]):
+                run.on_stage(script.kind)
+    return None
 
 
 def _snapshot(directory: Path) -> dict[str, tuple[int, int]]:
@@ -201,7 +167,7 @@ def _snapshot(directory: Path) -> dict[str, tuple[int, int]]:
 
 
 def _made_since(run: Run, before: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """List what was made or changed since; nothing if nothing had been unpacked."""
+    """List files that were made or changed; none if the package was not unpacked."""
     if not before:
         return {}
     try:
@@ -213,66 +179,3 @@ def _made_since(run: Run, before: Mapping[str, tuple[int, int]]) -> dict[str, in
         for path, status in after.items()
         if before.get(path) != status and path != run.package
     }
-
-
-class _JobLog:
-    """Writes the output of a job to a file, without ever making the job wait.
-
-    A line is written once `_REDRAWN_LINES` later ones have come; until then a new
-    version replaces it.
-    """
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._recent: dict[int, str] = {}
-        self._lines: list[str] = []
-        self._file: TextIO | None = None
-        self._writing = threading.Lock()
-
-    def add(self, event: LineEvent) -> None:
-        """Take a line, or a new version of a recent one."""
-        if event.line in self._recent or not self._recent:
-            self._recent[event.line] = event.text
-        elif event.line > max(self._recent):
-            self._recent[event.line] = event.text
-            if len(self._recent) > _REDRAWN_LINES:
-                self._lines.append(self._recent.pop(min(self._recent)) + "\n")
-
-    async def write_regularly(self) -> None:
-        """Write what has come, until cancelled."""
-        while True:
-            await trio.sleep(_FLUSH_INTERVAL)
-            await call_storage(self._write)
-
-    async def close(self) -> None:
-        """Write the rest, even in a cancelled task, unless it takes too long."""
-        self._lines += [text + "\n" for text in self._recent.values()]
-        self._recent.clear()
-        try:
-            await call_storage(self._close, timeout=LOG_CLOSE_TIMEOUT, shield=True)
-        except StorageError:
-            pass  # the lines have gone to the client too
-
-    def _write(self) -> None:
-        with self._writing:  # a thread that was left behind here comes first
-            self._write_lines()
-
-    def _write_lines(self) -> None:
-        lines, self._lines = self._lines, []
-        try:
-            if self._file is None:
-                fd = create_beneath(self._directory, LOG_NAME)
-                self._file = os.fdopen(fd, "w", encoding="utf-8")
-            self._file.writelines(lines)
-            self._file.flush()
-        except (OSError, StorageError, InvalidInput):
-            # The lines have gone to the client, too: a full disk must not end the job.
-            return
-
-    def _close(self) -> None:
-        self._write()
-        try:
-            if self._file is not None:
-                self._file.close()
-        except OSError:
-            return  # as above: it writes once more what had no room

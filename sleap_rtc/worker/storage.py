@@ -13,7 +13,7 @@ from sleap_rtc.io.storage.folder import StorageError, list_tree, open_beneath
 from sleap_rtc.io.storage.probe import ask_storage
 from sleap_rtc.io.transfer.chunk_files import ChunkReader
 from sleap_rtc.proto.errors import InvalidInput
-from sleap_rtc.worker.runner import LOG_NAME
+from sleap_rtc.worker.job_log import LOG_NAME
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")

@@ -1,9 +1,10 @@
 """A process that saves one job after the other, for a test to kill.
 
-It says the number of each job once it is saved.
+Arguments: the store, the number of the first job, and the number of jobs, after which
+the process waits for its standard input to end. It prints the number of each job once
+it is saved.
 """
 
-import itertools
 import sys
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from sleap_rtc.worker.store import JobRecord, open_store
 
 def main() -> None:
     store = open_store(Path(sys.argv[1]))
-    for number in itertools.count(int(sys.argv[2])):
+    first, count = map(int, sys.argv[2:])
+    for number in range(first, first + count):
         store.save(
             JobRecord(
                 job_id=f"job_{number:08x}",
@@ -29,6 +31,7 @@ def main() -> None:
             )
         )
         print(number, flush=True)
+    sys.stdin.read()
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import trio.testing
 
 from sleap_rtc.proto.job.lines import LineEvent
 from sleap_rtc.proto.job.script import Command
+from sleap_rtc.worker.job_log import open_job_log
 from sleap_rtc.worker.process import (
     DRAIN_BYTES,
-    DRAIN_SECONDS,
     ProgramMissingError,
     ProgramStartError,
     ScriptOutcome,
@@ -156,7 +156,7 @@ async def test_what_can_not_be_started_says_why(
 ) -> None:
     program = make_program("p", "")
     program.write_bytes(b"\x00\x01 no program")
-    with pytest.raises(ProgramStartError, match="could not be started: Exec format"):
+    with pytest.raises(ProgramStartError, match=r"Cannot start .*: Exec format"):
         await run(program)
     with pytest.raises(ProgramStartError, match="gone is gone"):
         await run_command(
@@ -191,13 +191,11 @@ async def test_a_child_that_keeps_the_pipe_open_is_ended_with_the_program(
         "while not os.path.exists('go'): time.sleep(0.01)\n",
     )
     output = Output()
-    began = trio.current_time()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(partial(run, program, output=output))
         with trio.fail_after(LIMIT):
             await output.wait_for(b"begun")
         (program.parent / "go").touch()
-    assert trio.current_time() - began < DRAIN_SECONDS + 5
     await lifeline.ends()
 
 
@@ -247,7 +245,7 @@ async def test_a_slow_reader_slows_the_program_and_loses_nothing(
 async def test_the_last_output_survives_a_reader_slower_than_the_drain(
     make_program: MakeProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sleap_rtc.worker.process.DRAIN_SECONDS", 0.05)
+    monkeypatch.setattr("sleap_rtc.worker.process.DRAIN_TIMEOUT", 0.05)
     lifeline = Lifeline(tmp_path / "bin" / "alive")
     program = make_program(
         "p",
@@ -283,8 +281,8 @@ async def test_a_daemon_that_a_program_left_can_not_print_for_ever(
     monkeypatch: pytest.MonkeyPatch,
     prints: str,
 ) -> None:
-    monkeypatch.setattr("sleap_rtc.worker.process.DRAIN_SECONDS", 0.2)
-    monkeypatch.setattr("sleap_rtc.worker.process.KILL_SECONDS", 0.2)
+    monkeypatch.setattr("sleap_rtc.worker.process.DRAIN_TIMEOUT", 0.2)
+    monkeypatch.setattr("sleap_rtc.worker.process.KILL_TIMEOUT", 0.2)
     lifeline = Lifeline(tmp_path / "bin" / "alive")
     program = make_program(
         "p",
@@ -404,16 +402,13 @@ class Job:
             for number, command in enumerate(commands)
         ]
         with trio.fail_after(LIMIT):
-            return await run_script(
-                parsed,
-                cwd=self.folder,
-                environment={"PATH": str(self.folder / "bin")},
-                on_line=self._add,
-            )
-
-    async def _add(self, event: LineEvent) -> None:
-        await trio.lowlevel.checkpoint()
-        self.events.append(event)
+            async with open_job_log(self.folder, self.events.append) as log:
+                return await run_script(
+                    parsed,
+                    cwd=self.folder,
+                    environment={"PATH": str(self.folder / "bin")},
+                    log=log,
+                )
 
 
 @pytest.fixture
@@ -426,7 +421,7 @@ async def test_commands_run_one_after_the_other(
 ) -> None:
     make_program("sleap-nn", "import sys\nprint('this is', sys.argv[1], end='')\n")
     outcome = await job.run("sleap-nn train a", "sleap-nn track b")
-    assert outcome == ScriptOutcome(next_line=5)
+    assert outcome == ScriptOutcome()
     assert outcome.ok
     assert job.log == [
         "$ sleap-nn train a",
@@ -519,7 +514,7 @@ async def test_redraws_keep_their_line_from_the_pipe_to_the_log(
     )
     outcome = await job.run("sleap train")
     assert job.log == ["$ sleap train", "start", "100%", "end"]
-    assert outcome.next_line == 5
+    assert outcome.ok
     assert len(job.events) < 500
 
 
@@ -533,16 +528,16 @@ async def test_a_line_without_an_end_is_shown_while_the_command_waits(
         "while not pathlib.Path('go').exists(): time.sleep(0.01)\n",
     )
 
-    async def on_line(event: LineEvent) -> None:
-        await trio.lowlevel.checkpoint()
+    def on_line(event: LineEvent) -> None:
         if event.text == "waiting...":
             (tmp_path / "go").touch()
 
     with trio.fail_after(LIMIT):
-        outcome = await run_script(
-            [Command(("sleap",), 1, "train-script.sh")],
-            cwd=tmp_path,
-            environment={"PATH": str(tmp_path / "bin")},
-            on_line=on_line,
-        )
+        async with open_job_log(tmp_path, on_line) as log:
+            outcome = await run_script(
+                [Command(("sleap",), 1, "train-script.sh")],
+                cwd=tmp_path,
+                environment={"PATH": str(tmp_path / "bin")},
+                log=log,
+            )
     assert outcome.ok

@@ -10,7 +10,8 @@ from trio.testing import MockClock
 
 from sleap_rtc.proto.job.lines import LineEvent
 from sleap_rtc.proto.job.script import ScriptKind
-from sleap_rtc.worker.runner import LOG_NAME, Run, RunReport, run_job
+from sleap_rtc.worker.job_log import LOG_NAME
+from sleap_rtc.worker.runner import Run, RunReport, run_job
 from tests.e2e import actor
 from tests.e2e.packages import make_package
 from tests.io.storage.places import HangingStorage, small_mount
@@ -131,7 +132,7 @@ async def test_what_is_no_package_is_a_failed_run(job: Job, content: bytes) -> N
     job.package.write_bytes(content)
     report = await job.run()
     assert report.failure is not None
-    assert "job.zip can't be unpacked" in report.failure
+    assert "Cannot unpack the package job.zip" in report.failure
     assert report.results == {}
     assert [path.name for path in job.directory.iterdir()] == ["job.zip"]
 
@@ -183,7 +184,14 @@ async def test_a_full_disk_costs_the_log_and_not_the_worker(tmp_path: Path) -> N
     assert list(job.lines.values())[-1] == "done"
 
 
-@pytest.mark.parametrize("step", ["extract_package", "list_tree", "create_beneath"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "runner.extract_package",
+        "runner.list_tree",
+        "job_log.create_beneath",
+    ],
+)
 async def test_a_job_on_storage_that_hangs_can_be_stopped(
     job: Job,
     step: str,
@@ -196,7 +204,7 @@ async def test_a_job_on_storage_that_hangs_can_be_stopped(
     make_package(job.package, f"act wait {fifo}")
     with HangingStorage(tmp_path / "fifo") as storage:
         monkeypatch.setattr(
-            f"sleap_rtc.worker.runner.{step}", lambda *_, **__: storage.touch()
+            f"sleap_rtc.worker.{step}", lambda *_, **__: storage.touch()
         )
         async with trio.open_nursery() as nursery:
             nursery.start_soon(job.run, 3000)

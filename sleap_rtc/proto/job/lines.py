@@ -55,6 +55,11 @@ class _Row:
         self._shown: str | None = None
 
     @property
+    def shown(self) -> str | None:
+        """The text that was delivered last; None if none was."""
+        return self._shown
+
+    @property
     def is_blank(self) -> bool:
         """True if this line never had any text that a reader could have seen."""
         return self._shown is None and not "".join(self._pieces).strip(" ")
@@ -118,6 +123,7 @@ class LineAssembler:
         self._cursor = 0
         self._fresh = False
         """True if the next text replaces the line instead of extending it."""
+        self._final: list[str] = []
 
     @property
     def next_line(self) -> int:
@@ -157,10 +163,16 @@ class LineAssembler:
             event for row in self._rows if row.due is not None and (event := row.take())
         ]
         self._decoder.reset()
+        self._final += [row.shown for row in self._rows if row.shown is not None]
         self._rows = [_Row(following)]
         self._cursor = 0
         self._fresh = False
         return events
+
+    def take_final(self) -> list[str]:
+        """Remove and return the lines that can no longer be redrawn, in order."""
+        final, self._final = self._final, []
+        return final
 
     def _feed(self, text: str, now: float) -> Iterator[LineEvent]:
         text = self._held + text
@@ -217,3 +229,5 @@ class LineAssembler:
             self._cursor -= 1
             if row.due is not None and (event := row.take()):
                 yield event
+            if row.shown is not None:
+                self._final.append(row.shown)

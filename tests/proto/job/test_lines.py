@@ -26,11 +26,16 @@ def feed(chunks: Iterable[bytes], step: float = 0.0) -> list[LineEvent]:
     """Assemble chunks that come `step` seconds apart."""
     assembler = LineAssembler()
     events: list[LineEvent] = []
+    last_versions: list[str] = []
     now = 0.0
     for chunk in chunks:
         events += assembler.receive_data(chunk, now)
+        last_versions += assembler.take_final()
         now += step
-    return events + assembler.finish(now)
+    events += assembler.finish(now)
+    last_versions += assembler.take_final()
+    assert last_versions == list(final(events).values())
+    return events
 
 
 def final(events: Iterable[LineEvent]) -> dict[int, str]:
@@ -273,3 +278,14 @@ def test_printable_text_stays_as_it_is(text: str) -> None:
     assert printable(once) == once
     once.encode()
     assert not any(char != "\t" and not char.strip("\x1b\r\n\x9b") for char in once)
+
+
+def test_a_line_is_final_once_it_is_out_of_reach() -> None:
+    assembler = LineAssembler()
+    assembler.receive_data(b"drawn\n" + b"\n" * (REACH - 2), 0.0)
+    assert assembler.take_final() == []
+    up = b"\x1b[%dA" % (REACH - 1)
+    assembler.receive_data(up + b"\rdrawn again\n" + b"\n" * (REACH - 2), 0.0)
+    assert assembler.take_final() == []
+    assembler.receive_data(b"\n", 0.0)
+    assert assembler.take_final() == ["drawn again"]

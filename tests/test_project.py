@@ -253,6 +253,18 @@ def test_the_protocol_document_has_a_row_for_every_signal() -> None:
             assert f"`{field.encode_name}`" in documented[name], name
 
 
+def test_the_development_guide_shows_every_room() -> None:
+    text = (ROOT / "docs/development.md").read_text(encoding="utf-8")
+    tree = text.partition("```\nsleap_rtc/")[2].partition("```")[0]
+    shown = set(re.findall(r"[a-z]+(?:/|\.py)", tree))
+    assert shown == {
+        f"{path.name}/" if path.is_dir() else path.name
+        for folder in ("", "io", "proto")
+        for path in (ROOT / "sleap_rtc" / folder).iterdir()
+        if path.suffix in ("", ".py") and not path.name.startswith("__")
+    }
+
+
 BETWEEN = re.compile(r"'?\.\.\.'?|\b[NXY]\b|\d+|: |'")
 """Parts of a quoted message that vary, or that several strings make together."""
 

@@ -47,24 +47,11 @@ NOT_YET = {
     "tests/io/storage",
     "tests/io/transfer",
     "tests/proto/transfer",
-    # signaling and routes
-    "sleap_rtc/rendezvous",
-    "sleap_rtc/io/signaling",
-    "sleap_rtc/proto/rendezvous",
-    "sleap_rtc/proto/route",
-    "tests/rendezvous",
-    "tests/io/signaling",
-    "tests/proto/rendezvous",
-    "tests/proto/route",
     # what all drivers share
     "sleap_rtc/io/__init__.py",
-    "sleap_rtc/io/alarm.py",
     "sleap_rtc/io/closing.py",
     "sleap_rtc/io/hardware.py",
-    "sleap_rtc/io/nursery.py",
-    "tests/io/test_alarm.py",
     "tests/io/test_hardware.py",
-    "tests/io/test_nursery.py",
 }
 """Folders and files that are not clean yet."""
 

@@ -11,8 +11,8 @@ async def open_background_nursery() -> AsyncIterator[trio.Nursery]:
     """Open a nursery whose tasks serve the body, and are cancelled after it.
 
     An exception of the body leaves as it is: a plain nursery would wrap it into an
-    `ExceptionGroup`, because it cannot know that its tasks are only servants. If a task
-    fails too, the body's exception and the tasks' leave together in one group.
+    `ExceptionGroup`, because its tasks are not secondary to the body there. If a task
+    also fails, the exceptions of the body and of the tasks leave in one group.
     """
     raised: Exception | None = None
     try:

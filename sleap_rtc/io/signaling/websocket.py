@@ -1,8 +1,8 @@
 """One WebSocket (RFC 6455) over one stream, driven by trio-websocket.
 
 It is made for signaling: texts only, and small ones. `WebSocket` queues texts without
-waiting. Whatever the peer does, `WebSocket.run` returns a reason and raises no error.
-This is how it copes with the library:
+waiting. `WebSocket.run` returns a reason and raises no error, even if the peer breaks
+the protocol. This is how it copes with the library:
 
 * The library stops reading and answering pings until its messages are read. So one
   task reads them at once, and passes them to a user that must not block.

@@ -1,1 +1,1 @@
-"""How peers meet: rooms, invites, sealed offers and answers."""
+"""Rooms, invites, and the sealed offers and answers of the peers in them."""

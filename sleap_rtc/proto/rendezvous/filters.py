@@ -1,4 +1,4 @@
-"""Which peers of a room the filters of a discovery match."""
+"""The filters of a discovery, which select peers of a room."""
 
 from msgspec import UNSET
 

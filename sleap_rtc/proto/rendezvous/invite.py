@@ -1,14 +1,15 @@
-"""Invites, and the keys that come out of them.
+"""Invites, and the keys that are derived from them.
 
-An invite carries the address of a signaling server and a secret of 256 bits. Three
-keys are derived from the secret (HKDF-SHA256, RFC 5869), each for one purpose:
+An invite holds the address of a signaling server and a secret of 256 bits. Three keys
+are derived from the secret (HKDF-SHA256, RFC 5869), each for one purpose:
 
 * an Ed25519 key, whose public half names the room and whose signature opens it;
-* a ChaCha20-Poly1305 key, under which offers and answers travel;
-* an HMAC key, with which a client proves itself inside a new link.
+* a ChaCha20-Poly1305 key, which seals offers and answers (see
+  `sleap_rtc.proto.rendezvous.envelope`);
+* an HMAC key, with which a client proves itself on a new link (see
+  `sleap_rtc.proto.rendezvous.proof`).
 
-The signaling server sees only the public key; `sleap_rtc.proto.rendezvous.envelope`
-says what the other two are for.
+The signaling server sees only the public key.
 """
 
 import base64
@@ -32,7 +33,7 @@ from sleap_rtc.proto.errors import InvalidInput, LocalProtocolError
 
 SECRET_BYTES = 32
 MAX_URL_CHARACTERS = 512
-"""Keeps an invite short enough to paste into a chat."""
+"""Characters of an address, so that an invite is short enough for a chat."""
 
 _PREFIX = "sleap-rtc-"
 _INVITE_VERSION = 1
@@ -44,7 +45,7 @@ _DAMAGED = "this invite is damaged: copy it again, from its first to its last ch
 
 
 class Invite(msgspec.Struct, frozen=True):
-    """Where peers meet, and the secret that they share.
+    """The signaling server of a room, and the secret of its peers.
 
     Args:
         url: Address of the signaling server, ``ws://`` or ``wss://``.
@@ -109,7 +110,7 @@ def _check_url(url: str) -> None:
 
 
 def encode_invite(invite: Invite) -> str:
-    """Write an invite as one word that needs no quotes in any shell.
+    """Encode an invite as one word that needs no quotes in any shell.
 
     Returns:
         ``sleap-rtc-`` and letters, digits, ``-`` and ``_``.
@@ -139,7 +140,9 @@ def decode_invite_untrusted(text: str) -> Invite:
     if checksum != _checksum(body) or _to_text(raw) != encoded or not body:
         raise InvalidInput(_DAMAGED)
     if body[0] != _INVITE_VERSION:
-        raise InvalidInput("this invite was made by a newer sleap-rtc: update this one")
+        raise InvalidInput(
+            "this invite was made by a newer sleap-rtc: update sleap-rtc here"
+        )
     secret, url = body[1 : 1 + SECRET_BYTES], body[1 + SECRET_BYTES :]
     try:
         return Invite(url.decode("ascii"), secret)
@@ -189,7 +192,7 @@ class RoomKeys:
         )
 
     def sign_registration(self, server_nonce: bytes, peer_id: str) -> bytes:
-        """Answer the challenge of a signaling server, 64 bytes."""
+        """Return the signature that answers a challenge of a server, 64 bytes."""
         return self._signing.sign(
             _registration_input(self.room_id, server_nonce, peer_id)
         )
@@ -201,14 +204,14 @@ class RoomKeys:
     def unseal(
         self, aead_nonce: bytes, sealed: bytes, associated: bytes
     ) -> bytes | None:
-        """Undo `seal`; None if anything differs."""
+        """Decrypt the result of `seal`; None if any argument differs."""
         try:
             return self._sealing.decrypt(aead_nonce, sealed, associated)
         except InvalidTag:
             return None
 
     def authenticate(self, data: bytes) -> str:
-        """Compute the proof over some data: 64 hexadecimal digits."""
+        """Return the HMAC of some data: 64 hexadecimal digits."""
         return hmac.new(self._proof, data, hashlib.sha256).hexdigest()
 
 
@@ -234,14 +237,14 @@ def _registration_input(room_id: str, nonce: bytes, peer_id: str) -> bytes:
 def verify_registration(
     public_key: bytes, room_id: str, nonce: bytes, peer_id: str, signature: bytes
 ) -> bool:
-    """Tell whether a peer holds the secret of the room that it wants to enter.
+    """Return whether a peer has proved that it holds the secret of a room.
 
     Args:
-        public_key: The key that the peer showed.
-        room_id: The room that it named.
-        nonce: What the server challenged this connection with.
-        peer_id: The name that the peer wants.
-        signature: Its answer.
+        public_key: The key that the peer sent.
+        room_id: The room that the peer named.
+        nonce: The challenge of the server on this connection.
+        peer_id: The name that the peer asked for.
+        signature: The peer's answer to the challenge.
     """
     if _room_id(public_key) != room_id:
         return False

@@ -93,7 +93,7 @@ class MemberState(Enum):
     """The challenge is answered."""
 
     REGISTERED = auto()
-    """In the room."""
+    """The peer is in the room."""
 
     WAITING = auto()
     """Not connected; the next attempt comes with the deadline."""
@@ -282,7 +282,7 @@ class RoomMember:
                 pass
 
     def handle_timeout(self, now: float) -> None:
-        """Do what is due at `now`; nothing happens before `deadline`."""
+        """Handle everything due at `now`; nothing happens before `deadline`."""
         if self._deadline is None or now < self._deadline:
             return
         state = self._state

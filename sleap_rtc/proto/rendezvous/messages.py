@@ -14,21 +14,22 @@ from msgspec import UNSET, Meta, UnsetType
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 
 MAX_SIGNAL_BYTES = 64 * 1024
-"""What a server takes from a peer: the largest sealed text is half of it."""
+"""Bytes of the longest message of a peer; the largest sealed text is half of it."""
 
 MAX_METADATA_BYTES = 4096
-"""Of one peer, as JSON: ten times what a worker with eight GPUs has to say."""
+"""Bytes of the metadata of one peer as JSON, ten times those of a worker with eight
+GPUs."""
 
 MAX_PEERS_PER_ROOM = 64
-"""A laboratory, with its workers and everybody's terminals."""
+"""Peers of a laboratory, with all its workers and terminals."""
 
 MAX_LIST_BYTES = MAX_PEERS_PER_ROOM * (MAX_METADATA_BYTES + 1024)
-"""What a peer takes from a server: a list of a full room is the longest message."""
+"""Bytes of the longest message of a server, which lists a full room."""
 
 # ------------------------------------------------------------------- field types
 
 PeerId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._@-]{0,127}\Z")]
-"""Harmless in a log line or a file name."""
+"""A name that is harmless in a log line and as a file name."""
 
 RoomId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Role = Annotated[str, Meta(pattern=r"\A[a-z]{1,32}\Z")]
@@ -36,7 +37,7 @@ Tag = Annotated[str, Meta(max_length=64)]
 Tags = Annotated[tuple[Tag, ...], Meta(max_length=16)]
 Key = Annotated[str, Meta(min_length=1, max_length=64)]
 Integer = Annotated[int, Meta(ge=-(2**53), le=2**53)]
-"""What every JSON library reads back unchanged."""
+"""An integer that every JSON library reads back unchanged."""
 
 Scalar = str | bool | Integer | float | None
 Property = Scalar | list[Scalar]
@@ -46,14 +47,14 @@ Sealed = Annotated[str, Meta(max_length=MAX_SIGNAL_BYTES // 2)]
 
 
 class Metadata(msgspec.Struct, frozen=True):
-    """What a peer says about itself to its room."""
+    """The description that a peer gives of itself to its room."""
 
     tags: Tags = ()
     properties: Properties = {}
 
 
 class MetadataChange(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Properties to merge; tags replace the old ones if they are given."""
+    """Properties to merge into the old ones. Tags, if given, replace the old tags."""
 
     properties: Properties = {}
     tags: Tags | UnsetType = UNSET
@@ -62,7 +63,7 @@ class MetadataChange(msgspec.Struct, frozen=True, omit_defaults=True):
 class Comparison(
     msgspec.Struct, frozen=True, omit_defaults=True, forbid_unknown_fields=True
 ):
-    """Conditions on one property; all that are given must hold."""
+    """Conditions on one property; all that are set must hold."""
 
     at_least: Integer | float | UnsetType = msgspec.field(default=UNSET, name="$gte")
     at_most: Integer | float | UnsetType = msgspec.field(default=UNSET, name="$lte")
@@ -73,9 +74,9 @@ Condition = Scalar | Comparison
 
 
 class Filters(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Which peers to list: of this role, with any of these tags, and such properties.
+    """The peers to list: of this role, with any of these tags, with these properties.
 
-    What is left out does not matter.
+    A field that is not set matches every peer.
     """
 
     role: Role | UnsetType = UNSET
@@ -84,7 +85,7 @@ class Filters(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class PeerInfo(msgspec.Struct, frozen=True):
-    """One peer of the room, as it describes itself."""
+    """One peer of the room, in its own words."""
 
     peer_id: PeerId
     role: Role
@@ -99,13 +100,13 @@ class Signal(msgspec.Struct, frozen=True, tag_field="type"):
 
 
 class Challenge(Signal, frozen=True, tag="challenge"):
-    """Server, first on every connection: sign this to register."""
+    """Server, first on every connection: the nonce to sign for a registration."""
 
     nonce: Annotated[bytes, Meta(min_length=16, max_length=64)]
 
 
 class Register(Signal, frozen=True, tag="register"):
-    """Peer: let me into this room. Sent again, it replaces the metadata."""
+    """Peer: enter this room. Sent again, it replaces the metadata."""
 
     peer_id: PeerId
     room_id: RoomId
@@ -116,21 +117,21 @@ class Register(Signal, frozen=True, tag="register"):
 
 
 class RegisteredAuth(Signal, frozen=True, tag="registered_auth"):
-    """Server: you are in."""
+    """Server: the registration is accepted."""
 
     room_id: RoomId
     peer_id: PeerId
 
 
 class DiscoverPeers(Signal, frozen=True, tag="discover_peers"):
-    """Peer: who else is in my room? Each one gets exactly one `PeerList`."""
+    """Peer: list the other peers of the room. Exactly one `PeerList` follows."""
 
     from_peer_id: PeerId
     filters: Filters = Filters()
 
 
 class PeerList(Signal, frozen=True, tag="peer_list"):
-    """Server: those are."""
+    """Server: the other peers of the room."""
 
     to_peer_id: PeerId
     peers: Annotated[tuple[PeerInfo, ...], Meta(max_length=MAX_PEERS_PER_ROOM)]
@@ -154,7 +155,7 @@ class AnswerSignal(Signal, frozen=True, tag="answer"):
 
 
 class PeerMessage(Signal, frozen=True, tag="peer_message"):
-    """Peer to peer: anything else; the server does not look into it."""
+    """Peer to peer: other content, which the server does not read."""
 
     from_peer_id: PeerId
     to_peer_id: PeerId
@@ -162,21 +163,21 @@ class PeerMessage(Signal, frozen=True, tag="peer_message"):
 
 
 class UpdateMetadata(Signal, frozen=True, tag="update_metadata"):
-    """Peer: this is new about me."""
+    """Peer: a change of its metadata."""
 
     peer_id: PeerId
     metadata: MetadataChange
 
 
 class MetadataUpdated(Signal, frozen=True, tag="metadata_updated"):
-    """Server: this is what the room knows about you now."""
+    """Server: the metadata of the peer after its change."""
 
     peer_id: PeerId
     metadata: Metadata
 
 
 class ErrorSignal(Signal, frozen=True, tag="error"):
-    """Server: that did not work; a code for programs, a reason for people."""
+    """Server: a request failed; with a code for programs and a reason for people."""
 
     code: Annotated[str, Meta(max_length=64)]
     reason: Annotated[str, Meta(max_length=1024)]
@@ -223,13 +224,13 @@ _MAX_REASON = 300
 
 
 class _Head(msgspec.Struct, frozen=True):
-    """What is read first of every message."""
+    """The part of a message that is decoded first."""
 
     type: Annotated[str, Meta(min_length=1, max_length=64)]
 
 
 def encode_signal(signal: Signal) -> str:
-    """Write a message as JSON.
+    """Encode a message as JSON.
 
     Raises:
         LocalProtocolError: If it can't be expressed in JSON.
@@ -241,17 +242,17 @@ def encode_signal(signal: Signal) -> str:
 
 
 def decode_signal_untrusted(text: str, limit: int = MAX_SIGNAL_BYTES) -> Signal:
-    """Read a message from the network.
+    """Decode a message from the network.
 
     Args:
-        text: As it arrived.
-        limit: Its greatest length in bytes.
+        text: The text that arrived.
+        limit: Bytes of the longest message to accept.
 
     Returns:
-        A message of `TABLE`, or `UnknownSignal` if there is no such name in it.
+        A message of `TABLE`, or `UnknownSignal` if the name is not in it.
 
     Raises:
-        RemoteProtocolError: For anything else; it names the message and the field.
+        RemoteProtocolError: For all other texts; it names the message and the field.
     """
     name = "a signaling message"
     try:
@@ -269,5 +270,5 @@ def decode_signal_untrusted(text: str, limit: int = MAX_SIGNAL_BYTES) -> Signal:
 
 
 def metadata_fits(metadata: Metadata) -> bool:
-    """Tell whether a server will take this much metadata."""
+    """Return whether a server accepts metadata of this size."""
     return len(msgspec.json.encode(metadata)) <= MAX_METADATA_BYTES

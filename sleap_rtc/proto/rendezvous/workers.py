@@ -1,4 +1,4 @@
-"""What workers say of themselves in the room, and which one a job goes to."""
+"""The description of a worker in its room, and the choice of one for a job."""
 
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
@@ -15,9 +15,9 @@ _Number = Annotated[int, Meta(ge=0, le=2**53)]
 class WorkerCard(msgspec.Struct, frozen=True):
     """The metadata properties of a worker.
 
-    The first four have the names that other SLEAP peers read. Whoever runs the
-    signaling server could write anything here: it is good for a list and a choice,
-    never for a decision about trust.
+    The first four have the names that other SLEAP peers read. The owner of the
+    signaling server could change all of it, so it may be shown and serve a choice, but
+    it never decides about trust.
     """
 
     hostname: _Word = ""
@@ -36,7 +36,7 @@ class WorkerCard(msgspec.Struct, frozen=True):
 
 
 def read_card(properties: Mapping[str, object]) -> WorkerCard:
-    """Read the properties of a worker; what is malformed keeps its default."""
+    """Parse the properties of a worker; a malformed one keeps its default."""
     card = WorkerCard()
     for name in WorkerCard.__struct_fields__:
         if name in properties:
@@ -49,14 +49,14 @@ def read_card(properties: Mapping[str, object]) -> WorkerCard:
 
 
 class Candidate(msgspec.Struct, frozen=True):
-    """A worker that a job could go to."""
+    """A worker that could run a job."""
 
     peer_id: str
     card: WorkerCard
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """The worker that a job goes to, and why."""
+    """The worker that runs a job; the reason is for people."""
 
     worker: Candidate
     reason: str
@@ -75,7 +75,7 @@ def choose_worker(
 
     Args:
         candidates: The workers of the room.
-        wanted: The peer id, name or host name that the user asked for, or the
+        wanted: The peer id, the name or the host name that the user asked for, or the
             beginning of a peer id.
     """
     known = sorted(candidates, key=lambda candidate: candidate.peer_id)

@@ -1,1 +1,1 @@
-"""Where a job's bytes travel, and how a lost link comes back."""
+"""The route of a job's bytes, and the recovery of a lost link."""

@@ -1,4 +1,4 @@
-"""When to try again after a link was lost, and when to stop trying.
+"""The decision to try again or to stop trying, after a link was lost.
 
 This module only decides: its owner reports how each attempt failed and gets the next
 step. Two things can be wrong. The worker is *gone* if there is evidence that its

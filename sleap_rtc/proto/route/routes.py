@@ -224,7 +224,7 @@ class LinkRace:
         self._advance(now)
 
     def handle_timeout(self, now: float) -> None:
-        """Do what is due at `now`; nothing happens before `deadline`."""
+        """Handle everything due at `now`; nothing happens before `deadline`."""
         self._advance(now)
 
     # --------------------------------------------------------------------- outputs

@@ -123,7 +123,7 @@ class LogRecorder:
 
     Attributes:
         log: The logger to pass to the product.
-        entries: What was logged: the fields, and the message as ``event``.
+        entries: The fields of each entry, with the message as ``event``.
     """
 
     def __init__(self) -> None:

@@ -194,7 +194,7 @@ def test_changing_any_field_is_noticed(field: str, value: object) -> None:
 def test_an_altered_offer_is_refused_even_where_the_alteration_would_fit(
     field: str, value: object, expected: dict[str, bytes]
 ) -> None:
-    """Whatever carries it can write what the receiver expects, but not seal it."""
+    """A carrier can write the values that the receiver expects, but not seal them."""
     altered = json.dumps(json.loads(sealed_offer()) | {field: value})
     with refused():
         opened_offer(altered, **expected)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What workers say of themselves, and which of them gets a job."""
+"""The description of a worker, and the choice of one for a job."""
 
 import pytest
 from hypothesis import given
@@ -50,7 +50,7 @@ def test_a_free_slot_comes_first_then_the_largest_gpu(
         assert why in choice.reason
 
 
-def test_nobody_there_is_no_choice() -> None:
+def test_an_empty_room_has_no_choice() -> None:
     assert choose_worker([]) == NoChoice("no worker is in the room")
 
 
@@ -62,13 +62,13 @@ def test_a_worker_can_be_asked_for(wanted: str) -> None:
     assert choice.reason == "you asked for it"
 
 
-def test_a_busy_worker_that_was_asked_for_is_taken() -> None:
+def test_a_busy_worker_that_was_asked_for_is_chosen() -> None:
     choice = choose_worker([BUSY, IDLE], "worker-d-4")
     assert isinstance(choice, Choice)
     assert choice.worker is BUSY
 
 
-def test_an_unknown_or_unclear_name_names_who_is_there() -> None:
+def test_the_refusal_of_a_name_lists_the_workers() -> None:
     unknown = choose_worker([IDLE, LARGE], "other")
     assert isinstance(unknown, NoChoice)
     assert "worker-a-1, worker-b-2" in unknown.reason
@@ -77,7 +77,7 @@ def test_an_unknown_or_unclear_name_names_who_is_there() -> None:
     assert "could be any of worker-a-1, worker-b-2" in unclear.reason
 
 
-def test_what_is_malformed_keeps_its_default() -> None:
+def test_a_malformed_property_keeps_its_default() -> None:
     card = read_card({"slots": 4, "slots_free": "many", "name": "desk", "other": 1})
     assert card == WorkerCard(slots=4, name="desk")
 

@@ -67,7 +67,7 @@ TIMES = [
     pytest.param(15, [(0, GONE), (1, GONE), (2.9, GONE)], None, id="not within 3 s"),
     pytest.param(15, [(0, GONE), (3, GONE)], 1, id="after 3 s"),
     pytest.param(15, [(4, GONE), (4.2, GONE)], 1, id="never after one attempt"),
-    pytest.param(99, [(0, AWAY)] * 50, None, id="away is no evidence"),
+    pytest.param(99, [(0, AWAY)] * 50, None, id="away is not evidence"),
     pytest.param(
         15, [(0, AWAY), (20, GONE), (26.9, GONE)], None, id="timeout after waking up"
     ),

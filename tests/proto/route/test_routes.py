@@ -1,4 +1,4 @@
-"""Which route, which kinds of link, and which link wins the race."""
+"""The choice of a route and of the kinds of link, and the race of links."""
 
 from typing import get_args
 

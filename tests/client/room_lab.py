@@ -14,7 +14,7 @@ from sleap_rtc.proto.rendezvous.envelope import Address
 from sleap_rtc.proto.rendezvous.invite import Invite, RoomKeys, encode_invite
 from sleap_rtc.proto.rendezvous.messages import Metadata
 from sleap_rtc.proto.rendezvous.workers import WorkerCard
-from sleap_rtc.rendezvous.introductions import Doorkeeper
+from sleap_rtc.rendezvous.introductions import Authenticator
 from tests.client.scripted import ScriptedWorker, scripted_worker
 from tests.io.signaling.lab import HOST, Server
 
@@ -57,11 +57,11 @@ async def worker_in(
     """
     log = structlog.get_logger()
     certificate = make_certificate()
-    keeper = Doorkeeper(KEYS, peer_id, certificate.certificate_der, log)
-    card = msgspec.structs.replace(card, nonce=keeper.nonce.hex())
+    authenticator = Authenticator(KEYS, peer_id, certificate.certificate_der, log)
+    card = msgspec.structs.replace(card, nonce=authenticator.nonce.hex())
     metadata = Metadata(("sleap-rtc",), msgspec.to_builtins(card))
     async with (
-        open_listener(HOST, 0, certificate, keeper.authenticate) as listener,
+        open_listener(HOST, 0, certificate, authenticator.authenticate) as listener,
         server.room(peer_id, "worker", metadata) as room,
         open_background_nursery() as nursery,
     ):
@@ -74,16 +74,18 @@ async def worker_in(
 
         address = Address(*(at or (HOST, listener.port)))
         if on_offer is None:
-            nursery.start_soon(keeper.answer_offers, room, lambda: (address,))
+            nursery.start_soon(authenticator.answer_offers, room, lambda: (address,))
         else:
             nursery.start_soon(ignore_offers)
         yield listener
 
 
 async def serve(listener: Listener, *scripts: Script) -> None:
-    """Accept one link for each script, and run it there until the client leaves."""
+    """Accept one link for each script, and close all further links at once."""
     for script in scripts:
         link = await listener.accept()
         async with scripted_worker(link) as worker:
             await script(worker)
             await worker.wait_closed()
+    while True:
+        (await listener.accept()).close_now("the test serves no more links")

@@ -30,7 +30,7 @@ from bench.line import Conditions
 from bench.link_end import LOOPBACK, Received, Sent, Span, Task, Where
 from bench.processes import python_module
 from bench.proxy import Kind, open_proxy
-from sleap_rtc.io.link.link import LinkKind
+from sleap_rtc.proto.route.kinds import LinkKindName
 
 START_TIMEOUT = 30.0
 """Seconds that both ends may take to start and to end."""
@@ -58,7 +58,7 @@ class Way(msgspec.Struct, frozen=True):
         congestion: A congestion control instead of the product's own.
     """
 
-    kind: LinkKind
+    kind: LinkKindName
     congestion: str = ""
 
     @property

@@ -23,7 +23,7 @@ from blake3 import blake3
 from sleap_rtc.io.connect.dial import dial
 from sleap_rtc.io.connect.listener import open_listener
 from sleap_rtc.io.link.certificates import make_certificate
-from sleap_rtc.io.link.link import Link, LinkClosedError, LinkKind, LinkStatistics
+from sleap_rtc.io.link.link import Link, LinkClosedError, LinkStatistics
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.quic import engine
 from sleap_rtc.io.quic.congestion import AioquicCongestion
@@ -32,6 +32,7 @@ from sleap_rtc.proto.congestion import WINDOW_PACING_GAIN, CongestionControl, Pa
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import Auth, FileOffer, OfferedFile
 from sleap_rtc.proto.mtu import MtuSearch
+from sleap_rtc.proto.route.kinds import LinkKindName
 from sleap_rtc.proto.transfer.chunk_map import ChunkMap
 
 LOOPBACK = "127.0.0.1"
@@ -61,7 +62,7 @@ class Task(msgspec.Struct, frozen=True):
 
     address: tuple[str, int]
     certificate: bytes
-    kind: LinkKind
+    kind: LinkKindName
     congestion: str
     chunk_size: int
 

@@ -1,63 +1,52 @@
-"""Listening for links of both kinds on one port number."""
+"""Listening for links of all kinds on one port number."""
 
 import errno
-import math
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, closing
 
-import trio
-
+from sleap_rtc.io.connect.kinds import KINDS, LinkKind
+from sleap_rtc.io.link.addresses import reachable_addresses
 from sleap_rtc.io.link.certificates import Certificate
+from sleap_rtc.io.link.endpoint import Acceptor, Authenticate
+from sleap_rtc.io.link.limits import LIMITS, LinkLimits
 from sleap_rtc.io.link.link import Link
-from sleap_rtc.io.link.session import IDLE_TIMEOUT
-from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.quic.driver import QuicListener, serve_quic
-from sleap_rtc.io.quic.socket import UdpSocket, open_udp_listener
-from sleap_rtc.io.tcp.driver import serve_tcp
-from sleap_rtc.io.tcp.socket import bind_tcp_listener
-from sleap_rtc.proto.messages import Auth
 
 ATTEMPTS = 50
-"""Free ports to try until one is free for both; even on a busy machine the first one
-nearly always is."""
+"""Port numbers to try until one is free for all kinds. Even on a busy machine the first
+one nearly always is."""
 
 _UNAVAILABLE = (errno.EADDRINUSE, errno.EACCES)
-"""Windows keeps some ports for itself, others for one of the two only."""
+"""Errors of a port that another program has. Windows reserves some ports for itself,
+others for TCP or UDP only."""
 
 
 class Listener:
-    """A port number, TCP and UDP, on which clients reach this machine.
+    """A port number on which clients reach this machine over all kinds of link.
 
     Args:
-        quic: The listener of one kind; it also knows the addresses.
+        bound: One of its sockets.
+        acceptor: Gets the proofs of the clients.
+
+    Attributes:
+        port: The port number.
     """
 
-    def __init__(self, quic: QuicListener) -> None:
-        self._quic = quic
-        # Without a bound: each link in it has used up a proof of its own.
-        self._ready, self._accepted = trio.open_memory_channel[Link](math.inf)
-
-    @property
-    def port(self) -> int:
-        """The port number."""
-        return self._quic.port
+    def __init__(self, bound: socket.socket, acceptor: Acceptor) -> None:
+        self.port = int(bound.getsockname()[1])
+        self._bound = bound
+        self._acceptor = acceptor
 
     def local_addresses(self) -> tuple[tuple[str, int], ...]:
-        """List the addresses under which this machine may be reached."""
-        return self._quic.local_addresses()
+        """Return the addresses under which this machine may be reached."""
+        return reachable_addresses(self._bound)
 
     async def accept(self) -> Link:
         """Wait for the next client that has proved itself; `Link.peer` names it.
 
         The link lives at most as long as the listener.
         """
-        return await self._accepted.receive()
-
-    async def collect(self, accept: Callable[[], Awaitable[Link]]) -> None:
-        """Take the links of one kind, for ever."""
-        while True:
-            self._ready.send_nowait(await accept())
+        return await self._acceptor.accept()
 
 
 @asynccontextmanager
@@ -65,60 +54,64 @@ async def open_listener(
     host: str,
     port: int,
     certificate: Certificate,
-    authenticate: Callable[[Auth], str],
+    authenticate: Authenticate,
     *,
-    idle_timeout: float = IDLE_TIMEOUT,
+    limits: LinkLimits = LIMITS,
 ) -> AsyncIterator[Listener]:
-    """Listen for links of both kinds.
+    """Listen for links of all kinds during the body.
 
     Args:
         host: The literal address to bind to; an empty one means all of this machine.
-        port: The port number; 0 takes one that is free for TCP and UDP.
-        certificate: What to show to clients.
-        authenticate: Returns the name of the client that a proof belongs to, or raises
-            `RemoteProtocolError`; then the client is told no more than that it is
-            refused.
-        idle_timeout: Seconds of silence after which a client counts as gone.
+        port: The port number; 0 takes one that is free for all kinds.
+        certificate: Shown to clients.
+        authenticate: Checks the proofs of the clients.
+        limits: The limits of each link.
 
     Raises:
-        OSError: If the address cannot be bound for both; it says for which.
+        OSError: If the address cannot be bound for all kinds; the message names the
+            transport.
     """
-    udp, tcp = _bind_both(host, port)
-    with udp, tcp:
-        async with (
-            open_background_nursery() as nursery,
-            serve_quic(
-                udp, certificate, authenticate, idle_timeout=idle_timeout
-            ) as quic_links,
-            serve_tcp(
-                tcp, certificate, authenticate, idle_timeout=idle_timeout
-            ) as tcp_links,
-        ):
-            listener = Listener(quic_links)
-            nursery.start_soon(listener.collect, quic_links.accept)
-            nursery.start_soon(listener.collect, tcp_links.accept)
-            yield listener
+    acceptor = Acceptor(authenticate)
+    async with AsyncExitStack() as stack:
+        bound = _bind_all(host, port)
+        for _, one in bound:
+            stack.enter_context(closing(one))
+        for kind, one in bound:
+            server = kind.serve(one, certificate, acceptor, limits)
+            await stack.enter_async_context(server)
+        yield Listener(bound[0][1], acceptor)
 
 
-def _bind_both(host: str, port: int) -> tuple[UdpSocket, socket.socket]:
-    """Bind both sockets; a free port is sought again if only one of them can have it.
+def _bind_all(host: str, port: int) -> list[tuple[LinkKind, socket.socket]]:
+    """Bind a socket for each kind to the same number.
+
+    Without a given number, try another one if the first is not free for all kinds.
 
     Raises:
-        OSError: If a named port can't be had, or the host is no address.
+        OSError: If the given port is taken, no number is free, or the host is not an
+            address.
     """
-    for attempt in range(ATTEMPTS):
+    for attempts_left in reversed(range(ATTEMPTS)):
+        bound: list[tuple[LinkKind, socket.socket]] = []
+        number = port
         try:
-            udp = open_udp_listener(host, port)
+            for kind in KINDS.values():
+                bound.append((kind, _bind(kind, host, number)))
+                number = bound[0][1].getsockname()[1]
         except OSError as error:
-            raise OSError(error.errno, f"UDP port {port}: {error.strerror}") from None
-        try:
-            return udp, bind_tcp_listener(host, udp.port)
-        except OSError as error:
-            taken = udp.port
-            udp.close()
-            last = attempt == ATTEMPTS - 1
-            if port or last or error.errno not in _UNAVAILABLE:
-                raise OSError(
-                    error.errno, f"TCP port {taken}: {error.strerror}"
-                ) from None
+            for _, one in bound:
+                one.close()
+            is_half_free = bound and error.errno in _UNAVAILABLE
+            if port or not is_half_free or not attempts_left:
+                raise
+        else:
+            return bound
     raise AssertionError("the last attempt returns or raises")
+
+
+def _bind(kind: LinkKind, host: str, port: int) -> socket.socket:
+    try:
+        return kind.bind(host, port)
+    except OSError as error:
+        where = f"{kind.transport} port {port}"
+        raise OSError(error.errno, f"{where}: {error.strerror}") from None

@@ -1,28 +1,77 @@
-"""The addresses under which this machine may be reached."""
+"""The addresses of this machine: which to bind, and under which it may be reached."""
 
+import errno
 import ipaddress
+import socket
+from collections.abc import Callable
 from typing import Any
 
 import ifaddr
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
+Bind = Callable[[socket.AddressFamily, str, int], socket.socket]
+"""Opens a socket of a family, bound to a literal address and a port."""
 
-def reachable_hosts(*, ipv4: bool, ipv6: bool) -> tuple[str, ...]:
-    """List the addresses of this machine's interfaces, in the system's order.
 
-    Link-local addresses are left out: they say nothing without their interface.
-    Loopback is listed only where there is nothing else.
+def bind_any(host: str, port: int, bind: Bind) -> socket.socket:
+    """Open the socket of a listener.
 
     Args:
-        ipv4: Whether IPv4 addresses are wanted.
-        ipv6: Whether IPv6 addresses are wanted.
+        host: A literal address; an empty one means all of this machine, over IPv6 and
+            IPv4 where the system has both.
+        port: The port; 0 takes any.
+        bind: Opens the socket.
+
+    Raises:
+        OSError: If the address cannot be bound, or the host is not an address.
+    """
+    if host in ("", "::"):
+        try:
+            return bind(socket.AF_INET6, "::", port)
+        except OSError as error:
+            if host or error.errno == errno.EADDRINUSE:
+                raise
+            # A machine without IPv6.
+            return bind(socket.AF_INET, "0.0.0.0", port)
+    found = socket.getaddrinfo(host, port, flags=socket.AI_NUMERICHOST)
+    family, _, _, _, address = found[0]
+    return bind(family, str(address[0]), port)
+
+
+def reachable_addresses(bound: socket.socket) -> tuple[tuple[str, int], ...]:
+    """Return the addresses under which a bound socket may be reached."""
+    host, port = bound.getsockname()[:2]
+    if host not in ("0.0.0.0", "::"):
+        return ((host, port),)
+    ipv6 = bound.family == socket.AF_INET6
+    ipv4 = not (ipv6 and bound.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY))
+    return tuple((host, port) for host in reachable_hosts(ipv4=ipv4, ipv6=ipv6))
+
+
+def reachable_hosts(*, ipv4: bool, ipv6: bool) -> tuple[str, ...]:
+    """Return the addresses of this machine's interfaces, in the system's order.
+
+    Link-local addresses are left out: they are useless without their interface.
+    Loopback is included only where nothing else exists.
+
+    Args:
+        ipv4: Whether to include IPv4 addresses.
+        ipv6: Whether to include IPv6 addresses.
     """
     found = [
         ipaddress.ip_address(ip.ip if isinstance(ip.ip, str) else ip.ip[0])
         for adapter in ifaddr.get_adapters()
         for ip in adapter.ips
     ]
+    return choose_hosts(found, ipv4=ipv4, ipv6=ipv6)
+
+
+def choose_hosts(found: list[IPAddress], *, ipv4: bool, ipv6: bool) -> tuple[str, ...]:
+    """Return those addresses of interfaces that other machines may reach.
+
+    See `reachable_hosts`.
+    """
     wanted = [
         address
         for address in dict.fromkeys(found)
@@ -33,11 +82,11 @@ def reachable_hosts(*, ipv4: bool, ipv6: bool) -> tuple[str, ...]:
 
 
 def is_loopback(host: str) -> bool:
-    """Tell whether a literal address leads back to this machine."""
+    """Return True if a literal address leads back to this machine."""
     return ipaddress.ip_address(host).is_loopback
 
 
 def describe_address(address: tuple[Any, ...]) -> str:
-    """Write a socket address for people, as ``host:port`` or ``[host]:port``."""
+    """Format a socket address for people, as ``host:port`` or ``[host]:port``."""
     host = str(address[0]).removeprefix("::ffff:")
     return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"

@@ -1,11 +1,10 @@
 """The self-signed certificate that a worker shows on every link.
 
-Nobody vouches for it: it travels sealed in the answer, and the client trusts exactly
-these bytes. So its name and its dates say nothing, and are the same everywhere.
+It travels sealed in the answer, and the client trusts exactly these bytes. So its name
+and its dates mean nothing, and are the same everywhere.
 """
 
 import datetime
-import hashlib
 
 import msgspec
 from cryptography import x509
@@ -16,9 +15,9 @@ from cryptography.x509.oid import NameOID
 from sleap_rtc.proto.errors import RemoteProtocolError
 
 SERVER_NAME = "sleap-rtc.invalid"
-"""The name in every certificate; ``.invalid`` never resolves (RFC 6761)."""
+"""Name in every certificate; ``.invalid`` never resolves (RFC 6761)."""
 
-# No clock of a laptop is so wrong that it would call such a certificate expired.
+# Even a very wrong clock does not make such a certificate expired.
 _VALID_FROM = datetime.datetime(2000, 1, 1, tzinfo=datetime.UTC)
 _VALID_UNTIL = datetime.datetime(2100, 1, 1, tzinfo=datetime.UTC)
 
@@ -27,21 +26,16 @@ class Certificate(msgspec.Struct, frozen=True):
     """A certificate and its private key.
 
     Args:
-        certificate_der: What the peer is told to trust.
+        certificate_der: The certificate, DER.
         private_key: Its key, on the curve P-256.
     """
 
     certificate_der: bytes
     private_key: ec.EllipticCurvePrivateKey
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the certificate, as lower-case hexadecimal digits."""
-        return hashlib.sha256(self.certificate_der).hexdigest()
-
 
 def make_certificate() -> Certificate:
-    """Make a new key and a self-signed certificate for it (ECDSA on P-256)."""
+    """Create a new key and a self-signed certificate for it (ECDSA on P-256)."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, SERVER_NAME)])
     certificate = (
@@ -60,7 +54,7 @@ def make_certificate() -> Certificate:
 
 
 def certificate_pem_untrusted(certificate_der: bytes) -> bytes:
-    """Write a certificate that came from a peer as PEM, for a list of trust anchors.
+    """Convert a certificate that came from a peer to PEM, for a list of trust anchors.
 
     Raises:
         RemoteProtocolError: If it is not a certificate.
@@ -69,4 +63,6 @@ def certificate_pem_untrusted(certificate_der: bytes) -> bytes:
         certificate = x509.load_der_x509_certificate(certificate_der)
         return certificate.public_bytes(serialization.Encoding.PEM)
     except ValueError:
-        raise RemoteProtocolError("what the peer sent is no certificate") from None
+        raise RemoteProtocolError(
+            "the peer sent something that is not a certificate"
+        ) from None

@@ -9,43 +9,50 @@ from sleap_rtc.proto.messages import Message
 from sleap_rtc.proto.route.kinds import LinkKindName
 from sleap_rtc.proto.transfer.frames import Frame
 
-LinkKind = LinkKindName
-
 
 class LinkClosedError(Exception):
-    """The link is gone, and with it whatever was on the way.
+    """The link is gone, and with it whatever was on its way.
 
     Args:
         reason: What happened, for people.
-        by_peer: True if the peer closed it in order and gave the reason itself.
-        silent_for: Seconds for which nothing had come, if that was the reason.
+        silent_for: Seconds without traffic, if the silence was the reason.
     """
 
-    def __init__(
-        self, reason: str, *, by_peer: bool = False, silent_for: float = 0.0
-    ) -> None:
+    def __init__(self, reason: str, *, silent_for: float = 0.0) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.by_peer = by_peer
         self.silent_for = silent_for
 
 
-class DialError(Exception):
-    """No link came about.
+class DialFailure(msgspec.Struct, frozen=True):
+    """One failed attempt to open a link.
 
     Args:
-        failures: Each attempt, as an address or a kind of link to an address, and what
-            happened.
+        kind: The transport.
+        address: The peer's ``host:port``.
+        reason: What happened, for people.
     """
 
-    def __init__(self, failures: Sequence[tuple[str, str]]) -> None:
-        tried = "; ".join(f"{address}: {reason}" for address, reason in failures)
+    kind: LinkKindName
+    address: str
+    reason: str
+
+
+class DialError(Exception):
+    """No link could be opened.
+
+    Args:
+        failures: Every attempt.
+    """
+
+    def __init__(self, failures: Sequence[DialFailure]) -> None:
+        tried = "; ".join(f"{f.kind} to {f.address}: {f.reason}" for f in failures)
         super().__init__(f"cannot reach the peer ({tried or 'it has no address'})")
         self.failures = tuple(failures)
 
 
 class LinkStatistics(msgspec.Struct, frozen=True):
-    """What a link has done so far.
+    """Traffic of a link so far.
 
     Args:
         kind: The transport.
@@ -54,10 +61,10 @@ class LinkStatistics(msgspec.Struct, frozen=True):
         bytes_sent: Bytes handed to the network, headers of the transport included.
         bytes_received: Bytes taken from the network.
         packets_lost: Packets that the transport had to send again.
-        ignored_messages: Control messages of names that this version does not know.
+        ignored_messages: Control messages with names that are unknown here.
     """
 
-    kind: LinkKind
+    kind: LinkKindName
     address: str
     rtt: float
     bytes_sent: int
@@ -70,12 +77,13 @@ class Link(ABC):
     """An authenticated, encrypted connection between two peers.
 
     It carries ordered control messages and, beside them, bulk frames. Any number of
-    tasks may send; one task may receive messages, and one may receive frames. Whatever
-    ends the link makes every pending and later call raise `LinkClosedError`; what had
-    arrived before can still be received.
+    tasks may send; one task may receive messages, and one may receive frames. When the
+    link ends, for any reason, every pending and later call raises `LinkClosedError`;
+    what had arrived before can still be received. A cancelled call to send has sent
+    nothing, a cancelled call to receive has taken nothing.
 
     Attributes:
-        peer: The name under which the peer proved itself; empty on its own side.
+        peer: The name under which the client proved itself; empty on its own side.
     """
 
     peer: str = ""
@@ -93,14 +101,14 @@ class Link(ABC):
         """Wait for the next control message of a known name.
 
         Raises:
-            LinkClosedError: If the link ends first, also if the peer sent garbage.
+            LinkClosedError: If the link ends first, or the peer sent garbage.
         """
 
     @abstractmethod
     async def send_frame(self, frame: Frame) -> None:
-        """Send a bulk frame; waits while the transport has enough to send.
+        """Send a bulk frame; wait while the transport has enough to send.
 
-        Its payload must not change any more.
+        Its payload must not change from now on.
 
         Raises:
             LinkClosedError: If the link is gone.
@@ -108,23 +116,24 @@ class Link(ABC):
 
     @abstractmethod
     async def receive_frame(self) -> Frame:
-        """Wait for the next bulk frame, of whichever transfer.
+        """Wait for the next bulk frame of any transfer.
 
         Raises:
-            LinkClosedError: If the link ends first, also if the peer sent garbage.
+            LinkClosedError: If the link ends first, or the peer sent garbage.
         """
 
     @abstractmethod
     def statistics(self) -> LinkStatistics:
-        """Say what the link has done so far."""
+        """Return the traffic so far."""
 
     @abstractmethod
     async def aclose(self, reason: str = "") -> None:
-        """Send what was accepted for sending, tell the peer the reason, and end.
+        """Send what was accepted for sending, then end with a reason for the peer.
 
-        It takes at most a few seconds, and is safe to call again and when cancelled.
+        It takes at most `LinkLimits.flush_timeout`, and may be called again. When
+        cancelled, it ends the link at once.
         """
 
     @abstractmethod
     def close_now(self, reason: str = "") -> None:
-        """End it without waiting for what is on its way."""
+        """End the link without waiting for what is on its way."""

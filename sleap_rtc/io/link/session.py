@@ -1,144 +1,161 @@
-"""What the sessions of both kinds of link have in common, without sockets.
+"""What the sessions of all kinds of link have in common, without sockets.
 
 A session is one connection as a link sees it: who may talk, what has arrived, and how
-it ends. How its bytes travel is up to the kind.
+it ends. How its bytes travel depends on the kind.
 """
 
 import enum
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import msgspec
 
+from sleap_rtc.io.link.limits import LinkLimits
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+from sleap_rtc.proto.machine import Table, Trigger, move
 from sleap_rtc.proto.messages import Auth, Message, Unknown, encode_message
 from sleap_rtc.proto.transfer.frames import HEADER_SIZE, Frame, encode_header
 
 ALPN = "sleap-rtc/1"
-"""What both sides name in their TLS handshake (RFC 7301)."""
-
-IDLE_TIMEOUT = 10.0
-"""Seconds of silence after which the peer counts as gone."""
+"""Name of the protocol that both sides offer in their TLS handshake (RFC 7301)."""
 
 PINGS_PER_TIMEOUT = 5
-"""A lost ping or two are no reason to give a peer up. (QUIC gives it the whole time-out
-again when it first sends after a silence: there a dead one is noticed after 12 s.)"""
-
-HANDSHAKE_TIMEOUT = 10.0
-"""Seconds for the handshake and the proof together."""
-
-MAX_UNPROVEN_LINKS = 64
-"""Clients that may be in their handshake at once: more than a room has peers, and 64
-times the few 100 KiB that one of them may take is little."""
-
-MAX_UNSENT_FRAMES = 4 * 1024 * 1024
-"""Bytes of frames that wait to be sent: 40 ms of a gigabit line, and little beside the
-150 MiB that a process may take."""
-
-MAX_UNSENT_MESSAGES = 1024 * 1024
-"""Bytes of messages that wait to be sent: 16 of the longest."""
-
-MAX_UNACKNOWLEDGED_FRAMES = 32 * 1024 * 1024
-"""Bytes of frames that may be on the way: a gigabyte per second over 30 ms, or 150 MB
-over 200 ms. Those who send them again have to keep them."""
-
-MAX_UNREAD = 32 * 1024 * 1024
-"""Bytes that a peer may send beyond what was read: twice what a receiver of chunks
-grants, so that bulk that nobody reads yet never holds up the messages."""
+"""Pings in an idle timeout: one or two may get lost before the peer counts as gone.
+(QUIC restarts its timeout at the first packet after a silence, so a dead peer is
+noticed there after 12 s.)"""
 
 MAX_REASON_BYTES = 512
-"""A reason must fit into one packet of QUIC, three times over in the handshake."""
+"""Bytes of a reason. It must fit into one packet of QUIC, three times over in the
+handshake."""
 
 REFUSED = "refused"
-"""One word for every fault of a proof: it must not help to guess."""
+"""Reason of every refused proof: one word, which does not help to guess."""
 
 
-class Ended(msgspec.Struct, frozen=True):
-    """Why the session is over.
+class Client(msgspec.Struct, frozen=True):
+    """Role of the side that dialed.
 
     Args:
-        reason: What happened, for people.
-        by_peer: True if the peer closed it in order and gave the reason itself.
-        silent_for: Seconds for which nothing had come, if that was the reason.
+        certificate_der: The only certificate that the server may show, DER.
     """
 
-    reason: str
-    by_peer: bool
-    silent_for: float = 0.0
+    certificate_der: bytes
 
 
-class State(enum.Enum):
-    """How far a session has come."""
+class Server(msgspec.Struct, frozen=True):
+    """Role of the side that accepted the connection; its client has to prove itself."""
+
+
+Role = Client | Server
+
+
+class Phase(enum.Enum):
+    """How far an open session has come."""
 
     HANDSHAKE = "handshake"
     UNPROVEN = "unproven"
+    JUDGING = "judging"
     READY = "ready"
-    ENDED = "ended"
+
+
+class Ended(msgspec.Struct, frozen=True):
+    """State of a session that is over.
+
+    Args:
+        reason: Why it ended, for people.
+        is_fault: True if the peer or the path is to blame; false for an orderly close.
+        silent_for: Seconds without traffic, if the silence was the reason.
+        finished: True once the peer has learned of the end, or cannot any longer. The
+            session may be dropped then.
+    """
+
+    reason: str
+    is_fault: bool = False
+    silent_for: float = 0.0
+    finished: bool = False
+
+    def describe(self, address: str) -> str:
+        """Return the reason, with the address of the peer if it is a fault."""
+        return f"{address}: {self.reason}" if self.is_fault else self.reason
 
 
 class Step(enum.Enum):
-    """What moves a session on."""
+    """What leads from one phase to the next."""
 
-    SECURED = "the handshake is done"
-    PROVEN = "the peer is who it should be"
-    ENDED = "either side ended it"
+    SECURED = enum.auto()
+    PROVEN = enum.auto()
 
 
-TRANSITIONS: dict[tuple[State, Step], State] = {
-    (State.HANDSHAKE, Step.SECURED): State.UNPROVEN,
-    (State.HANDSHAKE, Step.ENDED): State.ENDED,
-    (State.UNPROVEN, Step.PROVEN): State.READY,
-    (State.UNPROVEN, Step.ENDED): State.ENDED,
-    (State.READY, Step.ENDED): State.ENDED,
+TRANSITIONS: Table[Phase] = {
+    Phase.HANDSHAKE: {Step.SECURED: Phase.UNPROVEN},
+    Phase.UNPROVEN: {
+        Auth: Phase.JUDGING,  # on the server
+        Step.PROVEN: Phase.READY,  # on the client, by the certificate
+    },
+    Phase.JUDGING: {Step.PROVEN: Phase.READY},
+    Phase.READY: {},
 }
+"""The phases of a session. From each of them it may also become `Ended`."""
 
 
-class Session(ABC):
+class ProofShown(msgspec.Struct, frozen=True):
+    """Event: the client showed this proof; answer with `admit` or `refuse`.
+
+    Until then nothing else is read of what the client sends.
+    """
+
+    auth: Auth
+
+
+OutputT = TypeVar("OutputT")
+
+
+class Session(ABC, Generic[OutputT]):
     """The messages and frames of one connection.
 
-    What arrived waits in `next_message` and `next_frame`; taking it may let the peer
-    send more, and `has_news` then asks for another turn of the driver. The session is
-    over when `ended` is set, and may be forgotten when `finished` is true: until then
-    it sees to it that the peer learns of the end.
+    After each input and command the driver sends what is to be sent, drains
+    `next_output`, and arms a timer for `deadline`. What arrived waits in `next_message`
+    and `next_frame`; taking it may let the peer send more, and `has_news` then asks for
+    another turn of the driver. An ended session still informs the peer: serve it until
+    `finished` is true.
 
     Args:
         address: The peer's ``host:port``, for people.
-        authenticate: A server's judge of the client's proof: it returns the client's
-            name or raises `RemoteProtocolError`. A client has None.
-        certificate_der: The only certificate that a client accepts.
-        idle_timeout: Seconds of silence after which the peer counts as gone.
+        role: Which side of the connection this is.
+        limits: The limits of the link.
         now: The time in seconds, of any clock that only goes forward.
     """
 
     def __init__(
-        self,
-        address: str,
-        *,
-        authenticate: Callable[[Auth], str] | None,
-        certificate_der: bytes,
-        idle_timeout: float,
-        now: float,
+        self, address: str, role: Role, limits: LinkLimits, now: float
     ) -> None:
         self.address = address
-        self.state = State.HANDSHAKE
-        self.ended: Ended | None = None
-        self.finished = False
-        self.proven = False
+        self.state: Phase | Ended = Phase.HANDSHAKE
         self.peer = ""
         self.rtt = 0.0
         self.bytes_sent = 0
         self.bytes_received = 0
         self.ignored_messages = 0
         self.has_news = False
-        self._authenticate = authenticate
-        self._certificate_der = certificate_der
-        self._idle_timeout = idle_timeout
+        self._role = role
+        self._limits = limits
         self._messages: deque[tuple[Message, int]] = deque()
         self._frames: deque[Frame] = deque()
-        self._proof_deadline = now + HANDSHAKE_TIMEOUT
+        self._outputs: deque[ProofShown | OutputT] = deque()
+        self._proof_deadline = now + limits.handshake_timeout
         self._ping_at = now
         self._ping_sent = (0, now)
+
+    @property
+    def ended(self) -> Ended | None:
+        """The end of the session; None while it is open."""
+        return self.state if isinstance(self.state, Ended) else None
+
+    @property
+    def finished(self) -> bool:
+        """True if the session has ended and may be dropped."""
+        return isinstance(self.state, Ended) and self.state.finished
 
     # ------------------------------------------------------------------ the world
 
@@ -148,7 +165,11 @@ class Session(ABC):
 
     @abstractmethod
     def deadline(self) -> float | None:
-        """When to call `handle_timeout`; None once the session is finished."""
+        """Return when `handle_timeout` is due; None once the session is finished."""
+
+    def next_output(self) -> ProofShown | OutputT | None:
+        """Remove and return the oldest output; None if none is left."""
+        return self._outputs.popleft() if self._outputs else None
 
     # ------------------------------------------------------------------- commands
 
@@ -162,7 +183,7 @@ class Session(ABC):
         self._queue_message(encode_message(message).encode())
 
     def send_frame(self, frame: Frame) -> None:
-        """Queue a bulk frame; its payload must not change any more.
+        """Queue a bulk frame, whose payload must not change from now on.
 
         Raises:
             LocalProtocolError: If its header does not describe its payload, or the
@@ -173,11 +194,32 @@ class Session(ABC):
             raise LocalProtocolError("the header gives another length than the payload")
         self._queue_frame(encode_header(frame.header), frame.payload)
 
-    def close(self, reason: str) -> None:
-        """End the session and tell the peer why. Nothing that is queued is sent."""
+    def admit(self, peer: str, now: float) -> None:
+        """Accept the proof of `ProofShown`; ignored if the session has ended.
+
+        Args:
+            peer: The name of the client.
+            now: The time.
+        """
+        if self.ended is None:
+            self._move(Step.PROVEN)
+            self.peer = peer
+            try:
+                self._open_untrusted(now)
+            except RemoteProtocolError as error:
+                self._violated(error, now)
+
+    def refuse(self, now: float) -> None:
+        """Reject the proof of `ProofShown`; ignored if the session has ended."""
+        if self.ended is None:
+            self._violated(RemoteProtocolError(REFUSED), now)
+
+    def close(self, reason: str, now: float) -> None:
+        """End the session and inform the peer. Nothing that is queued is sent."""
         if self.ended is None:
             why = f"closed: {reason}" if reason else "closed"
-            self._end(why, tell=reason, orderly=True)
+            self._end(Ended(why))
+            self._send_close(_shortened(reason), now, orderly=True)
 
     # -------------------------------------------------------------- what is there
 
@@ -192,7 +234,7 @@ class Session(ABC):
         return bool(self._frames)
 
     def next_message(self) -> Message | None:
-        """Take the next control message, if there is one."""
+        """Remove and return the oldest control message; None if none is left."""
         if not self._messages:
             return None
         message, size = self._messages.popleft()
@@ -200,7 +242,7 @@ class Session(ABC):
         return message
 
     def next_frame(self) -> Frame | None:
-        """Take the next bulk frame, if there is one."""
+        """Remove and return the oldest bulk frame; None if none is left."""
         if not self._frames:
             return None
         frame = self._frames.popleft()
@@ -220,7 +262,7 @@ class Session(ABC):
     @property
     @abstractmethod
     def all_sent(self) -> bool:
-        """True if nothing that was queued needs this side any more."""
+        """True if nothing that was queued needs this side any longer."""
 
     # ------------------------------------------------------------ inside, by kind
 
@@ -236,68 +278,74 @@ class Session(ABC):
 
     @abstractmethod
     def _count_read(self, size: int) -> None:
-        """Note that bytes of the peer are off the queues."""
+        """Record that bytes of the peer have left the queues."""
+
+    @abstractmethod
+    def _open_untrusted(self, now: float) -> None:
+        """Start the flow of messages and frames; process what arrived early."""
 
     @abstractmethod
     def _send_ping(self, uid: int) -> None:
-        """Ask for a sign of life."""
+        """Queue a ping."""
 
     @abstractmethod
-    def _send_close(self, reason: str, *, orderly: bool) -> None:
-        """Tell the peer that the session is over."""
-
-    def _proven(self, peer: str) -> None:
-        """Let messages and frames flow."""
-        self._move(Step.PROVEN)
-        self.proven = True
-        self.peer = peer
+    def _send_close(self, reason: str, now: float, *, orderly: bool) -> None:
+        """Replace everything that is queued by the close."""
 
     # --------------------------------------------------------------------- inside
 
-    def _move(self, step: Step) -> None:
-        self.state = TRANSITIONS[self.state, step]
+    def _move(self, trigger: Trigger) -> None:
+        if not isinstance(self.state, Ended):
+            self.state = move(TRANSITIONS, self.state, trigger)
+
+    def _end(self, ended: Ended) -> None:
+        if self.ended is None:
+            self.state = ended
+
+    def _finish(self) -> None:
+        if isinstance(self.state, Ended):
+            self.state = msgspec.structs.replace(self.state, finished=True)
 
     def _check_ready(self) -> None:
-        if self.state is not State.READY:
-            raise LocalProtocolError(f"the link is not ready: {self.state.value}")
+        if self.state is not Phase.READY:
+            name = self.state.value if isinstance(self.state, Phase) else "ended"
+            raise LocalProtocolError(f"the link is not ready: {name}")
 
     def _secured_untrusted(self, shown: bytes | None, now: float) -> None:
-        """Go on after the handshake.
+        """Continue after the handshake.
 
         Args:
             shown: The server's certificate, DER.
             now: The time.
         """
         self._move(Step.SECURED)
-        if self._authenticate is None:
-            if shown != self._certificate_der:
+        if isinstance(self._role, Client):
+            if shown != self._role.certificate_der:
                 raise RemoteProtocolError("not who it should be: another certificate")
-            self._proven("")
+            self._move(Step.PROVEN)
+            self._open_untrusted(now)
         self._ping(now)
 
     def _receive_message_untrusted(self, message: Message, size: int) -> None:
-        match message:
-            case Auth() if self.state is State.UNPROVEN and self._authenticate:
+        match self.state, message:
+            case Phase.UNPROVEN, Auth():
                 self._count_read(size)
-                try:
-                    peer = self._authenticate(message)
-                except RemoteProtocolError:
-                    raise RemoteProtocolError(REFUSED) from None
-                self._proven(peer)
-            case _ if self.state is not State.READY:
-                raise RemoteProtocolError(REFUSED)
-            case Unknown():
+                self._move(Auth)
+                self._outputs.append(ProofShown(message))
+            case Phase.READY, Unknown():
                 self._count_read(size)
                 self.ignored_messages += 1
-            case _:
+            case Phase.READY, _:
                 self._messages.append((message, size))
+            case _:
+                raise RemoteProtocolError(REFUSED)
 
-    def _give_up_unproven(self) -> None:
-        late = f"for {HANDSHAKE_TIMEOUT:g} s"
-        self._end(f"no answer from {self.address} {late}", tell=f"no proof {late}")
+    def _give_up_unproven(self, now: float) -> None:
+        late = f"for {self._limits.handshake_timeout:g} s"
+        self._fail(Ended(f"no answer {late}", is_fault=True), f"no proof {late}", now)
 
     def _ping(self, now: float) -> None:
-        self._ping_at = now + self._idle_timeout / PINGS_PER_TIMEOUT
+        self._ping_at = now + self._limits.idle_timeout / PINGS_PER_TIMEOUT
         self._ping_sent = (self._ping_sent[0] + 1, now)
         self._send_ping(self._ping_sent[0])
 
@@ -307,13 +355,22 @@ class Session(ABC):
             # The smoothing of RFC 9002, 5.3.
             self.rtt += (now - sent - self.rtt) / (8 if self.rtt else 1)
 
-    def _violated(self, error: RemoteProtocolError) -> None:
-        self._end(f"{self.address}: {error.reason}", tell=error.reason)
+    def _silence(self, *, finished: bool = False) -> Ended:
+        """Return the end of a session whose peer has been silent for too long."""
+        timeout = self._limits.idle_timeout
+        reason = f"no answer for {timeout:g} s"
+        return Ended(reason, is_fault=True, silent_for=timeout, finished=finished)
 
-    def _end(
-        self, reason: str, *, tell: str, orderly: bool = False, silent_for: float = 0.0
-    ) -> None:
-        self._move(Step.ENDED)
-        self.ended = Ended(reason, by_peer=False, silent_for=silent_for)
-        phrase = tell.encode(errors="replace")[:MAX_REASON_BYTES]
-        self._send_close(phrase.decode(errors="ignore"), orderly=orderly)
+    def _violated(self, error: RemoteProtocolError, now: float) -> None:
+        self._fail(Ended(error.reason, is_fault=True), error.reason, now)
+
+    def _fail(self, ended: Ended, told: str, now: float) -> None:
+        """End the session for a fault, and inform the peer."""
+        self._end(ended)
+        self._send_close(_shortened(told), now, orderly=False)
+
+
+def _shortened(reason: str) -> str:
+    """Cut a reason to the length that a close can carry."""
+    phrase = reason.encode(errors="replace")[:MAX_REASON_BYTES]
+    return phrase.decode(errors="ignore")

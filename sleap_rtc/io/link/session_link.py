@@ -1,47 +1,64 @@
-"""A link over a session: what its users await, and who wakes them."""
+"""A link over a session: what its users wait for, and what wakes them."""
 
 import math
 from abc import abstractmethod
 from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
 import trio
 
-from sleap_rtc.io.link.link import Link, LinkClosedError, LinkKind, LinkStatistics
-from sleap_rtc.io.link.session import Session
+from sleap_rtc.io.alarm import Alarm
+from sleap_rtc.io.link.limits import LinkLimits
+from sleap_rtc.io.link.link import Link, LinkClosedError, LinkStatistics
+from sleap_rtc.io.link.session import Phase, Session
 from sleap_rtc.proto.messages import Message
+from sleap_rtc.proto.route.kinds import LinkKindName
 from sleap_rtc.proto.transfer.frames import Frame
 
-FLUSH_TIMEOUT = 3.0
-"""Seconds that `aclose` waits until what was accepted has been sent."""
+SessionT = TypeVar("SessionT", bound=Session[Any])
 
 
-class SessionLink(Link):
-    """A link whose protocol is a session; the kinds differ in how they `pump` it.
+class SessionLink(Link, Generic[SessionT]):
+    """A link whose protocol is a session; the kinds differ in how its bytes travel.
+
+    A waiting call registers an event and its condition. `pump` is synchronous: it
+    sends, carries out the outputs of the session, and sets the event of every call
+    whose condition is true.
 
     Args:
         kind: The transport.
         session: The protocol.
+        limits: The limits of the link.
+        on_output: Called with each output of the session.
     """
 
-    def __init__(self, kind: LinkKind, session: Session) -> None:
+    def __init__(
+        self,
+        kind: LinkKindName,
+        session: SessionT,
+        limits: LinkLimits,
+        on_output: Callable[[Any], None],
+    ) -> None:
+        self.session = session
         self._kind = kind
-        self._core = session
+        self._limits = limits
+        self._on_output = on_output
         self._waiting: dict[trio.Event, Callable[[], bool]] = {}
-        self._alarm = trio.CancelScope()
+        self._alarm = Alarm()
 
     # ------------------------------------------------------------ what users call
 
     async def send_message(self, message: Message) -> None:
-        """Send a control message, whole or not at all."""
-        session = self._core
+        """See `Link`."""
+        session = self.session
         await trio.lowlevel.checkpoint()
         await self._until(lambda: session.has_room_for_message)
         session.send_message(message)
         self.pump()
 
     async def receive_message(self) -> Message:
-        """Wait for the next control message of a known name."""
-        session = self._core
+        """See `Link`."""
+        session = self.session
         await trio.lowlevel.checkpoint()
         while (message := session.next_message()) is None:
             await self._until_arrived(lambda: session.has_message)
@@ -50,16 +67,16 @@ class SessionLink(Link):
         return message
 
     async def send_frame(self, frame: Frame) -> None:
-        """Send a bulk frame; waits while enough is on its way."""
-        session = self._core
+        """See `Link`."""
+        session = self.session
         await trio.lowlevel.checkpoint()
         await self._until(lambda: session.has_room_for_frame)
         session.send_frame(frame)
         self.pump()
 
     async def receive_frame(self) -> Frame:
-        """Wait for the next bulk frame, of whichever transfer."""
-        session = self._core
+        """See `Link`."""
+        session = self.session
         await trio.lowlevel.checkpoint()
         while (frame := session.next_frame()) is None:
             await self._until_arrived(lambda: session.has_frame)
@@ -68,22 +85,22 @@ class SessionLink(Link):
         return frame
 
     def statistics(self) -> LinkStatistics:
-        """Say what the link has done so far."""
+        """See `Link`."""
         return LinkStatistics(
             kind=self._kind,
-            address=self._core.address,
-            rtt=self._core.rtt,
-            bytes_sent=self._core.bytes_sent,
-            bytes_received=self._core.bytes_received,
+            address=self.session.address,
+            rtt=self.session.rtt,
+            bytes_sent=self.session.bytes_sent,
+            bytes_received=self.session.bytes_received,
             packets_lost=self._packets_lost(),
-            ignored_messages=self._core.ignored_messages,
+            ignored_messages=self.session.ignored_messages,
         )
 
     async def aclose(self, reason: str = "") -> None:
-        """Send what was accepted for sending, tell the peer the reason, and end."""
-        session = self._core
+        """See `Link`."""
+        session = self.session
         try:
-            with trio.move_on_after(FLUSH_TIMEOUT):
+            with trio.move_on_after(self._limits.flush_timeout):
                 await self._until(lambda: session.all_sent)
         except LinkClosedError:
             pass
@@ -91,15 +108,35 @@ class SessionLink(Link):
             self.close_now(reason)
 
     def close_now(self, reason: str = "") -> None:
-        """End it without waiting for what is on its way."""
-        self._core.close(reason)
+        """See `Link`."""
+        self.session.close(reason, trio.current_time())
         self.pump()
 
     # --------------------------------------------------------- what endpoints call
 
     @abstractmethod
+    async def run(self) -> None:
+        """Serve a link that has its socket for itself, until its session is finished.
+
+        When cancelled, the socket stays open: `close_now` can still send a reason.
+        """
+
+    @abstractmethod
+    async def linger(self) -> None:
+        """Wait, after a close, until its reason can no longer get lost."""
+
+    def drop(self) -> None:
+        """Close what the link has for itself, after its tasks have ended."""
+
     def pump(self) -> None:
-        """Send what is to be sent, and wake whoever can go on."""
+        """Send what is to be sent, carry out the outputs, and wake the waiting calls.
+
+        Sending is not a task of its own, so no cancellation can cut a record in two.
+        """
+        self._send()
+        while self._handle_outputs():
+            self._send()
+        self._wake()
 
     async def wait_ready(self) -> None:
         """Wait until the handshake, and on a server the proof, are done.
@@ -107,40 +144,52 @@ class SessionLink(Link):
         Raises:
             LinkClosedError: If they fail.
         """
-        await self._until_arrived(lambda: self._core.proven)
+        await self._until(lambda: self.session.state is Phase.READY)
 
     async def run_timer(self) -> None:
         """Serve the deadlines of the session until it is finished."""
-        while not self._core.finished:
-            with trio.CancelScope(deadline=self._alarm_time()) as self._alarm:
-                await trio.sleep_forever()
-            self._core.handle_timeout(trio.current_time())
+        self._set_alarm()
+        while not self.session.finished:
+            await self._alarm.wait()
+            self.session.handle_timeout(trio.current_time())
             self.pump()
 
     # --------------------------------------------------------------------- inside
 
     @abstractmethod
+    def _send(self) -> None:
+        """Hand to the network what the session wants to send, as far as it takes it."""
+
+    @abstractmethod
     def _packets_lost(self) -> int:
         """Count the packets that had to be sent again."""
 
-    def _wake(self) -> None:
-        """Let go on whoever can, and set the alarm anew; the last step of `pump`."""
-        for event, condition in self._waiting.items():
-            if self._core.ended is not None or condition():
-                event.set()
-        self._alarm.deadline = self._alarm_time()
+    def _handle_outputs(self) -> bool:
+        """Carry out the outputs of the session; return False if there were none."""
+        found = False
+        while (output := self.session.next_output()) is not None:
+            self._on_output(output)
+            found = True
+        return found
 
-    def _alarm_time(self) -> float:
-        if self._core.finished:
-            return -math.inf
-        deadline = self._core.deadline()
-        return math.inf if deadline is None else deadline
+    def _wake(self) -> None:
+        """Wake the calls that can continue, and set the alarm; the end of `pump`."""
+        for event, condition in self._waiting.items():
+            if self.session.ended is not None or condition():
+                event.set()
+        self._set_alarm()
+
+    def _set_alarm(self) -> None:
+        self._alarm.set(-math.inf if self.session.finished else self._deadline())
+
+    def _deadline(self) -> float | None:
+        return self.session.deadline()
 
     async def _until_arrived(self, condition: Callable[[], bool]) -> None:
-        """Wait for something to take; it may have come together with the end.
+        """Wait for data, which may have arrived together with the end.
 
         Raises:
-            LinkClosedError: If the session has ended, and nothing more is there.
+            LinkClosedError: If the session has ended, and no data is left.
         """
         try:
             await self._until(condition)
@@ -156,7 +205,7 @@ class SessionLink(Link):
         Raises:
             LinkClosedError: If the session has ended.
         """
-        while (ended := self._core.ended) is None and not condition():
+        while (ended := self.session.ended) is None and not condition():
             event = trio.Event()
             self._waiting[event] = condition
             try:
@@ -164,6 +213,5 @@ class SessionLink(Link):
             finally:
                 del self._waiting[event]
         if ended is not None:
-            raise LinkClosedError(
-                ended.reason, by_peer=ended.by_peer, silent_for=ended.silent_for
-            )
+            reason = ended.describe(self.session.address)
+            raise LinkClosedError(reason, silent_for=ended.silent_for)

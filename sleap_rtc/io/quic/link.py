@@ -1,26 +1,28 @@
-"""One link over QUIC: when its session is pumped."""
+"""One link over QUIC: how its session is connected to its socket."""
 
 import math
 from collections.abc import Callable
 
 import trio
 
+from sleap_rtc.io.link.limits import LinkLimits
 from sleap_rtc.io.link.session_link import SessionLink
 from sleap_rtc.io.quic.engine import Datagram
 from sleap_rtc.io.quic.session import Output, QuicSession
-from sleap_rtc.io.quic.socket import UdpSocket
+from sleap_rtc.io.quic.socket import UdpSocket, receive_datagrams, resume_sending
 
 SHORTEST_SLEEP = 1e-4
-"""Seconds. A sleep takes a millisecond at least, in which a fast sender would fall
-behind its pace: what is due so soon is done at the next turn instead."""
+"""Seconds below which a deadline counts as due. A sleep takes a millisecond or more,
+and a fast sender would fall behind its pace."""
 
 
-class QuicLink(SessionLink):
+class QuicLink(SessionLink[QuicSession]):
     """A link over one QUIC connection.
 
     Args:
         session: The protocol.
-        udp: The socket that it shares with the other links of its endpoint.
+        udp: The socket; the links of a server share it.
+        limits: The limits of the link.
         on_output: Called with each output of the session.
     """
 
@@ -28,39 +30,44 @@ class QuicLink(SessionLink):
         self,
         session: QuicSession,
         udp: UdpSocket,
-        on_output: Callable[["QuicLink", Output], None],
+        limits: LinkLimits,
+        on_output: Callable[[Output], None],
     ) -> None:
-        super().__init__("quic", session)
-        self._session = session
+        super().__init__("quic", session, limits, on_output)
         self._udp = udp
-        self._on_output = on_output
 
     @property
     def unused(self) -> bool:
         """True if nothing that arrived was worth an answer."""
-        return self._session.bytes_sent == 0
+        return self.session.bytes_sent == 0
 
     def receive(self, datagrams: list[Datagram]) -> None:
-        """Take the datagrams of one batch."""
-        self._session.receive_datagrams(datagrams, trio.current_time())
+        """Process the datagrams of one batch."""
+        self.session.receive_datagrams(datagrams, trio.current_time())
         self.pump()
 
-    def pump(self) -> None:
-        """Send what is to be sent, and wake whoever can go on."""
-        session = self._session
+    async def run(self) -> None:
+        """See `SessionLink`."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive_datagrams, self._udp, self.receive)
+            nursery.start_soon(resume_sending, self._udp, self.pump)
+            await self.run_timer()
+            nursery.cancel_scope.cancel(reason="the link is finished")
+
+    async def linger(self) -> None:
+        """Do not wait: a peer that misses the close notices the silence."""
+        await trio.lowlevel.checkpoint()
+
+    def _send(self) -> None:
         if not self._udp.full:
-            self._udp.send(session.datagrams_to_send(trio.current_time()))
-        while (output := session.next_output()) is not None:
-            self._on_output(self, output)
-        self._wake()
+            self._udp.send(self.session.datagrams_to_send(trio.current_time()))
 
     def _packets_lost(self) -> int:
-        return self._session.packets_lost
+        return self.session.packets_lost
 
-    def _alarm_time(self) -> float:
-        # A full socket pumps when it has room again.
-        if self._udp.full and not self._session.finished:
-            return math.inf
+    def _deadline(self) -> float | None:
+        if self._udp.full:
+            return None  # the socket pumps when it has room again
+        deadline = super()._deadline()
         soon = trio.current_time() + SHORTEST_SLEEP
-        deadline = super()._alarm_time()
-        return deadline if deadline > soon else -math.inf
+        return -math.inf if deadline is not None and deadline <= soon else deadline

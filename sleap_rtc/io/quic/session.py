@@ -5,8 +5,7 @@ its length in four bytes (big-endian) and its text. Beside it each side has one
 unidirectional stream of bulk frames. The client's first message is `Auth`.
 """
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import msgspec
 from aioquic.quic.events import (
@@ -22,25 +21,23 @@ from aioquic.quic.events import (
 )
 from aioquic.quic.packet import QuicErrorCode
 
+from sleap_rtc.io.link.limits import LIMITS, LinkLimits
 from sleap_rtc.io.link.session import (
-    IDLE_TIMEOUT,
-    MAX_UNACKNOWLEDGED_FRAMES,
-    MAX_UNREAD,
-    MAX_UNSENT_FRAMES,
-    MAX_UNSENT_MESSAGES,
+    Client,
     Ended,
+    Phase,
+    ProofShown,
+    Role,
     Session,
-    State,
-    Step,
 )
 from sleap_rtc.io.quic.engine import Datagram, QuicEngine
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import (
     MAX_MESSAGE_BYTES,
-    Auth,
     Message,
     decode_message_untrusted,
 )
+from sleap_rtc.proto.terminal import printable
 from sleap_rtc.proto.transfer.frames import FrameDecoder
 
 _CONTROL = 0
@@ -50,6 +47,9 @@ _LENGTH_SIZE = 4
 
 _ORDERLY = 0
 _VIOLATION = 1
+_SILENCE = QuicErrorCode.INTERNAL_ERROR
+"""Error code with which the engine's timer closes a connection after a silence."""
+
 _TLS_ALERTS = range(QuicErrorCode.CRYPTO_ERROR, QuicErrorCode.CRYPTO_ERROR + 256)
 
 
@@ -57,24 +57,19 @@ _TLS_ALERTS = range(QuicErrorCode.CRYPTO_ERROR, QuicErrorCode.CRYPTO_ERROR + 256
 
 
 class RouteAdded(msgspec.Struct, frozen=True):
-    """Datagrams with this connection id belong to the session from now on."""
+    """Effect: bring datagrams with this connection id to the session."""
 
     connection_id: bytes
 
 
 class RouteRemoved(msgspec.Struct, frozen=True):
-    """They no longer do."""
+    """Effect: bring datagrams with this connection id to the session no longer."""
 
     connection_id: bytes
 
 
-class Established(msgspec.Struct, frozen=True):
-    """Both sides are who they should be; messages and frames may flow."""
-
-    peer: str
-
-
-Output = RouteAdded | RouteRemoved | Established
+RouteChange = RouteAdded | RouteRemoved
+Output = ProofShown | RouteChange
 
 
 class MessageDecoder:
@@ -112,19 +107,17 @@ class MessageDecoder:
         return decode_message_untrusted(text), end
 
 
-class QuicSession(Session):
+class QuicSession(Session[RouteChange]):
     """The messages and frames of one QUIC connection.
 
     A driver calls, in any order, `receive_datagrams`, `handle_timeout` and the
-    commands `send_message`, `send_frame` and `close`; after each of them it sends what
-    `datagrams_to_send` returns, drains `next_output`, and arms a timer for `deadline`.
+    commands; after each of them it sends what `datagrams_to_send` returns.
 
     Args:
         engine: The QUIC connection; a client's has been told to connect.
-        address: See `Session`, also for the others.
-        authenticate: The judge of the client's proof.
-        certificate_der: The only certificate that a client accepts.
-        idle_timeout: Seconds of silence after which the peer counts as gone.
+        address: The peer's ``host:port``, for people.
+        role: Which side of the connection this is.
+        limits: The limits of the link.
         now: The time in seconds.
     """
 
@@ -132,53 +125,52 @@ class QuicSession(Session):
         self,
         engine: QuicEngine,
         address: str,
+        role: Role,
         *,
-        authenticate: Callable[[Auth], str] | None = None,
-        certificate_der: bytes = b"",
-        idle_timeout: float = IDLE_TIMEOUT,
+        limits: LinkLimits = LIMITS,
         now: float,
     ) -> None:
-        super().__init__(
-            address,
-            authenticate=authenticate,
-            certificate_der=certificate_der,
-            idle_timeout=idle_timeout,
-            now=now,
-        )
+        super().__init__(address, role, limits, now)
         self._engine = engine
-        is_client = authenticate is None
-        self._our_bulk = _CLIENT_BULK if is_client else _SERVER_BULK
-        self._their_bulk = _SERVER_BULK if is_client else _CLIENT_BULK
+        bulk = (_CLIENT_BULK, _SERVER_BULK)
+        self._our_bulk, self._their_bulk = (
+            bulk if isinstance(role, Client) else bulk[::-1]
+        )
         self._decoder = MessageDecoder()
         self._frame_decoder = FrameDecoder()
         self._early_bulk = bytearray()
-        self._outputs: deque[Output] = deque()
         self._read = 0
         self._granted_at = 0
-        self._farewell: list[Datagram] = []
-        self._farewell_due = False
+        self._close_datagrams: list[Datagram] = []
+        self._close_due = False
         self._engine_deadline: float | None = None
 
     # ------------------------------------------------------------------ the world
 
     def receive_datagrams(self, datagrams: Sequence[Datagram], now: float) -> None:
-        """Take datagrams that arrived; garbage among them is ignored."""
+        """Handle datagrams that arrived; garbage among them is ignored."""
         self.bytes_received += sum(len(data) for data, _ in datagrams)
         if self.ended is not None:
-            self._farewell_due = True
+            self._close_due = True
         self._engine.receive_datagrams(datagrams, now)
         self._drain_engine(now)
 
     def handle_timeout(self, now: float) -> None:
         """Do what is due; nothing if nothing is."""
         if self._engine_deadline is not None and now >= self._engine_deadline:
+            was_open = self._engine.close_event is None
             self._engine.handle_timer(now)
+            closing = self._engine.close_event
+            # What makes a timer close a connection is a silence, or a lost path.
+            if was_open and closing and closing.error_code == _SILENCE:
+                self._end(self._silence())
             self._drain_engine(now)
         match self.state:
-            case State.HANDSHAKE | State.UNPROVEN if now >= self._proof_deadline:
-                self._give_up_unproven()
-            case State.READY if now >= self._ping_at:
+            case Phase.READY if now >= self._ping_at:
                 self._ping(now)
+            case Phase() if self.state is not Phase.READY:
+                if now >= self._proof_deadline:
+                    self._give_up_unproven(now)
 
     def datagrams_to_send(self, now: float) -> list[Datagram]:
         """Return what to send now, in order."""
@@ -186,11 +178,11 @@ class QuicSession(Session):
         closing = self.ended is not None
         datagrams = self._engine.datagrams_to_send(now)
         if closing and datagrams:
-            self._farewell = datagrams
-        elif closing and self._farewell_due and not self.finished:
-            datagrams = self._farewell
-        self._farewell_due = False
-        # Asking for the timer also arms it, so it is asked after every sending.
+            self._close_datagrams = datagrams
+        elif closing and self._close_due and not self.finished:
+            datagrams = self._close_datagrams
+        self._close_due = False
+        # Asking for the timer also arms it, so ask after every sending.
         timer = self._engine.get_timer()
         # The engine may find at its deadline that a rounding error is missing.
         self._engine_deadline = None if timer is None else max(timer, now + 1e-6)
@@ -199,33 +191,34 @@ class QuicSession(Session):
         return datagrams
 
     def deadline(self) -> float | None:
-        """When to call `handle_timeout`; None once the session is finished."""
+        """Return when `handle_timeout` is due; None once the session is finished."""
         deadlines = [] if self._engine_deadline is None else [self._engine_deadline]
         match self.state:
-            case State.HANDSHAKE | State.UNPROVEN:
-                deadlines.append(self._proof_deadline)
-            case State.READY:
+            case Phase.READY:
                 deadlines.append(self._ping_at)
+            case Phase():
+                deadlines.append(self._proof_deadline)
         return min(deadlines, default=None)
 
-    def next_output(self) -> Output | None:
-        """Take the next output, if there is one."""
-        return self._outputs.popleft() if self._outputs else None
+    def admit(self, peer: str, now: float) -> None:
+        """Accept the proof, and continue with what the engine kept meanwhile."""
+        super().admit(peer, now)
+        self._drain_engine(now)
 
     # -------------------------------------------------------------- what is there
 
     @property
     def has_room_for_message(self) -> bool:
         """True while few messages wait for acknowledgement."""
-        return self._engine.unacknowledged(_CONTROL) < MAX_UNSENT_MESSAGES
+        return self._engine.unacknowledged(_CONTROL) < self._limits.max_unsent_messages
 
     @property
     def has_room_for_frame(self) -> bool:
         """True while few frames wait to be sent, and not too many are on the way."""
-        engine, bulk = self._engine, self._our_bulk
+        engine, bulk, limits = self._engine, self._our_bulk, self._limits
         return (
-            engine.unsent(bulk) < MAX_UNSENT_FRAMES
-            and engine.unacknowledged(bulk) < MAX_UNACKNOWLEDGED_FRAMES
+            engine.unsent(bulk) < limits.max_unsent_frames
+            and engine.unacknowledged(bulk) < limits.max_unacknowledged_frames
         )
 
     @property
@@ -253,27 +246,33 @@ class QuicSession(Session):
     def _send_ping(self, uid: int) -> None:
         self._engine.send_ping(uid)
 
-    def _send_close(self, reason: str, *, orderly: bool) -> None:
+    def _send_close(self, reason: str, now: float, *, orderly: bool) -> None:
         code = _ORDERLY if orderly else _VIOLATION
         self._engine.close(code, reason)
 
     def _count_read(self, size: int) -> None:
         self._read += size
-        if self._read - self._granted_at > MAX_UNREAD // 4:
+        if self._read - self._granted_at > self._limits.max_unread // 4:
             self._granted_at = self._read
-            self._engine.grant(self._read + MAX_UNREAD)
+            self._engine.grant(self._read + self._limits.max_unread)
             self.has_news = True
 
     def _drain_engine(self, now: float) -> None:
+        """Process the events of the engine; it keeps them while a proof is judged."""
         try:
-            while (event := self._engine.next_event()) is not None:
+            while self.state is not Phase.JUDGING:
+                event = self._engine.next_event()
+                if event is None:
+                    self._end_with_engine()
+                    break
                 self._receive_event_untrusted(event, now)
         except RemoteProtocolError as error:
-            self._violated(error)
-        closing = self._engine.close_event
-        if self.ended is None and closing is not None:
-            self._move(Step.ENDED)
-            self.ended = _explain(closing, self.address, self._idle_timeout)
+            self._violated(error, now)
+
+    def _end_with_engine(self) -> None:
+        """End the session if the engine has ended the connection."""
+        if (closing := self._engine.close_event) is not None:
+            self._end(_explain(closing))
 
     def _receive_event_untrusted(self, event: QuicEvent, now: float) -> None:
         match event:
@@ -290,43 +289,45 @@ class QuicSession(Session):
             case ConnectionIdRetired():
                 self._outputs.append(RouteRemoved(event.connection_id))
             case ConnectionTerminated():
-                self.finished = True
+                self._end_with_engine()
+                self._finish()
 
-    def _proven(self, peer: str) -> None:
-        super()._proven(peer)
-        self._outputs.append(Established(peer))
-        self._engine.grant(self._read + MAX_UNREAD)
+    def _open_untrusted(self, now: float) -> None:
+        self._engine.grant(self._read + self._limits.max_unread)
         early, self._early_bulk = self._early_bulk, bytearray()
         self._frames += self._frame_decoder.receive_data_untrusted(memoryview(early))
+        self._read_messages_untrusted()
 
     def _receive_stream_untrusted(self, event: StreamDataReceived) -> None:
         if event.stream_id == self._their_bulk:
-            if self.state is State.READY:
+            if self.state is Phase.READY:
                 frames = self._frame_decoder.receive_data_untrusted(event.data)
                 self._frames += frames
             else:
                 self._early_bulk += event.data
         elif event.stream_id == _CONTROL:
             self._decoder.receive_data(event.data)
-            while (decoded := self._decoder.next_message_untrusted()) is not None:
-                self._receive_message_untrusted(*decoded)
+            self._read_messages_untrusted()
         else:
             raise RemoteProtocolError(f"the link has no stream {event.stream_id}")
         if event.end_stream:
             raise RemoteProtocolError("a stream of the link was broken off")
 
+    def _read_messages_untrusted(self) -> None:
+        while self.state is not Phase.JUDGING:
+            decoded = self._decoder.next_message_untrusted()
+            if decoded is None:
+                return
+            self._receive_message_untrusted(*decoded)
 
-def _explain(event: ConnectionTerminated, address: str, idle_timeout: float) -> Ended:
-    """Say what ended a connection that we did not end."""
-    # What a peer wrote may reach a terminal.
-    phrase = "".join(c if c.isprintable() else "?" for c in event.reason_phrase)
+
+def _explain(event: ConnectionTerminated) -> Ended:
+    """Describe the end of a connection that this side did not end."""
+    phrase = printable(event.reason_phrase)
     if event.frame_type is None:
-        return Ended(phrase or f"{address} closed the link", by_peer=True)
+        return Ended(phrase or "the peer closed the link")
     if event.error_code in _TLS_ALERTS:
-        return Ended(f"{address} is not who it should be: {phrase}", by_peer=False)
+        return Ended(f"not who it should be: {phrase}", is_fault=True)
     if event.error_code == QuicErrorCode.FLOW_CONTROL_ERROR:
-        return Ended(f"{address} sends more than it may", by_peer=False)
-    if event.reason_phrase == "Idle timeout":
-        silence = f"no answer from {address} for {idle_timeout:g} s"
-        return Ended(silence, by_peer=False, silent_for=idle_timeout)
-    return Ended(f"{address} broke the protocol of QUIC: {phrase}", by_peer=False)
+        return Ended("the peer sends more than it may", is_fault=True)
+    return Ended(f"the peer broke the protocol of QUIC: {phrase}", is_fault=True)

@@ -5,31 +5,32 @@ import socket
 import struct
 import sys
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 
 import trio
 
-from sleap_rtc.io.closing import Closing
 from sleap_rtc.io.quic.engine import Datagram
 
 BUFFER_SIZE = 8 * 1024 * 1024
-"""Asked for in each direction; the operating system grants what it allows."""
+"""Bytes of buffer to ask for in each direction; the system grants what it allows."""
 
 BATCH = 64
 BATCH_BYTES = 512 * 1024
-"""Datagrams, and bytes, after which anything else gets its turn: large ones take as
-many microseconds to decrypt as several small ones."""
+"""Datagrams, and bytes, after which other tasks run: to decrypt a large datagram takes
+as long as several small ones."""
 
-LONGEST_TRAIN = 64
-LARGEST_TRAIN = 65_000
-"""Datagrams of one size, and their bytes, that Linux takes in one call."""
+GSO_DATAGRAMS = 64
+GSO_BYTES = 65_000
+"""Datagrams of one size, and their bytes, that Linux takes in one call (generic
+segmentation offload, GSO)."""
 
 _LARGEST = 65535
+"""Bytes of the largest UDP datagram."""
 
 _IS_LINUX = sys.platform == "linux"
 _UDP_SEGMENT, _UDP_GRO = 103, 104
-"""From the headers of Linux, as Python does not name them."""
+"""Socket options from the headers of Linux, which Python does not name."""
 
 _SEGMENT_SIZE = struct.Struct("=H")
 _GRO_SIZE = struct.Struct("=i")
@@ -43,22 +44,21 @@ _DO_NOT_FRAGMENT: dict[str, tuple[tuple[int, int, int], ...]] = {
     # IP_DONTFRAGMENT and IPV6_DONTFRAG
     "win32": ((socket.IPPROTO_IP, 14, 1), (socket.IPPROTO_IPV6, 14, 1)),
 }
-"""By platform: level, option and value."""
+"""Socket options by platform, each with its level and value."""
 
-_NO_TRAINS = (errno.EINVAL, errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP)
-"""What an operating system or a network card says that cannot cut trains."""
+_NO_GSO = (errno.EINVAL, errno.EIO, errno.ENOPROTOOPT, errno.EOPNOTSUPP)
+"""Errors of a system or a network card that cannot cut a batch into datagrams."""
 
 
-class UdpSocket(Closing):
+class UdpSocket:
     """A UDP socket that receives in batches and never blocks when it sends.
 
     Args:
         bound: A bound, non-blocking datagram socket, owned from now on.
 
     Attributes:
-        dropped: Datagrams that the operating system refused to send. QUIC sends
-            their content again.
-        never_fragments: True if a datagram arrives in one piece or not at all.
+        dropped: Datagrams that the operating system refused to send. QUIC
+            retransmits their content.
         never_fragments: True if a datagram arrives in one piece or not at all.
     """
 
@@ -67,8 +67,8 @@ class UdpSocket(Closing):
         self._socket = bound
         self._unsent: deque[Datagram] = deque()
         self._full = trio.Event()
-        self._receives_trains = _ask_for_trains(bound)
-        self._sends_trains = self._receives_trains  # older systems may not cut
+        self._has_gro = _enable_gro(bound)
+        self._has_gso = self._has_gro  # older systems may lack both
         self.never_fragments = _forbid_fragments(bound)
 
     def close(self) -> None:
@@ -76,75 +76,53 @@ class UdpSocket(Closing):
         self._socket.close()
 
     @property
-    def family(self) -> socket.AddressFamily:
-        """The address family; `socket.AF_INET6` also reaches IPv4 if `dual_stack`."""
-        return self._socket.family
-
-    @property
-    def dual_stack(self) -> bool:
-        """True if an IPv6 socket takes IPv4 too."""
-        return self.family == socket.AF_INET6 and not self._socket.getsockopt(
-            socket.IPPROTO_IPV6, socket.IPV6_V6ONLY
-        )
-
-    @property
-    def host(self) -> str:
-        """The address it is bound to."""
-        return str(self._socket.getsockname()[0])
-
-    @property
-    def port(self) -> int:
-        """The port it is bound to."""
-        return int(self._socket.getsockname()[1])
-
-    @property
     def full(self) -> bool:
         """True while the operating system takes no more datagrams."""
         return self._full.is_set()
 
     async def receive_batch(self) -> list[Datagram]:
-        """Wait for datagrams, and take those that are there, until it is a batch."""
+        """Wait for datagrams, and return those that have arrived, up to a batch."""
         await trio.lowlevel.wait_readable(self._socket)
         batch: list[Datagram] = []
         size = 0
         while len(batch) < BATCH and size < BATCH_BYTES:
             try:
-                train = self._receive()
-                batch += train
-                size += sum(len(data) for data, _ in train)
+                received = self._receive()
+                batch += received
+                size += sum(len(data) for data, _ in received)
             except BlockingIOError:
                 break
             except ConnectionError:
-                # An ICMP error about something sent before. Anybody can forge one,
-                # and QUIC finds out by itself whether its peer is there.
+                # An ICMP error about an earlier datagram. It is easily forged, and
+                # QUIC detects by itself that its peer is gone.
                 continue
         return batch
 
     def send(self, datagrams: Iterable[Datagram]) -> None:
-        """Send in order; what the operating system has no room for waits here."""
+        """Send in order; keep what the operating system has no room for."""
         self._unsent.extend(datagrams)
         while self._unsent:
-            train = self._next_train()
+            batch = self._next_batch()
             try:
-                self._send_train(train)
+                self._send_batch(batch)
             except BlockingIOError:
                 self._full.set()
                 return
             except OSError as error:
                 if error.errno == errno.EBADF:
                     raise
-                if len(train) > 1 and error.errno in _NO_TRAINS:
-                    self._sends_trains = False
+                if len(batch) > 1 and error.errno in _NO_GSO:
+                    self._has_gso = False
                     continue
-                # No route, a firewall, an ICMP error, or more than fits through the
-                # next hop: as good as lost on the way.
-                self.dropped += len(train)
-            for _ in train:
+                # No route, a firewall, an ICMP error, or too large for the next hop:
+                # the same as a loss on the way.
+                self.dropped += len(batch)
+            for _ in batch:
                 self._unsent.popleft()
 
     def _receive(self) -> list[Datagram]:
-        """Take a datagram, or several of one sender that came together."""
-        if not self._receives_trains:
+        """Return a datagram, or several of one sender that arrived together."""
+        if not self._has_gro:
             return [self._socket.recvfrom(_LARGEST)]
         data, ancillary, _, address = self._socket.recvmsg(_LARGEST, _ANCILLARY_SPACE)
         for level, kind, value in ancillary:
@@ -155,31 +133,31 @@ class UdpSocket(Closing):
                 ]
         return [(data, address)]
 
-    def _next_train(self) -> list[bytes]:
-        """Return what goes out next: datagrams of one size, the last may be shorter."""
+    def _next_batch(self) -> list[bytes]:
+        """Return the next datagrams to send: of one size, the last may be shorter."""
         first, target = self._unsent[0]
-        train = [first]
-        if self._sends_trains and len(self._unsent) > 1:
-            longest = min(LONGEST_TRAIN, LARGEST_TRAIN // len(first)) if first else 1
+        batch = [first]
+        if self._has_gso and len(self._unsent) > 1:
+            longest = min(GSO_DATAGRAMS, GSO_BYTES // len(first)) if first else 1
             for data, address in islice(self._unsent, 1, longest):
                 if address != target or not 0 < len(data) <= len(first):
                     break
-                train.append(data)
+                batch.append(data)
                 if len(data) < len(first):
                     break
-        return train
+        return batch
 
-    def _send_train(self, train: list[bytes]) -> None:
+    def _send_batch(self, batch: list[bytes]) -> None:
         target = self._unsent[0][1]
-        if len(train) == 1:
-            self._socket.sendto(train[0], target)
+        if len(batch) == 1:
+            self._socket.sendto(batch[0], target)
             return
-        size = _SEGMENT_SIZE.pack(len(train[0]))
+        size = _SEGMENT_SIZE.pack(len(batch[0]))
         cut = (socket.IPPROTO_UDP, _UDP_SEGMENT, size)
-        self._socket.sendmsg(train, [cut], 0, target)
+        self._socket.sendmsg(batch, [cut], 0, target)
 
     async def wait_until_sent(self) -> None:
-        """Wait until the socket was full, and has room again."""
+        """Wait until the socket has been full and has room again."""
         await self._full.wait()
         while self._unsent:
             await trio.lowlevel.wait_writable(self._socket)
@@ -187,13 +165,28 @@ class UdpSocket(Closing):
         self._full = trio.Event()
 
 
-def open_udp_socket(host: str, port: int, family: socket.AddressFamily) -> UdpSocket:
+async def receive_datagrams(
+    udp: UdpSocket, deliver: Callable[[list[Datagram]], None]
+) -> None:
+    """Pass on every batch of datagrams until cancelled."""
+    while True:
+        deliver(await udp.receive_batch())
+
+
+async def resume_sending(udp: UdpSocket, pump: Callable[[], None]) -> None:
+    """Call `pump` each time that a full socket has room again, until cancelled."""
+    while True:
+        await udp.wait_until_sent()
+        pump()
+
+
+def bind_udp(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
     """Open and bind a UDP socket with large buffers.
 
     Args:
-        host: The address to bind to.
-        port: The port; 0 takes any.
         family: The address family of the host.
+        host: The literal address to bind to.
+        port: The port; 0 takes any.
 
     Raises:
         OSError: If the address cannot be bound.
@@ -208,34 +201,13 @@ def open_udp_socket(host: str, port: int, family: socket.AddressFamily) -> UdpSo
     except OSError:
         opened.close()
         raise
-    return UdpSocket(opened)
-
-
-def open_udp_listener(host: str, port: int) -> UdpSocket:
-    """Open the socket of a listener: an empty host takes IPv6 and IPv4 where it can.
-
-    Raises:
-        OSError: If the address cannot be bound, or is none.
-    """
-    if host in ("", "::"):
-        try:
-            return open_udp_socket("::", port, socket.AF_INET6)
-        except OSError as error:
-            if host or error.errno == errno.EADDRINUSE:
-                raise
-            # A machine without IPv6.
-            return open_udp_socket("0.0.0.0", port, socket.AF_INET)
-    found = socket.getaddrinfo(
-        host, port, type=socket.SOCK_DGRAM, flags=socket.AI_NUMERICHOST
-    )
-    family, _, _, _, address = found[0]
-    return open_udp_socket(str(address[0]), port, family)
+    return opened
 
 
 def _enlarge_buffers(opened: socket.socket) -> None:
     for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
         size = BUFFER_SIZE
-        # Linux grants what it may and says nothing; others refuse what is too much.
+        # Linux silently grants less; other systems refuse what is too much.
         while size > 64 * 1024:
             try:
                 opened.setsockopt(socket.SOL_SOCKET, option, size)
@@ -244,8 +216,11 @@ def _enlarge_buffers(opened: socket.socket) -> None:
                 size //= 2
 
 
-def _ask_for_trains(opened: socket.socket) -> bool:
-    """Let Linux hand over datagrams that came together as one; True if it will."""
+def _enable_gro(opened: socket.socket) -> bool:
+    """Ask Linux for generic receive offload (GRO); return True if it has it.
+
+    It delivers datagrams that arrived together in one call.
+    """
     if not _IS_LINUX:
         return False
     try:
@@ -256,7 +231,7 @@ def _ask_for_trains(opened: socket.socket) -> bool:
 
 
 def _forbid_fragments(opened: socket.socket) -> bool:
-    """Keep routers and this machine from cutting datagrams (RFC 9000, 14)."""
+    """Forbid the fragmentation of datagrams (RFC 9000, 14); return True if possible."""
     done = False
     for level, option, value in _DO_NOT_FRAGMENT.get(sys.platform, ()):
         if level == socket.IPPROTO_IPV6 and opened.family != socket.AF_INET6:
@@ -264,7 +239,7 @@ def _forbid_fragments(opened: socket.socket) -> bool:
         try:
             opened.setsockopt(level, option, value)
         except OSError:
-            # An IPv6 socket may not care about IPv4; every other refusal counts.
+            # An IPv6 socket may lack the option of IPv4; every other refusal counts.
             if level == socket.IPPROTO_IPV6 or opened.family != socket.AF_INET6:
                 return False
         else:

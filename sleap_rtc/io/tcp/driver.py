@@ -1,249 +1,139 @@
 """TCP links: listening for them, and dialing."""
 
-import math
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
 
 import trio
 
-from sleap_rtc.io.link.addresses import describe_address
+from sleap_rtc.io.link.addresses import bind_any, describe_address
 from sleap_rtc.io.link.certificates import Certificate
-from sleap_rtc.io.link.link import DialError, Link, LinkClosedError
-from sleap_rtc.io.link.session import (
-    HANDSHAKE_TIMEOUT,
-    IDLE_TIMEOUT,
-    MAX_UNPROVEN_LINKS,
+from sleap_rtc.io.link.endpoint import (
+    Acceptor,
+    LinkServer,
+    dial_errors,
+    run_client,
+    run_server,
 )
-from sleap_rtc.io.nursery import open_background_nursery
+from sleap_rtc.io.link.limits import LinkLimits
+from sleap_rtc.io.link.link import Link, LinkClosedError
+from sleap_rtc.io.link.session import Client, ProofShown, Server
 from sleap_rtc.io.tcp.link import TcpLink
 from sleap_rtc.io.tcp.session import TcpSession
 from sleap_rtc.io.tcp.socket import (
     TcpSocket,
     accept_tcp,
-    bind_tcp_listener,
+    bind_tcp,
     open_tcp_socket,
 )
 from sleap_rtc.io.tcp.tls import TlsEngine, client_context_untrusted, server_context
-from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.messages import Auth
+from sleap_rtc.proto.route.kinds import LinkKindName
 
 
-class TcpListener:
-    """A TCP port on which clients reach this machine.
+class TcpServer(LinkServer[TcpLink]):
+    """The TCP links of one listening socket.
 
     Args:
         listening: The socket.
         context: Settings of TLS, with the certificate.
-        authenticate: Judge of the clients' proofs.
-        nursery: Where the links' tasks live.
-        idle_timeout: Seconds of silence after which a client counts as gone.
+        nursery: Where the tasks of the links run.
+        acceptor: Gets the proofs of the clients.
+        limits: The limits of each link.
     """
 
     def __init__(
         self,
         listening: socket.socket,
         context: ssl.SSLContext,
-        authenticate: Callable[[Auth], str],
         nursery: trio.Nursery,
-        idle_timeout: float,
+        acceptor: Acceptor,
+        limits: LinkLimits,
     ) -> None:
+        super().__init__(nursery, acceptor, limits)
         self._listening = listening
         self._context = context
-        self._authenticate = authenticate
-        self._nursery = nursery
-        self._idle_timeout = idle_timeout
-        self._links: set[TcpLink] = set()
-        self._places = trio.Semaphore(MAX_UNPROVEN_LINKS)
-        # Without a bound: each link in it has used up a proof of its own.
-        self._ready, self._accepted = trio.open_memory_channel[TcpLink](math.inf)
-
-    @property
-    def port(self) -> int:
-        """The TCP port."""
-        return int(self._listening.getsockname()[1])
-
-    async def accept(self) -> Link:
-        """Wait for the next client that has proved itself; `Link.peer` names it.
-
-        The link lives at most as long as the listener.
-        """
-        return await self._accepted.receive()
-
-    # --------------------------------------------------------------------- inside
+        self._places = trio.Semaphore(limits.max_unproven)
 
     async def run(self) -> None:
-        """Take connections for ever; who comes while all places are taken waits."""
+        """Take connections until cancelled; further ones wait for a free place."""
         while True:
             await self._places.acquire()
             tcp, address = await accept_tcp(self._listening)
             self._nursery.start_soon(self._serve, tcp, describe_address(address))
 
-    def close_all(self, reason: str) -> None:
-        """End all links at once."""
-        for link in tuple(self._links):
-            link.close_now(reason)
-
-    def drop_all(self) -> None:
-        """Close all connections, after their tasks have ended."""
-        for link in self._links:
-            link.drop()
-
     async def _serve(self, tcp: TcpSocket, address: str) -> None:
         session = TcpSession(
             TlsEngine(self._context, server_side=True),
             address,
-            authenticate=self._authenticate,
-            idle_timeout=self._idle_timeout,
+            Server(),
+            limits=self._limits,
             now=trio.current_time(),
         )
-        link = TcpLink(session, tcp)
+
+        def judge(output: ProofShown) -> None:
+            self._acceptor.judge(link, output.auth)
+
+        link = TcpLink(session, tcp, self._limits, judge)
         self._links.add(link)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.run)
             try:
                 await link.wait_ready()
-                link.peer = session.peer
-                self._ready.send_nowait(link)
             except LinkClosedError:
-                pass  # it was told why
+                pass  # the client was told the reason
             finally:
                 self._places.release()
         self._links.discard(link)
 
 
-@asynccontextmanager
-async def open_tcp_listener(
-    host: str,
-    port: int,
-    certificate: Certificate,
-    authenticate: Callable[[Auth], str],
-    *,
-    idle_timeout: float = IDLE_TIMEOUT,
-) -> AsyncIterator[TcpListener]:
-    """Listen for TCP links.
+class TcpKind:
+    """Links over TCP."""
 
-    Args:
-        host: The literal address to bind to; an empty one means all of this machine.
-        port: The TCP port; 0 takes any.
-        certificate: What to show to clients.
-        authenticate: Returns the name of the client that a proof belongs to, or raises
-            `RemoteProtocolError`; then the client is told no more than that it is
-            refused.
-        idle_timeout: Seconds of silence after which a client counts as gone.
+    name: LinkKindName = "tcp"
+    transport = "TCP"
 
-    Raises:
-        OSError: If the address cannot be bound.
-    """
-    with bind_tcp_listener(host, port) as listening:
-        async with serve_tcp(
-            listening, certificate, authenticate, idle_timeout=idle_timeout
-        ) as listener:
-            yield listener
+    def bind(self, host: str, port: int) -> socket.socket:
+        """Open a listening socket."""
+        return bind_any(host, port, bind_tcp)
 
+    @asynccontextmanager
+    async def serve(
+        self,
+        bound: socket.socket,
+        certificate: Certificate,
+        acceptor: Acceptor,
+        limits: LinkLimits,
+    ) -> AsyncIterator[TcpServer]:
+        """Take links on a socket of `bind` during the body."""
+        context = await trio.to_thread.run_sync(server_context, certificate)
+        async with run_server(
+            lambda nursery: TcpServer(bound, context, nursery, acceptor, limits)
+        ) as server:
+            yield server
 
-@asynccontextmanager
-async def serve_tcp(
-    listening: socket.socket,
-    certificate: Certificate,
-    authenticate: Callable[[Auth], str],
-    *,
-    idle_timeout: float = IDLE_TIMEOUT,
-) -> AsyncIterator[TcpListener]:
-    """Take TCP links on a socket that listens; see `open_tcp_listener`."""
-    context = await trio.to_thread.run_sync(server_context, certificate)
-    with ExitStack() as stack:
-        async with open_background_nursery() as nursery:
-            listener = TcpListener(
-                listening, context, authenticate, nursery, idle_timeout
-            )
-            stack.callback(listener.drop_all)
-            nursery.start_soon(listener.run)
-            try:
-                yield listener
-            finally:
-                listener.close_all("the listener was closed")
+    @asynccontextmanager
+    async def connect(
+        self, host: str, port: int, certificate_der: bytes, limits: LinkLimits
+    ) -> AsyncIterator[Link]:
+        """Open a link without a proof."""
+        address = describe_address((host, port))
+        with dial_errors(self.name, address, limits):
+            context = client_context_untrusted(certificate_der)
+            with trio.fail_after(limits.handshake_timeout):
+                tcp = await open_tcp_socket(host, port)
+        session = TcpSession(
+            TlsEngine(context, server_side=False),
+            address,
+            Client(certificate_der),
+            limits=limits,
+            now=trio.current_time(),
+        )
+        link = TcpLink(session, tcp, limits, _ignore_output)
+        with closing(tcp):
+            async with run_client(link, self.name) as opened:
+                yield opened
 
 
-@asynccontextmanager
-async def connect_tcp(
-    host: str,
-    port: int,
-    *,
-    certificate_der: bytes,
-    idle_timeout: float = IDLE_TIMEOUT,
-) -> AsyncIterator[Link]:
-    """Reach a listener, without a proof yet: the first message must be `Auth`.
-
-    Args:
-        host: Where the listener is.
-        port: Its TCP port.
-        certificate_der: The only certificate that it may show.
-        idle_timeout: Seconds of silence after which it counts as gone.
-
-    Raises:
-        DialError: If it cannot be reached, or is not the one that was asked for.
-    """
-    shown = describe_address((host, port))
-    try:
-        context = client_context_untrusted(certificate_der)
-        with trio.fail_after(HANDSHAKE_TIMEOUT):
-            tcp = await open_tcp_socket(host, port)
-    except RemoteProtocolError as error:
-        raise DialError([(shown, error.reason)]) from None
-    except trio.TooSlowError:
-        late = f"no answer for {HANDSHAKE_TIMEOUT:g} s"
-        raise DialError([(shown, late)]) from None
-    except OSError as error:
-        raise DialError([(shown, error.strerror or str(error))]) from None
-    session = TcpSession(
-        TlsEngine(context, server_side=False),
-        shown,
-        certificate_der=certificate_der,
-        idle_timeout=idle_timeout,
-        now=trio.current_time(),
-    )
-    link = TcpLink(session, tcp)
-    with tcp:
-        async with open_background_nursery() as nursery:
-            nursery.start_soon(link.run)
-            link.pump()
-            try:
-                try:
-                    await link.wait_ready()
-                except LinkClosedError as error:
-                    raise DialError([(shown, error.reason)]) from None
-                yield link
-                await link.aclose()
-                await link.wait_done()
-            finally:
-                link.close_now("the client went away")
-
-
-@asynccontextmanager
-async def dial_tcp(
-    host: str,
-    port: int,
-    *,
-    certificate_der: bytes,
-    auth: Auth,
-    idle_timeout: float = IDLE_TIMEOUT,
-) -> AsyncIterator[Link]:
-    """Open a link to a listener, and close it after the body.
-
-    Args:
-        host: Where the listener is.
-        port: Its TCP port.
-        certificate_der: The only certificate that it may show.
-        auth: The proof, which can be used once.
-        idle_timeout: Seconds of silence after which it counts as gone.
-
-    Raises:
-        DialError: If it cannot be reached, or is not the one that was asked for.
-    """
-    async with connect_tcp(
-        host, port, certificate_der=certificate_der, idle_timeout=idle_timeout
-    ) as link:
-        await link.send_message(auth)
-        yield link
+def _ignore_output(output: ProofShown) -> None:
+    """Ignore the output of a session that cannot be shown a proof."""

@@ -6,22 +6,21 @@ client's first message is `Auth`.
 
 import math
 from collections import deque
-from collections.abc import Callable
+from typing import Never
 
+from sleap_rtc.io.link.limits import LIMITS, LinkLimits
 from sleap_rtc.io.link.session import (
-    IDLE_TIMEOUT,
-    MAX_UNREAD,
-    MAX_UNSENT_FRAMES,
-    MAX_UNSENT_MESSAGES,
     REFUSED,
+    Client,
     Ended,
+    Phase,
+    Role,
     Session,
-    State,
-    Step,
 )
 from sleap_rtc.io.tcp.tls import TlsEngine
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.messages import Auth, decode_message_untrusted
+from sleap_rtc.proto.messages import decode_message_untrusted
+from sleap_rtc.proto.terminal import printable
 from sleap_rtc.proto.transfer.frames import HEADER_SIZE, FrameDecoder
 from sleap_rtc.proto.transfer.records import (
     MAX_BULK,
@@ -31,35 +30,28 @@ from sleap_rtc.proto.transfer.records import (
 )
 
 BATCH = 96 * 1024
-"""Bytes that are encrypted at once. A message overtakes what is not encrypted yet; and
-memory in pieces of 128 KiB or more would come from the system anew each time."""
+"""Bytes that are encrypted at once. A message overtakes what is not encrypted yet.
+Pieces of 128 KiB or more would be allocated from the system each time."""
 
 MESSAGE_COST = 512
 """Bytes that the shortest unread message takes beside its text."""
 
-FAREWELL = 2.0
-"""Seconds that a side which closes waits until the peer closes too. To leave earlier,
-with something unread, would make TCP take back what is still on its way (RFC 1122,
-4.2.2.13)."""
-
 _PING_SIZE = 8
 
 
-class TcpSession(Session):
+class TcpSession(Session[Never]):
     """The messages and frames of one TCP connection.
 
     A driver calls, in any order, `receive_data` (while `wants_data`), `handle_timeout`,
-    `connection_lost` and the commands `send_message`, `send_frame` and `close`; after
-    each of them it sends what `data_to_send` returns, as far as it can, and tells
-    `data_sent`; then it arms a timer for `deadline`. When an ended session has nothing
-    more to send, the driver ends its direction of the stream.
+    `connection_lost` and the commands; after each of them it sends as much as possible
+    of `data_to_send`, and reports that to `data_sent`. When an ended session has
+    nothing more to send, the driver ends its direction of the stream.
 
     Args:
         engine: TLS; a client's side has not begun its handshake.
-        address: See `Session`, also for the others.
-        authenticate: The judge of the client's proof.
-        certificate_der: The only certificate that a client accepts.
-        idle_timeout: Seconds of silence after which the peer counts as gone.
+        address: The peer's ``host:port``, for people.
+        role: Which side of the connection this is.
+        limits: The limits of the link.
         now: The time in seconds.
     """
 
@@ -67,22 +59,16 @@ class TcpSession(Session):
         self,
         engine: TlsEngine,
         address: str,
+        role: Role,
         *,
-        authenticate: Callable[[Auth], str] | None = None,
-        certificate_der: bytes = b"",
-        idle_timeout: float = IDLE_TIMEOUT,
+        limits: LinkLimits = LIMITS,
         now: float,
     ) -> None:
-        super().__init__(
-            address,
-            authenticate=authenticate,
-            certificate_der=certificate_der,
-            idle_timeout=idle_timeout,
-            now=now,
-        )
+        super().__init__(address, role, limits, now)
         self._engine = engine
         self._decoder = RecordDecoder()
         self._frame_decoder = FrameDecoder()
+        self._held: deque[tuple[RecordType, bytes]] = deque()  # while JUDGING
         self._control: deque[bytes] = deque()
         self._control_size = 0
         self._bulk: deque[memoryview] = deque()
@@ -91,72 +77,61 @@ class TcpSession(Session):
         self._encrypted = memoryview(b"")
         self._unread = 0
         self._silent_at = math.inf
-        self._farewell_until: float | None = None
-        if authenticate is None:
+        self._close_until = math.inf
+        if isinstance(role, Client):
             engine.shake_hands_untrusted()
 
     # ------------------------------------------------------------------ the world
 
     def receive_data(self, data: bytes | memoryview, now: float) -> None:
-        """Take bytes of the stream."""
+        """Handle bytes of the stream."""
         self.bytes_received += len(data)
-        self._silent_at = now + self._idle_timeout
+        self._silent_at = now + self._limits.idle_timeout
         if self.ended is not None:
             return
         try:
             self._receive_untrusted(data, now)
         except RemoteProtocolError as error:
-            self._violated(error)
+            self._violated(error, now)
 
     def connection_lost(self, reason: str) -> None:
-        """Note that the stream is gone, or that the peer ended its direction.
+        """Handle the end of the stream, or of the peer's direction of it.
 
         Args:
             reason: What happened, for people.
         """
-        if self.ended is None:
-            self._move(Step.ENDED)
-            self.ended = Ended(f"{self.address}: {reason}", by_peer=False)
-        self.finished = True
+        self._end(Ended(reason, is_fault=True))
+        self._finish()
 
     def handle_timeout(self, now: float) -> None:
         """Do what is due; nothing if nothing is."""
         if not self.wants_data:
-            # Who does not listen can't tell whether anybody speaks.
-            self._silent_at = now + self._idle_timeout
+            # While this side does not read, the silence proves nothing.
+            self._silent_at = now + self._limits.idle_timeout
         match self.state:
-            case State.HANDSHAKE | State.UNPROVEN if now >= self._proof_deadline:
-                self._give_up_unproven()
-            case State.READY if now >= self._silent_at:
-                silence = f"for {self._idle_timeout:g} s"
-                self._end(
-                    f"no answer from {self.address} {silence}",
-                    tell=f"no answer {silence}",
-                    silent_for=self._idle_timeout,
-                )
-            case State.READY if now >= self._ping_at:
+            case Phase.READY if now >= self._silent_at:
+                ended = self._silence()
+                self._fail(ended, ended.reason, now)
+            case Phase.READY if now >= self._ping_at:
                 self._ping(now)
-            case State.ENDED:
-                if self._farewell_until is None:
-                    self._farewell_until = now + FAREWELL
-                elif now >= self._farewell_until:
-                    self.finished = True
+            case Phase() if self.state is not Phase.READY:
+                if now >= self._proof_deadline:
+                    self._give_up_unproven(now)
+            case Ended() if now >= self._close_until:
+                self._finish()
 
     def deadline(self) -> float | None:
-        """When to call `handle_timeout`; None once the session is finished."""
-        if self.finished:
-            return None
+        """Return when `handle_timeout` is due; None once the session is finished."""
         match self.state:
-            case State.HANDSHAKE | State.UNPROVEN:
-                return self._proof_deadline
-            case State.READY:
+            case Ended(finished=finished):
+                return None if finished else self._close_until
+            case Phase.READY:
                 return min(self._ping_at, self._silent_at)
-            case State.ENDED:
-                # First at once, because `close` does not know what time it is.
-                return self._farewell_until or -math.inf
+            case _:
+                return self._proof_deadline
 
     def data_to_send(self) -> memoryview:
-        """Return bytes to send now; the same ones until `data_sent` takes them off."""
+        """Return bytes to send now; the same ones until `data_sent` removes them."""
         self.has_news = False
         if not self._encrypted:
             if batch := self._next_batch():
@@ -165,7 +140,7 @@ class TcpSession(Session):
         return self._encrypted
 
     def data_sent(self, count: int) -> None:
-        """Note that so many of the bytes to send are sent."""
+        """Remove this many of the bytes to send: they are sent."""
         self.bytes_sent += count
         self._encrypted = self._encrypted[count:]
 
@@ -173,18 +148,21 @@ class TcpSession(Session):
 
     @property
     def wants_data(self) -> bool:
-        """True unless so much is unread that the peer has to wait."""
-        return self._unread < MAX_UNREAD or self.ended is not None
+        """True unless the peer has to wait: much is unread, or its proof is judged."""
+        if self.ended is not None:
+            return True
+        has_room = self._unread < self._limits.max_unread
+        return has_room and self.state is not Phase.JUDGING
 
     @property
     def has_room_for_message(self) -> bool:
         """True while few messages wait to be sent."""
-        return self._control_size < MAX_UNSENT_MESSAGES
+        return self._control_size < self._limits.max_unsent_messages
 
     @property
     def has_room_for_frame(self) -> bool:
         """True while few frames wait to be sent."""
-        return self._bulk_size < MAX_UNSENT_FRAMES
+        return self._bulk_size < self._limits.max_unsent_frames
 
     @property
     def all_sent(self) -> bool:
@@ -202,8 +180,14 @@ class TcpSession(Session):
             data = b""
         for plain in self._engine.decrypt_untrusted(data):
             for kind, content in self._decoder.records_untrusted(plain):
-                if self.ended is None:
+                if self.state is Phase.JUDGING:
+                    self._held.append((kind, bytes(content)))
+                elif self.ended is None:
                     self._receive_record_untrusted(kind, content, now)
+
+    def _open_untrusted(self, now: float) -> None:
+        while self._held and self.ended is None:
+            self._receive_record_untrusted(*self._held.popleft(), now)
 
     def _receive_record_untrusted(
         self, kind: RecordType, content: bytes | memoryview, now: float
@@ -214,7 +198,7 @@ class TcpSession(Session):
                 self._unread += size
                 message = decode_message_untrusted(bytes(content))
                 self._receive_message_untrusted(message, size)
-            case RecordType.BULK if self.state is not State.READY:
+            case RecordType.BULK if self.state is not Phase.READY:
                 raise RemoteProtocolError(REFUSED)
             case RecordType.BULK:
                 for frame in self._frame_decoder.receive_data_untrusted(content):
@@ -229,12 +213,8 @@ class TcpSession(Session):
                 self._closed_by_peer(bytes(content))
 
     def _closed_by_peer(self, content: bytes) -> None:
-        text = content.decode(errors="replace")
-        # What a peer wrote may reach a terminal.
-        reason = "".join(c if c.isprintable() else "?" for c in text)
-        self._move(Step.ENDED)
-        self.ended = Ended(reason or f"{self.address} closed the link", by_peer=True)
-        self.finished = True
+        reason = printable(content.decode(errors="replace"))
+        self._end(Ended(reason or "the peer closed the link", finished=True))
 
     def _count_read(self, size: int) -> None:
         had_enough = not self.wants_data
@@ -258,7 +238,8 @@ class TcpSession(Session):
         self._control.appendleft(_record(RecordType.PING, uid.to_bytes(_PING_SIZE)))
         self._control_size += len(self._control[0])
 
-    def _send_close(self, reason: str, *, orderly: bool) -> None:
+    def _send_close(self, reason: str, now: float, *, orderly: bool) -> None:
+        self._close_until = now + self._limits.close_timeout
         self._control.clear()
         self._bulk.clear()
         self._control_size = self._bulk_size = 0
@@ -267,7 +248,7 @@ class TcpSession(Session):
             self._engine.encrypt(_record(RecordType.CLOSE, reason.encode()))
 
     def _next_batch(self) -> bytes:
-        """Take records off the queues: messages before bulk, and whole ones only."""
+        """Return the next records of the queues: whole ones, messages before bulk."""
         parts: list[bytes | memoryview] = []
         room = BATCH
         if self._pong_due is not None:

@@ -8,17 +8,15 @@ import sys
 
 import trio
 
-from sleap_rtc.io.closing import Closing
-
 RECEIVE_SIZE = 256 * 1024
-"""Bytes taken at once, before anything else gets its turn."""
+"""Bytes received at once, before other tasks run."""
 
 UNSENT_IN_KERNEL = 128 * 1024
-"""Bytes that the kernel takes before it has sent the ones before them. What it has,
-no message overtakes; a tenth of a second on a line of 10 Mbit/s."""
+"""Bytes that the kernel keeps unsent, a tenth of a second on a line of 10 Mbit/s. No
+message can overtake them."""
 
 ACCEPT_PAUSE = 0.1
-"""Seconds to wait when the system is out of file descriptors or memory."""
+"""Seconds to wait when the system has run out of file descriptors or memory."""
 
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 _BACKLOG = 128
@@ -27,7 +25,7 @@ _BACKLOG = 128
 _TCP_INFO = struct.Struct("=100xI")
 
 
-class TcpSocket(Closing):
+class TcpSocket:
     """A TCP connection that never blocks when it sends.
 
     Args:
@@ -47,7 +45,7 @@ class TcpSocket(Closing):
             connected.setsockopt(socket.IPPROTO_TCP, option, UNSENT_IN_KERNEL)
 
     def close(self) -> None:
-        """Close the connection; nobody may wait for it any more."""
+        """Close the connection, which no task may wait for at that time."""
         self._socket.close()
 
     @property
@@ -57,7 +55,7 @@ class TcpSocket(Closing):
 
     @property
     def retransmissions(self) -> int:
-        """Packets that were sent again; always 0 where the system does not tell."""
+        """Packets that were sent again; always 0 outside Linux."""
         if sys.platform != "linux" or self._socket.fileno() < 0:
             return 0
         info = self._socket.getsockopt(
@@ -67,9 +65,9 @@ class TcpSocket(Closing):
         return retransmissions
 
     async def receive(self) -> memoryview:
-        """Wait for bytes, and take those that are there; empty at the end.
+        """Wait for bytes, and return what has arrived; empty at the end of the stream.
 
-        They stay as they are until the next call.
+        They are overwritten by the next call.
 
         Raises:
             OSError: If the connection is lost.
@@ -80,7 +78,7 @@ class TcpSocket(Closing):
         return data
 
     def receive_now(self) -> memoryview | None:
-        """Take the bytes that are there, as `receive` does; None if there are none yet.
+        """Return what has arrived, as `receive` does; None if nothing has.
 
         Raises:
             OSError: If the connection is lost.
@@ -91,7 +89,7 @@ class TcpSocket(Closing):
             return None
 
     def send(self, data: memoryview) -> int:
-        """Send as much as there is room for, and return how much that was.
+        """Send as much as the system has room for; return the number of bytes.
 
         Raises:
             OSError: If the connection is lost.
@@ -104,7 +102,7 @@ class TcpSocket(Closing):
             return 0
 
     def pause(self) -> None:
-        """Let `wait_until_writable` return when anything else has had its turn."""
+        """Make `wait_until_writable` return after the other tasks have run."""
         self._waits.set()
 
     async def wait_until_writable(self) -> None:
@@ -115,7 +113,7 @@ class TcpSocket(Closing):
         self._waits = trio.Event()
 
     def end_sending(self) -> None:
-        """Tell the peer that nothing more comes.
+        """End this direction of the stream.
 
         Raises:
             OSError: If the connection is lost.
@@ -126,15 +124,15 @@ class TcpSocket(Closing):
 
 
 async def open_tcp_socket(host: str, port: int) -> TcpSocket:
-    """Connect, to the first address of a name that answers.
+    """Connect to the first address of a name that answers.
 
     Raises:
-        OSError: If there is none.
+        OSError: If none does.
     """
     try:
         stream = await trio.open_tcp_stream(host, port)
     except OSError as error:
-        # It says no more than that all addresses failed; each of them knows why.
+        # The error only reports that all addresses failed; the causes are inside.
         cause = error.__cause__
         while isinstance(cause, BaseExceptionGroup):
             cause = cause.exceptions[0]
@@ -142,27 +140,6 @@ async def open_tcp_socket(host: str, port: int) -> TcpSocket:
             raise
         raise OSError(cause.errno, os.strerror(cause.errno)) from None
     return TcpSocket(socket.socket(fileno=stream.socket.detach()))
-
-
-def bind_tcp_listener(host: str, port: int) -> socket.socket:
-    """Open the socket of a listener: an empty host takes IPv6 and IPv4 where it can.
-
-    Raises:
-        OSError: If the address cannot be bound, or is none.
-    """
-    if host in ("", "::"):
-        try:
-            return _bind(socket.AF_INET6, "::", port)
-        except OSError as error:
-            if host or error.errno == errno.EADDRINUSE:
-                raise
-            # A machine without IPv6.
-            return _bind(socket.AF_INET, "0.0.0.0", port)
-    found = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST
-    )
-    family, _, _, _, address = found[0]
-    return _bind(family, str(address[0]), port)
 
 
 async def accept_tcp(listening: socket.socket) -> tuple[TcpSocket, tuple[object, ...]]:
@@ -179,17 +156,27 @@ async def accept_tcp(listening: socket.socket) -> tuple[TcpSocket, tuple[object,
                 raise
             if error.errno in _OUT_OF_RESOURCES:
                 await trio.sleep(ACCEPT_PAUSE)
-            # Anything else concerns a connection that is gone already.
+            # Any other error concerns a connection that is gone already.
 
 
-def _bind(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
+def bind_tcp(family: socket.AddressFamily, host: str, port: int) -> socket.socket:
+    """Open a listening socket.
+
+    Args:
+        family: The address family of the host.
+        host: The literal address to bind to.
+        port: The port; 0 takes any.
+
+    Raises:
+        OSError: If the address cannot be bound.
+    """
     opened = socket.socket(family, socket.SOCK_STREAM)
     try:
         opened.setblocking(False)
         if sys.platform == "win32":
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, True)
         else:
-            # Connections of a listener that ended do not keep the next one out.
+            # Connections of an earlier listener must not block this one.
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
         if family == socket.AF_INET6:
             opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")

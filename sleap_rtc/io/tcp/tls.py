@@ -22,29 +22,31 @@ from sleap_rtc.io.link.session import ALPN
 from sleap_rtc.proto.errors import RemoteProtocolError
 
 PLAIN_BUFFER = 256 * 1024
-"""Bytes that are decrypted before anybody looks at them: few large steps."""
+"""Bytes that are decrypted in one step: few large steps are faster."""
 
 
 def client_context_untrusted(certificate_der: bytes) -> ssl.SSLContext:
-    """Make the settings of a client that trusts one certificate.
+    """Create the settings of a client that trusts one certificate.
 
     Raises:
-        RemoteProtocolError: If the bytes are no certificate.
+        RemoteProtocolError: If the bytes are not a certificate.
     """
     anchor = certificate_pem_untrusted(certificate_der)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         context.load_verify_locations(cadata=anchor.decode())
     except ssl.SSLError:
-        raise RemoteProtocolError("what the peer sent is no certificate") from None
+        raise RemoteProtocolError(
+            "the peer sent something that is not a certificate"
+        ) from None
     return _restricted(context)
 
 
 def server_context(certificate: Certificate) -> ssl.SSLContext:
-    """Make the settings of a server. It writes a file, so call it in a thread.
+    """Create the settings of a server. It writes a file, so call it in a thread.
 
-    The library reads keys from files only. So the file is encrypted with a password
-    that nobody keeps, private, and gone when this returns.
+    The library reads keys from files only. The file is private, encrypted with a
+    password that is not kept, and removed before this returns.
     """
     password = secrets.token_bytes(32)
     key = certificate.private_key.private_bytes(
@@ -98,7 +100,7 @@ class TlsEngine:
         return self._tls.getpeercert(binary_form=True)
 
     def shake_hands_untrusted(self, data: bytes | memoryview = b"") -> None:
-        """Go on with the handshake, as far as the bytes of the peer allow it.
+        """Continue the handshake as far as the bytes of the peer allow.
 
         Raises:
             RemoteProtocolError: If it failed.
@@ -119,10 +121,10 @@ class TlsEngine:
         self.secured = True
 
     def decrypt_untrusted(self, data: bytes | memoryview) -> Iterator[memoryview]:
-        """Take bytes that arrived after the handshake; follow the iterator to its end.
+        """Decrypt bytes that arrived after the handshake; exhaust the iterator.
 
         Yields:
-            What they say. A piece is overwritten when the next one is asked for.
+            The plain bytes. A piece is overwritten when the next one is requested.
 
         Raises:
             RemoteProtocolError: If they are damaged, or the peer ended TLS. What came
@@ -155,7 +157,7 @@ class TlsEngine:
         return filled
 
     def encrypt(self, data: bytes) -> None:
-        """Put bytes into what `take` returns; after a fault they have no way any more.
+        """Add bytes to what `take` returns; after a fault they are discarded.
 
         Args:
             data: Many small pieces would cost more than one large one.
@@ -164,7 +166,7 @@ class TlsEngine:
             self._tls.write(data)
 
     def take(self) -> bytes:
-        """Take everything that is to be sent."""
+        """Remove and return everything that is to be sent."""
         return self._outgoing.read()
 
 

@@ -1,19 +1,39 @@
-"""Dialing a peer at all of its addresses, over both kinds of link."""
+"""Dialing a peer at all of its addresses, over all kinds of link."""
 
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 
 import pytest
 import trio
 import trio.testing
 
 from sleap_rtc.io.connect.dial import dial
+from sleap_rtc.io.connect.kinds import KINDS
 from sleap_rtc.io.connect.listener import Listener, open_listener
+from sleap_rtc.io.link.addresses import describe_address
 from sleap_rtc.io.link.certificates import make_certificate
-from sleap_rtc.io.link.link import DialError, LinkClosedError
+from sleap_rtc.io.link.link import DialError, DialFailure, LinkClosedError
+from sleap_rtc.proto.messages import Auth
+from sleap_rtc.proto.route.kinds import LINK_KINDS, LinkKindName
 from sleap_rtc.proto.route.routes import STAGGER_INTERVAL
-from tests.io.link.kinds import AUTH, CANCEL, CERTIFICATE, DER, QUIC, TCP, Kind, judge
+from tests.io.link.kinds import (
+    AUTH,
+    CANCEL,
+    CERTIFICATE,
+    DER,
+    dialed,
+    judge,
+    listening,
+    listening_for_one,
+    one_number,
+    open_sockets,
+    silent_port,
+)
+
+
+def address_of(bound: socket.socket) -> tuple[str, int]:
+    host, port = bound.getsockname()
+    return host, port
 
 
 @pytest.fixture(autouse=True)
@@ -24,21 +44,8 @@ async def deadline() -> AsyncIterator[None]:
 
 @pytest.fixture
 async def listener() -> AsyncIterator[Listener]:
-    async with open_listener("127.0.0.1", 0, CERTIFICATE, judge) as opened:
+    async with listening() as opened:
         yield opened
-
-
-@contextmanager
-def dead_port() -> Iterator[tuple[str, int]]:
-    """An address that takes what comes, over TCP and UDP, and never answers."""
-    with (
-        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp,
-        socket.socket() as tcp,
-    ):
-        udp.bind(("127.0.0.1", 0))
-        tcp.bind(udp.getsockname())
-        tcp.listen()
-        yield udp.getsockname()
 
 
 async def test_tcp_is_preferred_when_both_kinds_work(listener: Listener) -> None:
@@ -52,69 +59,83 @@ async def test_tcp_is_preferred_when_both_kinds_work(listener: Listener) -> None
         assert worker.statistics().kind == "tcp"
         await client.send_message(CANCEL)
         assert await worker.receive_message() == CANCEL
-    with pytest.raises(LinkClosedError) as caught:
+    with pytest.raises(LinkClosedError, match="the peer closed the link"):
         await worker.receive_message()
-    assert caught.value.by_peer
 
 
-@pytest.mark.parametrize("kind", [TCP, QUIC], ids=["tcp", "quic"])
-async def test_a_kind_can_be_named(listener: Listener, kind: Kind) -> None:
-    async with dial(
-        [("127.0.0.1", listener.port)],
-        certificate_der=DER,
-        auth=AUTH,
-        kinds=(kind.name,),
-    ) as (client, _):
+async def test_every_kind_is_in_the_table_under_its_name() -> None:
+    assert {kind: row.name for kind, row in KINDS.items()} == {
+        kind: kind for kind in LINK_KINDS
+    }
+
+
+@pytest.mark.parametrize("kind", LINK_KINDS)
+async def test_a_kind_can_be_named(listener: Listener, kind: LinkKindName) -> None:
+    async with dialed(kind, listener.port) as client:
         await listener.accept()
-        assert client.statistics().kind == kind.name
+        assert client.statistics().kind == kind
 
 
-@pytest.mark.parametrize("kind", [TCP, QUIC], ids=["tcp", "quic"])
-async def test_a_worker_may_listen_for_one_kind_only(kind: Kind) -> None:
-    async with (
-        kind.listen("127.0.0.1", 0, CERTIFICATE, judge) as listener,
-        dial([("127.0.0.1", listener.port)], certificate_der=DER, auth=AUTH) as found,
-    ):
-        client, reason = found
-        assert (await listener.accept()).statistics().kind == kind.name
-        assert client.statistics().kind == kind.name
-        if kind is QUIC:
+async def test_a_worker_that_listens_for_tcp_only_is_reached() -> None:
+    with one_number() as (tcp, _):
+        tcp.listen()
+        async with (
+            listening_for_one("tcp", tcp) as listener,
+            dial([address_of(tcp)], certificate_der=DER, auth=AUTH) as (client, _),
+        ):
+            assert (await listener.accept()).statistics().kind == "tcp"
+            assert client.statistics().kind == "tcp"
+
+
+async def test_a_worker_that_listens_for_quic_only_is_reached() -> None:
+    with one_number() as (tcp, udp):
+        async with (
+            listening_for_one("quic", udp) as listener,
+            dial([address_of(tcp)], certificate_der=DER, auth=AUTH) as (client, reason),
+        ):
+            assert (await listener.accept()).statistics().kind == "quic"
+            assert client.statistics().kind == "quic"
             assert reason == "TCP was not reachable: Connection refused"
 
 
 async def test_quic_is_kept_when_tcp_is_silent() -> None:
-    async with QUIC.listen("127.0.0.1", 0, CERTIFICATE, judge) as listener:
-        with socket.socket() as silent:
-            silent.bind(("127.0.0.1", listener.port))
-            silent.listen()
-            async with dial(
-                [("127.0.0.1", listener.port)], certificate_der=DER, auth=AUTH
-            ) as (client, reason):
-                await listener.accept()
-                assert client.statistics().kind == "quic"
-                assert reason.startswith("TCP did not answer within 0.")
-
-
-async def test_a_dead_address_costs_a_quarter_of_a_second(listener: Listener) -> None:
-    with dead_port() as dead:
-        begin = trio.current_time()
-        async with dial(
-            [dead, ("127.0.0.1", listener.port)], certificate_der=DER, auth=AUTH
+    with one_number() as (tcp, udp):
+        tcp.listen()
+        async with (
+            listening_for_one("quic", udp) as listener,
+            dial([address_of(tcp)], certificate_der=DER, auth=AUTH) as (client, reason),
         ):
-            assert (
-                STAGGER_INTERVAL <= trio.current_time() - begin < 10 * STAGGER_INTERVAL
-            )
+            await listener.accept()
+            assert client.statistics().kind == "quic"
+            assert reason.startswith("TCP did not answer within ")
+
+
+async def test_the_next_address_is_tried_while_one_is_silent(
+    listener: Listener, frozen_clock: trio.abc.Clock
+) -> None:
+    with silent_port() as silent:
+        begin = trio.current_time()
+        addresses = [("127.0.0.1", silent), ("127.0.0.1", listener.port)]
+        async with dial(addresses, certificate_der=DER, auth=AUTH, kinds=("tcp",)):
+            assert trio.current_time() - begin == pytest.approx(STAGGER_INTERVAL)
             await listener.accept()
 
 
-async def test_the_proof_is_used_once_whoever_wins(listener: Listener) -> None:
-    addresses = [("127.0.0.1", listener.port), ("localhost", listener.port)]
-    async with dial(addresses, certificate_der=DER, auth=AUTH) as (client, _):
-        await listener.accept()
-        with trio.move_on_after(3 * STAGGER_INTERVAL):
-            await listener.accept()
-            pytest.fail("a second link used the proof")
-        await client.send_message(CANCEL)
+async def test_the_proof_is_used_once_by_the_link_that_wins() -> None:
+    shown: list[Auth] = []
+
+    def authenticate(auth: Auth) -> str:
+        shown.append(auth)
+        return judge(auth)
+
+    async with open_listener("127.0.0.1", 0, CERTIFICATE, authenticate) as listener:
+        addresses = [("127.0.0.1", listener.port), ("localhost", listener.port)]
+        async with dial(addresses, certificate_der=DER, auth=AUTH) as (client, _):
+            worker = await listener.accept()
+            await trio.testing.wait_all_tasks_blocked(2 * STAGGER_INTERVAL)
+            await client.send_message(CANCEL)
+            assert await worker.receive_message() == CANCEL
+        assert shown == [AUTH]
 
 
 async def test_a_stranger_at_one_address_does_not_stop_the_dial(
@@ -131,38 +152,41 @@ async def test_a_stranger_at_one_address_does_not_stop_the_dial(
         await listener.accept()
 
 
-async def test_a_failed_dial_says_what_happened_at_each_address(
-    monkeypatch: pytest.MonkeyPatch,
+async def test_a_failed_dial_reports_what_happened_at_each_address(
+    jumping_clock: trio.abc.Clock,
 ) -> None:
-    monkeypatch.setattr("sleap_rtc.io.link.session.HANDSHAKE_TIMEOUT", 1.0)
     async with open_listener("127.0.0.1", 0, make_certificate(), judge) as stranger:
         other = ("127.0.0.1", stranger.port)
-        with dead_port() as dead:
-            addresses = [dead, other, ("no.such.invalid", 1)]
+        with silent_port() as silent:
+            addresses = [("127.0.0.1", silent), other]
             with pytest.raises(DialError) as caught:
                 async with dial(addresses, certificate_der=DER, auth=AUTH):
                     pytest.fail("it must not open")
-    reasons = dict(caught.value.failures)
-    assert len(reasons) == 6
-    for kind in ("tcp", "quic"):
-        assert "no answer" in reasons[f"{kind} to 127.0.0.1:{dead[1]}"]
-        assert "not who it should be" in reasons[f"{kind} to 127.0.0.1:{other[1]}"]
-        assert f"{kind} to no.such.invalid:1" in str(caught.value)
+    reasons = {(f.kind, f.address): f.reason for f in caught.value.failures}
+    assert len(reasons) == 2 * len(LINK_KINDS)
+    for kind in LINK_KINDS:
+        assert reasons[kind, f"127.0.0.1:{silent}"] == "no answer for 10 s"
+        assert "not who it should be" in reasons[kind, f"127.0.0.1:{stranger.port}"]
+        assert f"{kind} to 127.0.0.1:{silent}: no answer for 10 s" in str(caught.value)
 
 
-async def test_a_peer_that_refuses_is_described(listener: Listener) -> None:
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        with pytest.raises(
-            DialError, match=r"tcp to 127.0.0.1:\d+: Connection refused"
-        ):
-            async with dial(
-                [unused.getsockname()],
-                certificate_der=DER,
-                auth=AUTH,
-                kinds=("tcp",),
-            ):
+@pytest.mark.parametrize("kind", LINK_KINDS)
+async def test_a_name_that_does_not_exist_is_described(kind: LinkKindName) -> None:
+    with pytest.raises(DialError, match=f"{kind} to no.such.invalid:1: "):
+        async with dialed(kind, 1, host="no.such.invalid"):
+            pytest.fail("it must not open")
+
+
+async def test_a_peer_that_refuses_is_described() -> None:
+    with one_number() as (tcp, _):
+        with pytest.raises(DialError) as caught:
+            async with dialed("tcp", tcp.getsockname()[1]):
                 pytest.fail("it must not open")
+        where = describe_address(tcp.getsockname())
+    failure = DialFailure("tcp", where, "Connection refused")
+    assert caught.value.failures == (failure,)
+    shown = f"cannot reach the peer (tcp to {where}: Connection refused)"
+    assert str(caught.value) == shown
 
 
 async def test_a_peer_without_addresses_cannot_be_dialed() -> None:
@@ -180,11 +204,36 @@ async def test_what_the_body_raises_leaves_as_it_is(listener: Listener) -> None:
         await fail()
 
 
-async def test_a_cancelled_dial_leaves_nothing_behind(listener: Listener) -> None:
-    address = ("127.0.0.1", listener.port)
-    for _ in range(20):
-        with trio.move_on_after(0.004):
-            async with dial([address], certificate_der=DER, auth=AUTH):
-                pass
-    async with dial([address], certificate_der=DER, auth=AUTH) as (client, _):
-        await client.send_message(CANCEL)
+async def test_a_cancelled_dial_leaves_nothing_behind() -> None:
+    async def open_link(port: int) -> None:
+        address = ("127.0.0.1", port)
+        async with dial([address, address], certificate_der=DER, auth=AUTH):
+            pytest.fail("it must not open")
+
+    most = 0
+    with silent_port() as port:
+        before = open_sockets()
+        for turns in range(30):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(open_link, port)
+                for _ in range(turns):
+                    await trio.lowlevel.checkpoint()
+                most = max(most, open_sockets())
+                nursery.cancel_scope.cancel()
+            assert open_sockets() == before
+    assert most > before
+
+
+async def test_the_losers_of_a_race_are_closed() -> None:
+    with silent_port() as silent:
+        before = open_sockets()
+        async with listening() as listener:
+            addresses = [("127.0.0.1", silent), ("127.0.0.1", listener.port)]
+            listening_only = open_sockets()
+            async with dial(addresses, certificate_der=DER, auth=AUTH) as (client, _):
+                await listener.accept()
+                await trio.testing.wait_all_tasks_blocked()
+                assert client.statistics().kind == "tcp"
+                # The winner, at both ends.
+                assert open_sockets() == listening_only + 2
+        assert open_sockets() == before

@@ -1,13 +1,28 @@
-"""One port number for links of both kinds."""
+"""One port number for links of all kinds."""
 
 import socket
+import sys
 from collections.abc import AsyncIterator
 
 import pytest
 import trio
 
+from sleap_rtc.io.connect.kinds import KINDS
 from sleap_rtc.io.connect.listener import open_listener
-from tests.io.link.kinds import AUTH, CERTIFICATE, DER, QUIC, TCP, judge
+from sleap_rtc.proto.route.kinds import LINK_KINDS
+from tests.io.link.kinds import (
+    CERTIFICATE,
+    dialed,
+    judge,
+    listening,
+    listening_for_one,
+    one_number,
+    open_sockets,
+)
+
+linux_only = pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux lets a listener share its number"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -16,15 +31,13 @@ async def deadline() -> AsyncIterator[None]:
         yield
 
 
-async def test_links_of_both_kinds_come_from_one_port() -> None:
-    async with open_listener("127.0.0.1", 0, CERTIFICATE, judge) as listener:
+async def test_links_of_all_kinds_come_from_one_port() -> None:
+    async with listening() as listener:
         assert listener.local_addresses() == (("127.0.0.1", listener.port),)
-        for kind in (TCP, QUIC, TCP):
-            async with kind.dial(
-                "127.0.0.1", listener.port, certificate_der=DER, auth=AUTH
-            ):
+        for kind in (*LINK_KINDS, *LINK_KINDS):
+            async with dialed(kind, listener.port):
                 worker = await listener.accept()
-                assert worker.statistics().kind == kind.name
+                assert worker.statistics().kind == kind
                 assert worker.peer == "client 5555"
 
 
@@ -33,10 +46,8 @@ async def test_a_listener_for_everywhere_is_reached_over_loopback(host: str) -> 
     try:
         async with open_listener(host, 0, CERTIFICATE, judge) as listener:
             local = "::1" if host == "::" else "127.0.0.1"
-            for kind in (TCP, QUIC):
-                async with kind.dial(
-                    local, listener.port, certificate_der=DER, auth=AUTH
-                ):
+            for kind in LINK_KINDS:
+                async with dialed(kind, listener.port, host=local):
                     await listener.accept()
     except OSError as error:
         if host != "::":
@@ -44,51 +55,58 @@ async def test_a_listener_for_everywhere_is_reached_over_loopback(host: str) -> 
         pytest.skip(f"no IPv6 here: {error}")
 
 
-@pytest.mark.parametrize("taken", ["UDP", "TCP"])
-async def test_a_named_port_has_to_be_free_for_both(taken: str) -> None:
-    kind = socket.SOCK_DGRAM if taken == "UDP" else socket.SOCK_STREAM
-    with socket.socket(socket.AF_INET, kind) as other:
-        other.bind(("127.0.0.1", 0))
-        if taken == "TCP":
-            other.listen()
-        port = other.getsockname()[1]
-        with pytest.raises(OSError, match=f"{taken} port {port}: .*in use"):
+@pytest.mark.parametrize("transport", ["UDP", "TCP"])
+async def test_a_given_port_has_to_be_free_for_all_kinds(transport: str) -> None:
+    with one_number() as (tcp, _):
+        port = tcp.getsockname()[1]
+        if transport == "TCP":
+            tcp.listen()
+        elif sys.platform != "linux":
+            pytest.skip("the TCP number cannot be reserved")
+        before = open_sockets()
+        with pytest.raises(OSError, match=f"{transport} port {port}: .*in use"):
             async with open_listener("127.0.0.1", port, CERTIFICATE, judge):
                 pytest.fail("it must not open")
+        assert open_sockets() == before
 
 
-async def test_a_port_is_free_again_after_its_listener() -> None:
-    port = 0
-    for _ in range(3):
-        async with open_listener("127.0.0.1", port, CERTIFICATE, judge) as listener:
-            port = listener.port
-            async with TCP.dial("127.0.0.1", port, certificate_der=DER, auth=AUTH):
-                await listener.accept()
+@linux_only
+async def test_connections_of_an_earlier_listener_do_not_block_its_port() -> None:
+    with one_number() as (tcp, _):
+        port = tcp.getsockname()[1]
+        for _ in range(3):
+            async with (
+                listening_for_one("tcp", KINDS["tcp"].bind("127.0.0.1", port)) as again,
+                dialed("tcp", port),
+            ):
+                await again.accept()
 
 
-async def test_a_free_port_is_sought_until_both_can_have_it(
+@linux_only
+async def test_a_free_port_is_sought_until_all_kinds_can_have_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
+    with one_number() as (_, udp):
+        taken = udp.getsockname()[1]
         real = socket.socket.bind
         asked: list[int] = []
 
         def bind(self: socket.socket, address: tuple[str, int]) -> None:
-            """Give the first UDP socket the number that TCP can't have."""
-            if address[1] == 0 and not asked:
-                address = (address[0], taken.getsockname()[1])
+            """Give the first socket a number that the second one cannot have."""
+            if not asked:
+                address = (address[0], taken)
             asked.append(address[1])
             real(self, address)
 
         monkeypatch.setattr(socket.socket, "bind", bind)
-        async with open_listener("127.0.0.1", 0, CERTIFICATE, judge) as listener:
-            assert listener.port != taken.getsockname()[1]
-        assert len(asked) >= 4
+        before = open_sockets()
+        async with listening() as listener:
+            assert listener.port != taken
+            assert open_sockets() == before + len(LINK_KINDS)
+        assert asked[:3] == [taken, taken, 0]
 
 
 async def test_a_listener_needs_a_literal_address() -> None:
-    with pytest.raises(OSError, match="UDP port 0"):
+    with pytest.raises(OSError, match="TCP port 0"):
         async with open_listener("not an address", 0, CERTIFICATE, judge):
             pytest.fail("it must not open")

@@ -1,18 +1,25 @@
-"""What the tests of links share, and the two kinds as a table."""
+"""What the tests of links share."""
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import NamedTuple, Protocol
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, closing, contextmanager
+from typing import Any
 
+import psutil
 import trio
+import trio.testing
 
+from sleap_rtc.io.connect.dial import dial
+from sleap_rtc.io.connect.kinds import KINDS
+from sleap_rtc.io.connect.listener import Listener, open_listener
 from sleap_rtc.io.link.certificates import make_certificate
-from sleap_rtc.io.link.link import Link, LinkKind
+from sleap_rtc.io.link.endpoint import Acceptor, LinkServer
+from sleap_rtc.io.link.limits import LIMITS, LinkLimits
+from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.link.session_link import SessionLink
-from sleap_rtc.io.quic.driver import connect_quic, dial_quic, open_quic_listener
-from sleap_rtc.io.tcp.driver import connect_tcp, dial_tcp, open_tcp_listener
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import Auth, JobCancel, JobLog, Message
+from sleap_rtc.proto.route.kinds import LinkKindName
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
 
 AUTH = Auth(session="5" * 32, proof="7" * 64)
@@ -20,28 +27,7 @@ CERTIFICATE = make_certificate()
 DER = CERTIFICATE.certificate_der
 MEGABYTE = 1024 * 1024
 CANCEL = JobCancel("job_0123abcd")
-
-
-class AnyListener(Protocol):
-    """A listener of either kind, or of both."""
-
-    @property
-    def port(self) -> int: ...
-
-    async def accept(self) -> Link: ...
-
-
-class Kind(NamedTuple):
-    """How links of one kind come about."""
-
-    name: LinkKind
-    listen: Callable[..., AbstractAsyncContextManager[AnyListener]]
-    connect: Callable[..., AbstractAsyncContextManager[Link]]
-    dial: Callable[..., AbstractAsyncContextManager[Link]]
-
-
-QUIC = Kind("quic", open_quic_listener, connect_quic, dial_quic)
-TCP = Kind("tcp", open_tcp_listener, connect_tcp, dial_tcp)
+LOOPBACK = "127.0.0.1"
 
 
 def judge(auth: Auth) -> str:
@@ -50,18 +36,102 @@ def judge(auth: Auth) -> str:
     return f"client {auth.session[:4]}"
 
 
+@contextmanager
+def one_number() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A TCP and a UDP socket that are bound to the same number.
+
+    The TCP socket does not listen, so connections to it are refused. On Linux a
+    listener can still bind to the number.
+    """
+    with ExitStack() as stack:
+        while True:
+            tcp = stack.enter_context(socket.socket())
+            udp = stack.enter_context(socket.socket(type=socket.SOCK_DGRAM))
+            tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
+            udp.bind((LOOPBACK, 0))
+            try:
+                tcp.bind(udp.getsockname())
+            except OSError:  # that number is free for UDP only
+                continue
+            for one in (tcp, udp):
+                one.setblocking(False)
+            yield tcp, udp
+            return
+
+
+@contextmanager
+def silent_port() -> Iterator[int]:
+    """A port that takes connections and datagrams, and never answers."""
+    with one_number() as (tcp, _):
+        tcp.listen()
+        yield tcp.getsockname()[1]
+
+
+def open_sockets() -> int:
+    """Count the sockets of this process."""
+    return len(psutil.Process().net_connections("inet"))
+
+
+@asynccontextmanager
+async def listening(limits: LinkLimits = LIMITS) -> AsyncIterator[Listener]:
+    """A listener of all kinds on loopback."""
+    async with open_listener(LOOPBACK, 0, CERTIFICATE, judge, limits=limits) as opened:
+        yield opened
+
+
+class OneKind:
+    """A listener of one kind, such as another version may have."""
+
+    def __init__(self, port: int, acceptor: Acceptor, server: LinkServer[Any]) -> None:
+        self.port = port
+        self.server = server
+        self.accept = acceptor.accept
+
+
+@asynccontextmanager
+async def listening_for_one(
+    kind: LinkKindName, bound: socket.socket | None = None
+) -> AsyncIterator[OneKind]:
+    acceptor = Acceptor(judge)
+    with closing(bound or KINDS[kind].bind(LOOPBACK, 0)) as own:
+        async with KINDS[kind].serve(own, CERTIFICATE, acceptor, LIMITS) as server:
+            yield OneKind(own.getsockname()[1], acceptor, server)
+
+
+@asynccontextmanager
+async def dialed(
+    kind: LinkKindName,
+    port: int,
+    *,
+    host: str = LOOPBACK,
+    auth: Auth = AUTH,
+    certificate_der: bytes = DER,
+    limits: LinkLimits = LIMITS,
+) -> AsyncIterator[Link]:
+    """A link of one kind, dialed over loopback."""
+    async with dial(
+        [(host, port)],
+        certificate_der=certificate_der,
+        auth=auth,
+        kinds=(kind,),
+        limits=limits,
+    ) as (link, _):
+        yield link
+
+
+@asynccontextmanager
+async def connected(kind: LinkKindName, port: int) -> AsyncIterator[Link]:
+    """A link of one kind that has not shown a proof yet."""
+    async with KINDS[kind].connect(LOOPBACK, port, DER, LIMITS) as link:
+        yield link
+
+
 @asynccontextmanager
 async def pair(
-    kind: Kind, listener: AnyListener, *, idle_timeout: float = 10.0
-) -> AsyncIterator[tuple[SessionLink, SessionLink]]:
+    kind: LinkKindName, listener: Listener | OneKind, limits: LinkLimits = LIMITS
+) -> AsyncIterator[tuple[SessionLink[Any], SessionLink[Any]]]:
     """A link; the client's end first."""
-    async with kind.dial(
-        "127.0.0.1",
-        listener.port,
-        certificate_der=DER,
-        auth=AUTH,
-        idle_timeout=idle_timeout,
-    ) as client:
+    async with dialed(kind, listener.port, limits=limits) as client:
         worker = await listener.accept()
         assert isinstance(client, SessionLink)
         assert isinstance(worker, SessionLink)
@@ -76,12 +146,24 @@ def line(number: int) -> Message:
     return JobLog("job_0123abcd", number, number, "epoch done")
 
 
-async def send_until_held_back(link: Link) -> int:
-    """Send frames of 100 kB until one has to wait for a second; count those before."""
+async def send_until_held_back(link: Link, cushion: float = 0.3) -> int:
+    """Send frames of 100 kB until nothing moves for a while; count them."""
     sent = 0
-    while True:
-        with trio.move_on_after(1) as scope:
-            await link.send_frame(make_frame(sent, 100_000))
-            sent += 1
-        if scope.cancelled_caught:
-            return sent
+    ended: list[LinkClosedError] = []
+
+    async def send() -> None:
+        nonlocal sent
+        try:
+            while True:
+                await link.send_frame(make_frame(sent, 100_000))
+                sent += 1
+        except LinkClosedError as error:
+            ended.append(error)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        await trio.testing.wait_all_tasks_blocked(cushion)
+        nursery.cancel_scope.cancel()
+    if ended:
+        raise ended[0]
+    return sent

@@ -22,7 +22,6 @@ class MemoryLink(Link):
         self.frames_sent = 0
         self._cut = False
         self._reason = ""
-        self._by_peer = False
         self._message_out, self._message_in = trio.open_memory_channel[str](100)
         self._frame_out, self._frame_in = trio.open_memory_channel[list[bytes]](
             FRAMES_ON_THE_WAY
@@ -39,11 +38,11 @@ class MemoryLink(Link):
     def is_cut(self) -> bool:
         return self._cut
 
-    def cut(self, reason: str, *, by_peer: bool = False) -> None:
+    def cut(self, reason: str) -> None:
         """Lose the link at this end, and tell the other."""
         for end in (self, self._peer):
             if not end._cut:
-                end._reason, end._by_peer = reason, by_peer and end is not self
+                end._reason = reason
                 end._message_out.close()
                 end._frame_out.close()
                 end._message_in.close()
@@ -85,11 +84,11 @@ class MemoryLink(Link):
         return LinkStatistics("tcp", "memory", 0.0, 0, 0, 0, 0)
 
     async def aclose(self, reason: str = "") -> None:
-        self.cut(reason, by_peer=True)
+        self.cut(reason)
         await trio.lowlevel.checkpoint()
 
     def close_now(self, reason: str = "") -> None:
-        self.cut(reason, by_peer=True)
+        self.cut(reason)
 
     def _error(self) -> LinkClosedError:
-        return LinkClosedError(self._reason, by_peer=self._by_peer)
+        return LinkClosedError(self._reason)

@@ -1,7 +1,6 @@
 """The certificate of a worker."""
 
 import datetime
-import hashlib
 
 import pytest
 from cryptography import x509
@@ -35,12 +34,6 @@ def test_a_wrong_clock_does_not_make_a_certificate_invalid(year: int) -> None:
     assert certificate.not_valid_before_utc < then < certificate.not_valid_after_utc
 
 
-def test_the_fingerprint_is_the_hash_of_the_certificate() -> None:
-    made = make_certificate()
-    assert made.fingerprint == hashlib.sha256(made.certificate_der).hexdigest()
-    assert made.fingerprint != make_certificate().fingerprint
-
-
 def test_the_private_key_is_not_in_the_text_form() -> None:
     made = make_certificate()
     secret = made.private_key.private_numbers().private_value
@@ -48,7 +41,7 @@ def test_the_private_key_is_not_in_the_text_form() -> None:
     assert f"{secret:x}" not in repr(made)
 
 
-def test_a_certificate_survives_the_way_to_pem() -> None:
+def test_the_conversion_to_pem_keeps_a_certificate() -> None:
     made = make_certificate()
     pem = certificate_pem_untrusted(made.certificate_der)
     assert x509.load_pem_x509_certificate(pem) == x509.load_der_x509_certificate(
@@ -57,7 +50,7 @@ def test_a_certificate_survives_the_way_to_pem() -> None:
 
 
 @given(st.binary(max_size=300))
-def test_garbage_is_no_certificate(data: bytes) -> None:
+def test_garbage_is_not_a_certificate(data: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         certificate_pem_untrusted(data)
 

@@ -1,36 +1,39 @@
-"""What links of both kinds have to do, over real sockets on loopback."""
+"""Behaviour that links of all kinds share, over real sockets on loopback."""
 
 import itertools
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 import psutil
 import pytest
 import trio
 import trio.testing
+from msgspec.structs import replace
 
+from sleap_rtc.io.connect.listener import Listener
 from sleap_rtc.io.link.certificates import make_certificate
+from sleap_rtc.io.link.limits import LIMITS
 from sleap_rtc.io.link.link import DialError, Link, LinkClosedError
-from sleap_rtc.io.link.session import MAX_UNPROVEN_LINKS
 from sleap_rtc.io.link.session_link import SessionLink
-from sleap_rtc.proto.messages import Auth, Error, Message
+from sleap_rtc.proto.messages import Auth, Message
+from sleap_rtc.proto.route.kinds import LINK_KINDS, LinkKindName
 from tests.io.link.kinds import (
     AUTH,
     CANCEL,
-    CERTIFICATE,
     DER,
     MEGABYTE,
-    QUIC,
-    TCP,
-    AnyListener,
-    Kind,
-    judge,
+    connected,
+    dialed,
     line,
+    listening,
     make_frame,
+    open_sockets,
     pair,
     send_until_held_back,
+    silent_port,
 )
 
 
@@ -40,15 +43,15 @@ async def deadline() -> AsyncIterator[None]:
         yield
 
 
-@pytest.fixture(params=[TCP, QUIC], ids=["tcp", "quic"])
-def kind(request: pytest.FixtureRequest) -> Kind:
-    chosen: Kind = request.param
+@pytest.fixture(params=LINK_KINDS)
+def kind(request: pytest.FixtureRequest) -> LinkKindName:
+    chosen: LinkKindName = request.param
     return chosen
 
 
 @pytest.fixture
-async def listener(kind: Kind) -> AsyncIterator[AnyListener]:
-    async with kind.listen("127.0.0.1", 0, CERTIFICATE, judge) as opened:
+async def listener() -> AsyncIterator[Listener]:
+    async with listening() as opened:
         yield opened
 
 
@@ -56,8 +59,8 @@ async def listener(kind: Kind) -> AsyncIterator[AnyListener]:
 
 
 async def test_messages_go_both_ways_and_the_client_has_a_name(
-    kind: Kind,
-    listener: AnyListener,
+    kind: LinkKindName,
+    listener: Listener,
 ) -> None:
     async with pair(kind, listener) as (client, worker):
         assert worker.peer == "client 5555"
@@ -70,8 +73,8 @@ async def test_messages_go_both_ways_and_the_client_has_a_name(
 
 
 async def test_frames_go_both_ways_at_once_to_a_slow_reader(
-    kind: Kind,
-    listener: AnyListener,
+    kind: LinkKindName,
+    listener: Listener,
 ) -> None:
     async def send(link: Link) -> None:
         for index in range(32):
@@ -93,7 +96,7 @@ async def test_frames_go_both_ways_at_once_to_a_slow_reader(
 
 
 async def test_a_transfer_lets_others_have_their_turn(
-    kind: Kind, listener: AnyListener
+    kind: LinkKindName, listener: Listener
 ) -> None:
     count = 24
     moved: list[int] = []
@@ -121,8 +124,8 @@ async def test_a_transfer_lets_others_have_their_turn(
 
 
 async def test_a_message_does_not_wait_for_a_reader_of_frames(
-    kind: Kind,
-    listener: AnyListener,
+    kind: LinkKindName,
+    listener: Listener,
 ) -> None:
     async with pair(kind, listener) as (client, worker):
         for index in range(8):
@@ -131,46 +134,44 @@ async def test_a_message_does_not_wait_for_a_reader_of_frames(
         assert await worker.receive_message() == CANCEL
 
 
-@pytest.fixture
-def short_queues(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = f"sleap_rtc.io.{kind.name}.session"
-    monkeypatch.setattr(f"{session}.MAX_UNREAD", 2 * MEGABYTE)
-    monkeypatch.setattr(f"{session}.MAX_UNSENT_FRAMES", MEGABYTE)
+SHORT_QUEUES = replace(LIMITS, max_unread=2 * MEGABYTE, max_unsent_frames=MEGABYTE)
 
 
-@pytest.mark.usefixtures("short_queues")
-async def test_sending_frames_waits_for_a_reader(
-    kind: Kind, listener: AnyListener
-) -> None:
-    async with pair(kind, listener) as (client, worker):
+async def test_sending_frames_waits_for_a_reader(kind: LinkKindName) -> None:
+    async with (
+        listening(SHORT_QUEUES) as listener,
+        pair(kind, listener, SHORT_QUEUES) as (client, worker),
+    ):
         sent = await send_until_held_back(client)
         # With TCP the kernels keep some MiB more.
-        assert 20 <= sent <= (33 if kind is QUIC else 300)
+        assert 20 <= sent <= (33 if kind == "quic" else 300)
         for index in range(sent):
             assert (await worker.receive_frame()).header.index == index
 
 
-async def test_statistics_tell_what_happened(kind: Kind, listener: AnyListener) -> None:
+async def test_statistics_tell_what_happened(
+    kind: LinkKindName, listener: Listener
+) -> None:
     async with pair(kind, listener) as (client, worker):
         await client.send_frame(make_frame(1))
         await worker.receive_frame()
         sent, received = client.statistics(), worker.statistics()
-        assert sent.kind == kind.name
+        assert sent.kind == kind
         assert sent.address == f"127.0.0.1:{listener.port}"
         assert sent.bytes_sent > MEGABYTE
         assert received.bytes_received > MEGABYTE
         assert 0 < sent.rtt < 1
 
 
-async def test_many_links_share_one_socket(kind: Kind, listener: AnyListener) -> None:
+async def test_many_links_share_one_socket(
+    kind: LinkKindName, listener: Listener
+) -> None:
     done = 0
 
     async def talk(number: int) -> None:
         nonlocal done
         auth = Auth(session=f"{number:032x}", proof=AUTH.proof)
-        async with kind.dial(
-            "127.0.0.1", listener.port, certificate_der=DER, auth=auth
-        ) as link:
+        async with dialed(kind, listener.port, auth=auth) as link:
             await link.send_message(line(number))
             await link.send_frame(make_frame(number, 50_000))
             assert await link.receive_message() == line(number)
@@ -194,8 +195,8 @@ async def test_many_links_share_one_socket(kind: Kind, listener: AnyListener) ->
 
 
 async def test_a_close_carries_its_reason_and_all_that_was_sent(
-    kind: Kind,
-    listener: AnyListener,
+    kind: LinkKindName,
+    listener: Listener,
 ) -> None:
     async with pair(kind, listener) as (client, worker):
         for index in range(4):
@@ -208,15 +209,14 @@ async def test_a_close_carries_its_reason_and_all_that_was_sent(
         with pytest.raises(LinkClosedError) as caught:
             await worker.receive_message()
         assert caught.value.reason == "enough for today"
-        assert caught.value.by_peer
         with pytest.raises(LinkClosedError) as caught:
             await client.send_message(CANCEL)
-        assert not caught.value.by_peer
+        assert caught.value.reason == "closed: enough for today"
 
 
 async def test_what_comes_together_with_the_end_is_received(
-    kind: Kind,
-    listener: AnyListener,
+    kind: LinkKindName,
+    listener: Listener,
 ) -> None:
     async with pair(kind, listener) as (client, worker), trio.open_nursery() as nursery:
         received: list[Message] = []
@@ -234,7 +234,7 @@ async def test_what_comes_together_with_the_end_is_received(
     assert received == [CANCEL]
 
 
-async def test_a_worker_can_close_too(kind: Kind, listener: AnyListener) -> None:
+async def test_a_worker_can_close_too(kind: LinkKindName, listener: Listener) -> None:
     async with pair(kind, listener) as (client, worker):
         await worker.aclose("no room left")
         await worker.aclose("again")
@@ -242,10 +242,7 @@ async def test_a_worker_can_close_too(kind: Kind, listener: AnyListener) -> None
             await client.receive_frame()
 
 
-@pytest.mark.usefixtures("short_queues")
-async def test_everything_that_waits_hears_of_the_end(
-    kind: Kind, listener: AnyListener
-) -> None:
+async def test_every_waiting_call_is_told_of_the_end(kind: LinkKindName) -> None:
     reasons: list[str] = []
 
     async def expect_end(wait: Callable[[], Awaitable[object]]) -> None:
@@ -255,7 +252,10 @@ async def test_everything_that_waits_hears_of_the_end(
         except LinkClosedError as error:
             reasons.append(error.reason)
 
-    async with pair(kind, listener) as (client, worker):
+    async with (
+        listening(SHORT_QUEUES) as listener,
+        pair(kind, listener, SHORT_QUEUES) as (client, worker),
+    ):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(expect_end, client.receive_message)
             nursery.start_soon(expect_end, client.receive_frame)
@@ -267,17 +267,15 @@ async def test_everything_that_waits_hears_of_the_end(
         assert reasons == ["bye"] * 3
 
 
-async def test_a_link_ends_with_its_listener(kind: Kind) -> None:
-    async def listen(
-        stop: trio.Event, task_status: trio.TaskStatus[AnyListener]
-    ) -> None:
-        async with kind.listen("127.0.0.1", 0, CERTIFICATE, judge) as opened:
+async def test_a_link_ends_with_its_listener(kind: LinkKindName) -> None:
+    async def listen(stop: trio.Event, task_status: trio.TaskStatus[Listener]) -> None:
+        async with listening() as opened:
             task_status.started(opened)
             await stop.wait()
 
     async with trio.open_nursery() as nursery:
         stop = trio.Event()
-        listener: AnyListener = await nursery.start(listen, stop)
+        listener: Listener = await nursery.start(listen, stop)
         async with pair(kind, listener) as (client, _):
             stop.set()
             with pytest.raises(LinkClosedError, match="listener was closed"):
@@ -285,10 +283,10 @@ async def test_a_link_ends_with_its_listener(kind: Kind) -> None:
 
 
 async def test_a_last_word_can_be_said_when_everything_is_cancelled(
-    kind: Kind,
+    kind: LinkKindName,
 ) -> None:
-    async def serve(task_status: trio.TaskStatus[AnyListener]) -> None:
-        async with kind.listen("127.0.0.1", 0, CERTIFICATE, judge) as opened:
+    async def serve(task_status: trio.TaskStatus[Listener]) -> None:
+        async with listening() as opened:
             task_status.started(opened)
             link = await opened.accept()
             try:
@@ -299,13 +297,11 @@ async def test_a_last_word_can_be_said_when_everything_is_cancelled(
                     await link.aclose("the power went away")
 
     async with trio.open_nursery() as clients, trio.open_nursery() as servers:
-        listener: AnyListener = await servers.start(serve)
+        listener: Listener = await servers.start(serve)
         opened = trio.Event()
 
         async def hear() -> None:
-            async with kind.dial(
-                "127.0.0.1", listener.port, certificate_der=DER, auth=AUTH
-            ) as link:
+            async with dialed(kind, listener.port) as link:
                 opened.set()
                 with pytest.raises(LinkClosedError, match="the power went away"):
                     await link.receive_message()
@@ -317,7 +313,7 @@ async def test_a_last_word_can_be_said_when_everything_is_cancelled(
 
 
 async def test_what_the_body_raises_leaves_as_it_is(
-    kind: Kind, listener: AnyListener
+    kind: LinkKindName, listener: Listener
 ) -> None:
     with pytest.raises(KeyError):
         async with pair(kind, listener) as (_, worker):
@@ -328,12 +324,11 @@ async def test_what_the_body_raises_leaves_as_it_is(
 
 SILENT = """
 import sys, trio
-from tests.io.link.kinds import AUTH, QUIC, TCP
+from tests.io.link.kinds import dialed
 
 async def main():
-    kind = TCP if sys.argv[1] == "tcp" else QUIC
-    port, der = int(sys.argv[2]), bytes.fromhex(sys.argv[3])
-    async with kind.dial("127.0.0.1", port, certificate_der=der, auth=AUTH):
+    kind, port, der = sys.argv[1], int(sys.argv[2]), bytes.fromhex(sys.argv[3])
+    async with dialed(kind, port, certificate_der=der):
         await trio.sleep_forever()
 
 trio.run(main)
@@ -342,10 +337,10 @@ trio.run(main)
 
 @asynccontextmanager
 async def vanished_client(
-    kind: Kind, listener: AnyListener
-) -> AsyncIterator[SessionLink]:
+    kind: LinkKindName, listener: Listener
+) -> AsyncIterator[SessionLink[Any]]:
     """The worker's end of a link whose client has stopped to do anything."""
-    command = [sys.executable, "-c", SILENT, kind.name, str(listener.port), DER.hex()]
+    command = [sys.executable, "-c", SILENT, kind, str(listener.port), DER.hex()]
     async with trio.open_nursery() as nursery:
         process: trio.Process = await nursery.start(
             partial(trio.run_process, command, check=False)
@@ -359,34 +354,36 @@ async def vanished_client(
             process.kill()
 
 
-async def test_a_peer_that_vanishes_is_noticed(kind: Kind) -> None:
+async def test_a_peer_that_vanishes_is_noticed(kind: LinkKindName) -> None:
     async with (
-        kind.listen("127.0.0.1", 0, CERTIFICATE, judge, idle_timeout=1.0) as listener,
+        listening(replace(LIMITS, idle_timeout=1.0)) as listener,
         vanished_client(kind, listener) as worker,
     ):
-        begin = trio.current_time()
-        with pytest.raises(LinkClosedError, match=r"no answer from 127.*for 1 s"):
+        with pytest.raises(LinkClosedError, match=r"127.*: no answer for 1 s") as found:
             await worker.receive_message()
-        assert trio.current_time() - begin < 3
+        assert found.value.silent_for == 1.0
 
 
 async def test_a_close_does_not_wait_long_for_a_vanished_peer(
-    kind: Kind, listener: AnyListener, monkeypatch: pytest.MonkeyPatch
+    kind: LinkKindName,
 ) -> None:
-    monkeypatch.setattr("sleap_rtc.io.link.session_link.FLUSH_TIMEOUT", 0.3)
-    async with vanished_client(kind, listener) as worker:
+    limits = replace(LIMITS, flush_timeout=0.3, idle_timeout=1000.0)
+    async with (
+        listening(limits) as listener,
+        vanished_client(kind, listener) as worker,
+    ):
         await send_until_held_back(worker)
         begin = trio.current_time()
         await worker.aclose("bye")
-        assert 0.3 <= trio.current_time() - begin < 2
+        assert trio.current_time() - begin >= 0.3
+        assert not worker.session.all_sent
 
 
-async def test_an_idle_link_lives_on(kind: Kind) -> None:
-    async with (
-        kind.listen("127.0.0.1", 0, CERTIFICATE, judge, idle_timeout=0.25) as listener,
-        pair(kind, listener, idle_timeout=0.25) as (client, worker),
-    ):
-        await trio.sleep(1)
+async def test_an_idle_link_stays_open(
+    kind: LinkKindName, listener: Listener, jumping_clock: trio.abc.Clock
+) -> None:
+    async with pair(kind, listener) as (client, worker):
+        await trio.sleep(3 * LIMITS.idle_timeout)
         await client.send_message(CANCEL)
         assert await worker.receive_message() == CANCEL
 
@@ -395,96 +392,84 @@ async def test_an_idle_link_lives_on(kind: Kind) -> None:
 
 
 async def test_a_wrong_certificate_is_refused(
-    kind: Kind, listener: AnyListener
+    kind: LinkKindName, listener: Listener
 ) -> None:
     other = make_certificate().certificate_der
     with pytest.raises(DialError, match="not who it should be"):
-        async with kind.dial(
-            "127.0.0.1", listener.port, certificate_der=other, auth=AUTH
-        ):
+        async with dialed(kind, listener.port, certificate_der=other):
             pytest.fail("it must not open")
 
 
 async def test_what_is_no_certificate_is_refused(
-    kind: Kind, listener: AnyListener
+    kind: LinkKindName, listener: Listener
 ) -> None:
-    with pytest.raises(DialError, match="no certificate"):
-        async with kind.dial(
-            "127.0.0.1", listener.port, certificate_der=b"?", auth=AUTH
-        ):
+    with pytest.raises(DialError, match="not a certificate"):
+        async with dialed(kind, listener.port, certificate_der=b"?"):
             pytest.fail("it must not open")
 
 
 async def test_a_wrong_proof_is_refused_with_a_reason(
-    kind: Kind, listener: AnyListener
+    kind: LinkKindName, listener: Listener
 ) -> None:
     wrong = Auth(session="5" * 32, proof="8" * 64)
-    async with kind.dial(
-        "127.0.0.1", listener.port, certificate_der=DER, auth=wrong
-    ) as link:
+    async with dialed(kind, listener.port, auth=wrong) as link:
         with pytest.raises(LinkClosedError, match=r"\Arefused\Z"):
             await link.receive_message()
 
 
 async def test_a_client_must_prove_itself_in_time(
-    kind: Kind, listener: AnyListener, monkeypatch: pytest.MonkeyPatch
+    kind: LinkKindName, listener: Listener, jumping_clock: trio.abc.Clock
 ) -> None:
-    monkeypatch.setattr("sleap_rtc.io.link.session.HANDSHAKE_TIMEOUT", 0.5)
-    async with kind.connect("127.0.0.1", listener.port, certificate_der=DER) as link:
-        with pytest.raises(LinkClosedError, match="no proof"):
+    async with connected(kind, listener.port) as link:
+        with pytest.raises(LinkClosedError, match=r"\Ano proof for 10 s\Z"):
             await link.receive_message()
 
 
-async def test_only_so_many_clients_may_be_unproven(
-    kind: Kind, listener: AnyListener
-) -> None:
-    async with trio.open_nursery() as nursery:
-        blocked = trio.Event()
+async def test_the_number_of_unproven_clients_is_limited(kind: LinkKindName) -> None:
+    opened = trio.Event()
 
-        async def connect() -> None:
-            async with kind.connect("127.0.0.1", listener.port, certificate_der=DER):
-                connected.release()
-                await trio.sleep_forever()
+    async def prove(listener: Listener) -> None:
+        async with pair(kind, listener) as (client, worker):
+            await client.send_message(CANCEL)
+            assert await worker.receive_message() == CANCEL
+            opened.set()
 
-        connected = trio.Semaphore(0)
-        for _ in range(MAX_UNPROVEN_LINKS):
-            nursery.start_soon(connect)
-        for _ in range(MAX_UNPROVEN_LINKS):
-            await connected.acquire()
-        with trio.move_on_after(0.5):
-            async with pair(kind, listener):
-                blocked.set()
-        assert not blocked.is_set()
-        nursery.cancel_scope.cancel()
-    async with pair(kind, listener) as (client, worker):
-        await client.send_message(CANCEL)
-        assert await worker.receive_message() == CANCEL
+    async with (
+        listening(replace(LIMITS, max_unproven=2)) as listener,
+        connected(kind, listener.port),
+        trio.open_nursery() as nursery,
+    ):
+        async with connected(kind, listener.port):
+            nursery.start_soon(prove, listener)
+            await trio.testing.wait_all_tasks_blocked(0.3)
+            assert not opened.is_set()
+        await opened.wait()
 
 
 async def test_garbage_on_one_link_leaves_the_others_alone(
-    kind: Kind,
-    listener: AnyListener,
+    kind: LinkKindName,
+    listener: Listener,
 ) -> None:
     async with (
         pair(kind, listener) as (bad, worker),
         pair(kind, listener) as (good, other),
     ):
-        bad._core._queue_message(b"hello")
+        bad.session._queue_message(b"hello")
         bad.pump()
-        with pytest.raises(LinkClosedError, match="no NAME") as here:
+        with pytest.raises(LinkClosedError, match=r"127\.0\.0\.1:\d+: .*no NAME"):
             await worker.receive_message()
-        assert not here.value.by_peer
-        with pytest.raises(LinkClosedError, match="no NAME") as there:
+        with pytest.raises(LinkClosedError, match=r"\A(?!127).*no NAME"):
             await bad.receive_message()
-        assert there.value.by_peer
         await good.send_message(CANCEL)
         assert await other.receive_message() == CANCEL
 
 
-async def test_unknown_messages_are_skipped(kind: Kind, listener: AnyListener) -> None:
+async def test_unknown_messages_are_skipped(
+    kind: LinkKindName, listener: Listener
+) -> None:
     async with pair(kind, listener) as (client, worker):
-        client._core._queue_message(b"NEWER::yes")
-        client._core._queue_message(b"LANE_REQUEST::3::any")  # of an older client
+        client.session._queue_message(b"NEWER::yes")
+        client.session._queue_message(b"LANE_REQUEST::3::any")  # of an older client
         await client.send_message(CANCEL)
         assert await worker.receive_message() == CANCEL
         assert worker.statistics().ignored_messages == 2
@@ -494,7 +479,7 @@ async def test_unknown_messages_are_skipped(kind: Kind, listener: AnyListener) -
 
 
 async def test_cancelled_calls_leave_the_link_usable(
-    kind: Kind, listener: AnyListener
+    kind: LinkKindName, listener: Listener
 ) -> None:
     async def send_frame(link: Link) -> None:
         await link.send_frame(make_frame(1, 1000))
@@ -525,12 +510,13 @@ async def test_cancelled_calls_leave_the_link_usable(
         assert (await worker.receive_frame()).header.length == 1000
 
 
-@pytest.mark.usefixtures("short_queues")
 async def test_a_sender_cancelled_while_it_waits_sent_nothing(
-    kind: Kind,
-    listener: AnyListener,
+    kind: LinkKindName,
 ) -> None:
-    async with pair(kind, listener) as (client, worker):
+    async with (
+        listening(SHORT_QUEUES) as listener,
+        pair(kind, listener, SHORT_QUEUES) as (client, worker),
+    ):
         sent = await send_until_held_back(client)
         await client.send_message(line(sent))
         for index in range(sent):
@@ -540,14 +526,30 @@ async def test_a_sender_cancelled_while_it_waits_sent_nothing(
         assert await worker.receive_message() == line(sent)
 
 
-async def test_a_cancelled_dial_leaves_nothing_behind(
-    kind: Kind, listener: AnyListener
+async def test_a_cancelled_dial_leaves_nothing_behind(kind: LinkKindName) -> None:
+    async def open_link(port: int) -> None:
+        async with dialed(kind, port):
+            pytest.fail("it must not open")
+
+    most = 0
+    with silent_port() as port:
+        before = open_sockets()
+        for turns in range(40):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(open_link, port)
+                for _ in range(turns):
+                    await trio.lowlevel.checkpoint()
+                most = max(most, open_sockets())
+                nursery.cancel_scope.cancel()
+            assert open_sockets() == before
+    assert most > before
+
+
+async def test_a_cancelled_client_tells_its_peer(
+    kind: LinkKindName, listener: Listener
 ) -> None:
-    for _ in range(20):
-        with trio.move_on_after(0.002):
-            async with kind.dial(
-                "127.0.0.1", listener.port, certificate_der=DER, auth=AUTH
-            ):
-                pass
-    async with pair(kind, listener) as (client, _):
-        await client.send_message(Error("still here"))
+    with trio.CancelScope() as scope:
+        async with pair(kind, listener) as (_, worker):
+            scope.cancel()
+    with pytest.raises(LinkClosedError, match=r"\Athe client went away\Z"):
+        await worker.receive_message()

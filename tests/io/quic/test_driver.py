@@ -6,15 +6,22 @@ from collections.abc import AsyncIterator
 
 import pytest
 import trio
-import trio.testing
 from aioquic.buffer import Buffer  # type: ignore[attr-defined] # no __all__
 from aioquic.quic.packet import pull_quic_header
+from msgspec.structs import replace
 
-from sleap_rtc.io.quic.driver import QuicListener, dial_quic, open_quic_listener
+from sleap_rtc.io.link.limits import LIMITS
+from sleap_rtc.io.link.link import Link
+from sleap_rtc.io.quic.driver import QuicServer
 from sleap_rtc.io.quic.link import QuicLink
-from sleap_rtc.proto.mtu import LARGEST_DATAGRAM
-from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
-from tests.io.link.kinds import AUTH, CANCEL, CERTIFICATE, QUIC, judge, pair
+from tests.io.link.kinds import (
+    CANCEL,
+    OneKind,
+    dialed,
+    listening_for_one,
+    make_frame,
+    pair,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -24,16 +31,16 @@ async def deadline() -> AsyncIterator[None]:
 
 
 @pytest.fixture
-async def listener() -> AsyncIterator[QuicListener]:
-    async with open_quic_listener("127.0.0.1", 0, CERTIFICATE, judge) as opened:
+async def listener() -> AsyncIterator[OneKind]:
+    async with listening_for_one("quic") as opened:
         yield opened
 
 
 @pytest.mark.parametrize("first", [0x00, 0x40, 0x80, 0xC0, 0xFF])
 async def test_garbage_datagrams_are_counted_and_ignored(
-    listener: QuicListener, first: int
+    listener: OneKind, first: int
 ) -> None:
-    async with pair(QUIC, listener) as (client, worker):
+    async with pair("quic", listener) as (client, worker):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
             for size in (0, 1, 6, 20, 1199, 1200, 1400):
                 data = bytes([first]) + os.urandom(size)
@@ -46,11 +53,12 @@ async def test_garbage_datagrams_are_counted_and_ignored(
             )  # fmt: skip
         await client.send_message(CANCEL)
         assert await worker.receive_message() == CANCEL
-        assert listener.ignored >= 7
+        assert isinstance(listener.server, QuicServer)
+        assert listener.server.ignored >= 7
 
 
 async def test_an_unknown_version_is_answered_with_the_known_ones(
-    listener: QuicListener,
+    listener: OneKind,
 ) -> None:
     with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
         first = b"\xc0\x0a\x1a\x2a\x3a\x08" + bytes(range(8)) + b"\x00" + bytes(1200)
@@ -61,33 +69,19 @@ async def test_an_unknown_version_is_answered_with_the_known_ones(
     assert header.supported_versions == [1, 0x6B3343CF]
 
 
-async def test_datagrams_over_loopback_grow_to_the_size_that_is_asked_for() -> None:
-    async with (
-        open_quic_listener("127.0.0.1", 0, CERTIFICATE, judge) as listener,
-        dial_quic(
-            "127.0.0.1",
-            listener.port,
-            certificate_der=CERTIFICATE.certificate_der,
-            auth=AUTH,
-            largest_datagram=4000,
-        ) as client,
-    ):
-        worker = await listener.accept()
-        size = 1024 * 1024
-        header = ChunkHeader(1, 0, size, bytes(32))
-        for link, other in ((client, worker), (worker, client)):
-            await link.send_frame(Frame(header, bytes(size)))
-            await other.receive_frame()
-        assert isinstance(client, QuicLink)
-        assert isinstance(worker, QuicLink)
-        assert client._session._engine.datagram_size == 4000
-        assert worker._session._engine.datagram_size == LARGEST_DATAGRAM
-
-
-# ------------------------------------------------------------------------- addresses
-
-
-async def test_a_loopback_listener_is_reachable_only_there(
-    listener: QuicListener,
+async def test_datagrams_over_loopback_grow_as_far_as_each_side_allows(
+    listener: OneKind,
 ) -> None:
-    assert listener.local_addresses() == (("127.0.0.1", listener.port),)
+    limits = replace(LIMITS, largest_datagram=4000)
+    async with dialed("quic", listener.port, limits=limits) as client:
+        worker = await listener.accept()
+        for link, other in ((client, worker), (worker, client)):
+            await link.send_frame(make_frame(0))
+            await other.receive_frame()
+        assert size_of_datagrams(client) == 4000
+        assert size_of_datagrams(worker) == LIMITS.largest_datagram
+
+
+def size_of_datagrams(link: Link) -> int:
+    assert isinstance(link, QuicLink)
+    return link.session._engine.datagram_size

@@ -13,7 +13,7 @@ from aioquic.quic.events import (
 from aioquic.tls import Epoch
 
 from sleap_rtc.io.link.certificates import make_certificate
-from sleap_rtc.io.link.session import IDLE_TIMEOUT
+from sleap_rtc.io.link.limits import LIMITS
 from sleap_rtc.io.quic import engine as engine_module
 from sleap_rtc.io.quic.engine import (
     DATAGRAM_SIZE,
@@ -69,7 +69,7 @@ class Pair:
         self.datagrams_sent = 0
         self.client = client_engine_untrusted(
             CERTIFICATE.certificate_der,
-            idle_timeout=IDLE_TIMEOUT,
+            idle_timeout=LIMITS.idle_timeout,
             datagram_size=DATAGRAM_SIZE,
             largest_datagram=largest_datagram,
             fast_path=fast_path,
@@ -77,7 +77,7 @@ class Pair:
         self.server = server_engine(
             CERTIFICATE,
             self.client.original_destination_connection_id,
-            idle_timeout=IDLE_TIMEOUT,
+            idle_timeout=LIMITS.idle_timeout,
             datagram_size=DATAGRAM_SIZE,
             largest_datagram=largest_datagram,
             fast_path=fast_path,

@@ -10,17 +10,17 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from sleap_rtc.io.link.certificates import Certificate, make_certificate
+from sleap_rtc.io.link.limits import LIMITS, LinkLimits
 from sleap_rtc.io.link.session import (
-    HANDSHAKE_TIMEOUT,
-    IDLE_TIMEOUT,
     MAX_REASON_BYTES,
-    MAX_UNREAD,
-    MAX_UNSENT_FRAMES,
     TRANSITIONS,
-    State,
-    Step,
+    Client,
+    Phase,
+    ProofShown,
+    Server,
 )
 from sleap_rtc.io.quic.engine import (
     DATAGRAM_SIZE,
@@ -29,12 +29,7 @@ from sleap_rtc.io.quic.engine import (
     client_engine_untrusted,
     server_engine,
 )
-from sleap_rtc.io.quic.session import (
-    Established,
-    MessageDecoder,
-    Output,
-    QuicSession,
-)
+from sleap_rtc.io.quic.session import MessageDecoder, QuicSession
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 from sleap_rtc.proto.messages import (
     MAX_MESSAGE_BYTES,
@@ -54,12 +49,6 @@ MEGABYTE = 1024 * 1024
 CERTIFICATE = make_certificate()
 
 
-def judge(auth: Auth) -> str:
-    if auth != AUTH:
-        raise RemoteProtocolError("the proof is wrong, and nobody may learn how")
-    return "ada"
-
-
 def make_frame(index: int, size: int = 10_000) -> Frame:
     payload = random.Random(index).randbytes(size)
     return Frame(ChunkHeader(1, index, size, bytes(32)), payload)
@@ -75,6 +64,8 @@ class Network:
         jitter: Seconds more that it takes at most; datagrams overtake each other.
         mtu: The longest datagram that arrives, in bytes.
         largest_datagram: What the size of datagrams may grow to.
+        shown: The certificate of the server.
+        limits: The limits of both sides.
     """
 
     def __init__(
@@ -87,6 +78,7 @@ class Network:
         mtu: int = 65_535,
         largest_datagram: int | None = None,
         shown: Certificate = CERTIFICATE,
+        limits: LinkLimits = LIMITS,
     ) -> None:
         self.now = 1000.0
         self.mtu = mtu
@@ -97,7 +89,7 @@ class Network:
         self._sent = 0
         engine = client_engine_untrusted(
             CERTIFICATE.certificate_der,
-            idle_timeout=IDLE_TIMEOUT,
+            idle_timeout=LIMITS.idle_timeout,
             datagram_size=DATAGRAM_SIZE,
             largest_datagram=largest_datagram,
         )
@@ -105,21 +97,23 @@ class Network:
         self.client = QuicSession(
             engine,
             "server:2",
-            certificate_der=CERTIFICATE.certificate_der,
+            Client(CERTIFICATE.certificate_der),
+            limits=limits,
             now=self.now,
         )
         self.server_engine = server_engine(
             shown,
             engine.original_destination_connection_id,
-            idle_timeout=IDLE_TIMEOUT,
+            idle_timeout=LIMITS.idle_timeout,
             datagram_size=DATAGRAM_SIZE,
             largest_datagram=largest_datagram,
         )
         self.client_engine = engine
         self.server = QuicSession(
-            self.server_engine, "client:1", authenticate=judge, now=self.now
+            self.server_engine, "client:1", Server(), limits=limits, now=self.now
         )
-        self.outputs: list[Output] = []
+        self.proof: Auth | None = None
+        self.judges = True
         self._server_started = False
         self.flush(self.client)
 
@@ -136,8 +130,18 @@ class Network:
                     entry = (arrival, self._sent, to_server, (data, source))
                     heapq.heappush(self._wire, entry)
         while (output := session.next_output()) is not None:
-            if not to_server:
-                self.outputs.append(output)
+            if isinstance(output, ProofShown):
+                self.proof = output.auth
+                if self.judges:
+                    self.judge()
+
+    def judge(self) -> None:
+        """Admit the client if its proof is right."""
+        if self.proof == AUTH:
+            self.server.admit("ada", self.now)
+        else:
+            self.server.refuse(self.now)
+        self.flush(self.server)
 
     def step(self) -> bool:
         """Go to the next thing that happens; False if nothing ever will."""
@@ -170,10 +174,10 @@ class Network:
 
     def prove(self) -> None:
         """Complete the handshake and the proof."""
-        self.run_until(lambda: self.client.state is State.READY)
+        self.run_until(lambda: self.client.state is Phase.READY)
         self.client.send_message(AUTH)
         self.flush(self.client)
-        self.run_until(lambda: self.server.state is State.READY)
+        self.run_until(lambda: self.server.state is Phase.READY)
         self.run_until(lambda: self.client.all_sent)
 
 
@@ -199,20 +203,57 @@ def frames_of(session: QuicSession) -> Iterator[Frame]:
 
 def test_a_right_proof_opens_the_session_under_its_name() -> None:
     network = Network()
-    network.run_until(lambda: network.client.state is State.READY)
-    assert Established("ada") not in network.outputs
+    network.run_until(lambda: network.client.state is Phase.READY)
+    assert network.server.peer == ""
     network.client.send_message(AUTH)
     network.flush(network.client)
-    network.run_until(lambda: network.server.state is State.READY)
-    assert Established("ada") in network.outputs
+    network.run_until(lambda: network.server.state is Phase.READY)
+    assert network.server.peer == "ada"
+
+
+def test_what_follows_the_proof_waits_for_the_answer() -> None:
+    network = Network()
+    network.judges = False
+    network.run_until(lambda: network.client.state is Phase.READY)
+    network.client.send_message(AUTH)
+    network.client.send_message(Error("first"))
+    network.client.send_frame(make_frame(1))
+    network.flush(network.client)
+    network.run_until(lambda: network.server.state is Phase.JUDGING)
+    network.client.send_message(Error("second"))
+    network.flush(network.client)
+    network.run_until(lambda: network.client.all_sent)
+    network.client.close("bye", network.now)
+    network.flush(network.client)
+    network.run_until(lambda: network.server_engine.close_event is not None)
+    assert not network.server.has_message
+    assert not network.server.has_frame
+    network.judge()
+    assert list(messages_of(network.server)) == [Error("first"), Error("second")]
+    frames = list(frames_of(network.server))
+    assert [frame.payload for frame in frames] == [make_frame(1).payload]
+    assert network.server.ended is not None
+    assert network.server.ended.reason == "bye"
+
+
+def test_a_proof_that_is_judged_for_too_long_is_given_up() -> None:
+    network = Network()
+    network.judges = False
+    network.run_until(lambda: network.client.state is Phase.READY)
+    network.client.send_message(AUTH)
+    network.flush(network.client)
+    network.run_until(lambda: network.server.ended is not None)
+    network.judge()
+    assert network.server.ended is not None
+    assert network.server.ended.reason == "no answer for 10 s"
 
 
 def refusal(network: Network) -> str:
     network.run_until(lambda: network.client.ended is not None)
     network.run_until(lambda: network.server.ended is not None)
-    assert not any(isinstance(output, Established) for output in network.outputs)
+    assert network.server.peer == ""
     assert network.client.ended is not None
-    assert network.client.ended.by_peer
+    assert not network.client.ended.is_fault
     return network.client.ended.reason
 
 
@@ -229,7 +270,7 @@ def test_anything_but_the_right_proof_is_refused_in_the_same_words(
     first: Message,
 ) -> None:
     network = Network()
-    network.run_until(lambda: network.client.state is State.READY)
+    network.run_until(lambda: network.client.state is Phase.READY)
     network.client.send_message(first)
     network.client.send_message(AUTH)
     network.flush(network.client)
@@ -240,12 +281,12 @@ def test_a_client_without_a_proof_has_ten_seconds() -> None:
     network = Network()
     begin = network.now
     assert refusal(network) == "no proof for 10 s"
-    assert network.now - begin == pytest.approx(HANDSHAKE_TIMEOUT, abs=1)
+    assert network.now - begin == pytest.approx(LIMITS.handshake_timeout, abs=1)
 
 
 def test_a_client_without_a_proof_can_leave_only_little_in_memory() -> None:
     network = Network()
-    network.run_until(lambda: network.client.state is State.READY)
+    network.run_until(lambda: network.client.state is Phase.READY)
     for index in range(4):
         network.client.send_frame(make_frame(index, MEGABYTE))
     network.flush(network.client)
@@ -255,7 +296,7 @@ def test_a_client_without_a_proof_can_leave_only_little_in_memory() -> None:
 
 def test_frames_that_overtake_the_proof_are_kept() -> None:
     network = Network(jitter=0.3)
-    network.run_until(lambda: network.client.state is State.READY)
+    network.run_until(lambda: network.client.state is Phase.READY)
     network.client.send_message(AUTH)
     frames = [make_frame(index, 1000) for index in range(20)]
     for frame in frames:
@@ -276,7 +317,6 @@ def test_another_certificate_of_the_same_name_is_refused() -> None:
     network.run_until(lambda: network.client.ended is not None)
     assert network.client.ended is not None
     assert "not who it should be" in network.client.ended.reason
-    assert network.client.state is State.ENDED
 
 
 def test_another_certificate_with_the_same_key_is_refused() -> None:
@@ -304,7 +344,7 @@ def test_a_server_that_never_answers_is_given_up() -> None:
     network.run_until(lambda: network.client.ended is not None)
     assert network.now - begin == pytest.approx(10, abs=2)
     assert network.client.ended is not None
-    assert "server:2" in network.client.ended.reason
+    assert network.client.ended.describe("server:2").startswith("server:2: no answer")
 
 
 # ------------------------------------------------------------------- sending things
@@ -399,7 +439,7 @@ def test_unread_frames_hold_the_sender_back_until_they_are_read(
     while network.now < 1015:
         flow.step()
     assert flow.sent < 48
-    assert network.server.bytes_received < MAX_UNREAD * 1.1
+    assert network.server.bytes_received < LIMITS.max_unread * 1.1
     assert network.server.ended is None
     read = 0
     while read < 48:
@@ -410,16 +450,17 @@ def test_unread_frames_hold_the_sender_back_until_they_are_read(
 
 
 @pytest.mark.parametrize(
-    ("limit", "value"),
+    ("limits", "value"),
     [
-        ("MAX_UNSENT_FRAMES", 4 * MEGABYTE),
-        ("MAX_UNACKNOWLEDGED_FRAMES", 2 * MEGABYTE),
+        (replace(LIMITS, max_unsent_frames=4 * MEGABYTE), 4 * MEGABYTE),
+        (replace(LIMITS, max_unacknowledged_frames=2 * MEGABYTE), 2 * MEGABYTE),
     ],
 )
 def test_room_for_frames_ends_with_what_is_unsent_or_unacknowledged(
-    network: Network, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+    limits: LinkLimits, value: int
 ) -> None:
-    monkeypatch.setattr(f"sleap_rtc.io.quic.session.{limit}", value)
+    network = Network(limits=limits)
+    network.prove()
     network.loss = 1.0
     count = 0
     while network.client.has_room_for_frame:
@@ -443,7 +484,7 @@ def test_what_is_on_the_way_takes_no_room_of_what_waits(network: Network) -> Non
         list(frames_of(network.server))
         network.flush(network.server)
         assert network.now < 1060
-    assert most > MAX_UNSENT_FRAMES + MEGABYTE
+    assert most > LIMITS.max_unsent_frames + MEGABYTE
 
 
 def test_a_frame_must_be_what_its_header_says(network: Network) -> None:
@@ -477,28 +518,29 @@ def test_a_dead_peer_is_noticed_in_time(seed: int) -> None:
     network.run_until(lambda: network.now >= death)
     network.loss = 1.0
     network.run_until(lambda: network.client.ended is not None)
-    assert IDLE_TIMEOUT - 2.5 <= network.now - death <= 12.1
+    assert LIMITS.idle_timeout - 2.5 <= network.now - death <= 12.1
     assert network.client.ended is not None
-    assert network.client.ended.reason == "no answer from server:2 for 10 s"
-    assert not network.client.ended.by_peer
+    assert network.client.ended.reason == "no answer for 10 s"
+    assert network.client.ended.is_fault
+    assert network.client.ended.silent_for == 10.0
 
 
 def test_a_close_carries_its_reason(network: Network) -> None:
-    network.server.close("time for tea")
+    network.server.close("time for tea", network.now)
     network.flush(network.server)
     network.run_until(lambda: network.client.ended is not None)
     assert network.client.ended is not None
     assert network.client.ended.reason == "time for tea"
-    assert network.client.ended.by_peer
+    assert not network.client.ended.is_fault
     assert network.server.ended is not None
-    assert not network.server.ended.by_peer
+    assert network.server.ended.reason == "closed: time for tea"
     network.run_until(lambda: network.client.finished and network.server.finished)
     assert network.client.deadline() is None
 
 
 def test_a_peer_that_missed_the_close_is_told_again(network: Network) -> None:
     network.loss = 1.0
-    network.server.close("time for tea")
+    network.server.close("time for tea", network.now)
     network.flush(network.server)
     network.loss = 0.0
     network.client.send_message(JobCancel("job_0123abcd"))
@@ -510,7 +552,7 @@ def test_a_peer_that_missed_the_close_is_told_again(network: Network) -> None:
 
 @pytest.mark.parametrize("reason", ["x" * 5000, "\N{SNOWMAN}" * 5000, "a\x1b[2Jb\n"])
 def test_any_reason_can_be_told(network: Network, reason: str) -> None:
-    network.client.close(reason)
+    network.client.close(reason, network.now)
     network.flush(network.client)
     network.run_until(lambda: network.server.ended is not None)
     assert network.server.ended is not None
@@ -525,7 +567,7 @@ def test_what_arrived_before_the_close_can_still_be_read(network: Network) -> No
     network.client.send_frame(make_frame(1))
     network.flush(network.client)
     network.run_until(lambda: network.client.all_sent)
-    network.client.close("done")
+    network.client.close("done", network.now)
     network.flush(network.client)
     network.run_until(lambda: network.server.ended is not None)
     assert list(messages_of(network.server)) == [JobCancel("job_0123abcd")]
@@ -540,9 +582,9 @@ def told_to(network: Network) -> str:
     network.flush(network.client)
     network.run_until(lambda: network.client.ended is not None)
     assert network.client.ended is not None
-    assert network.client.ended.by_peer
+    assert not network.client.ended.is_fault
     assert network.server.ended is not None
-    assert network.server.ended.reason.startswith("client:1: ")
+    assert network.server.ended.is_fault
     return network.client.ended.reason
 
 
@@ -638,52 +680,59 @@ def test_garbage_datagrams_change_nothing(garbage: list[bytes]) -> None:
 # ------------------------------------------------------------------ states and pieces
 
 
-def test_every_state_has_a_way_to_its_end_and_none_back() -> None:
-    order = list(State)
-    for (state, step), then in TRANSITIONS.items():
-        assert order.index(then) > order.index(state)
-        assert step is not Step.ENDED or then is State.ENDED
-    ways_out = {state for state, step in TRANSITIONS if step is Step.ENDED}
-    assert ways_out == set(State) - {State.ENDED}
+def test_every_phase_is_in_the_table_and_none_leads_back() -> None:
+    order = list(Phase)
+    assert list(TRANSITIONS) == order
+    for phase, row in TRANSITIONS.items():
+        assert all(order.index(then) > order.index(phase) for then in row.values())
+    assert {p for row in TRANSITIONS.values() for p in row.values()} == set(order[1:])
 
 
-def states() -> Iterator[tuple[State, Network]]:
-    yield State.HANDSHAKE, Network()
+def states() -> Iterator[tuple[Phase | None, Network]]:
+    yield Phase.HANDSHAKE, Network()
     unproven = Network()
-    unproven.run_until(lambda: unproven.server.state is State.UNPROVEN)
-    yield State.UNPROVEN, unproven
+    unproven.run_until(lambda: unproven.server.state is Phase.UNPROVEN)
+    yield Phase.UNPROVEN, unproven
     ready = Network()
     ready.prove()
-    yield State.READY, ready
+    yield Phase.READY, ready
+    judging = Network()
+    judging.judges = False
+    judging.run_until(lambda: judging.client.state is Phase.READY)
+    judging.client.send_message(AUTH)
+    judging.flush(judging.client)
+    judging.run_until(lambda: judging.server.state is Phase.JUDGING)
+    yield Phase.JUDGING, judging
     ended = Network()
     ended.prove()
-    ended.server.close("over")
+    ended.server.close("over", ended.now)
     ended.flush(ended.server)
-    yield State.ENDED, ended
+    yield None, ended
 
 
 def test_only_a_ready_session_sends() -> None:
     for state, network in states():
         session = network.server
-        assert session.state is state
-        if state is State.READY:
+        assert session.ended if state is None else session.state is state
+        if state is Phase.READY:
             session.send_message(JobCancel("job_0123abcd"))
             session.send_frame(make_frame(1))
             continue
-        with pytest.raises(LocalProtocolError, match=state.value):
+        name = "ended" if state is None else state.value
+        before = session.state
+        with pytest.raises(LocalProtocolError, match=name):
             session.send_message(JobCancel("job_0123abcd"))
-        with pytest.raises(LocalProtocolError, match=state.value):
+        with pytest.raises(LocalProtocolError, match=name):
             session.send_frame(make_frame(1))
-        assert session.state is state
+        assert session.state is before
 
 
 def test_a_session_can_be_closed_in_every_state_and_again() -> None:
     for state, network in states():
-        session = network.client if state is State.HANDSHAKE else network.server
+        session = network.client if state is Phase.HANDSHAKE else network.server
         before = session.ended
-        session.close("first")
-        session.close("second")
-        assert session.state is State.ENDED
+        session.close("first", network.now)
+        session.close("second", network.now)
         assert session.ended is not None
         assert session.ended == (before or session.ended)
         assert "second" not in session.ended.reason
@@ -692,7 +741,7 @@ def test_a_session_can_be_closed_in_every_state_and_again() -> None:
 
 def test_a_timeout_that_is_not_due_changes_nothing() -> None:
     for state, network in states():
-        session = network.client if state is State.HANDSHAKE else network.server
+        session = network.client if state is Phase.HANDSHAKE else network.server
         network.flush(session)
         before = (session.state, session.deadline(), session.bytes_sent)
         for _ in range(3):
@@ -727,8 +776,8 @@ def test_a_message_decoder_takes_any_borders(step: int) -> None:
     assert received == sent
 
 
-def test_an_engine_is_refused_what_is_no_certificate() -> None:
-    with pytest.raises(RemoteProtocolError, match="no certificate"):
+def test_an_engine_needs_a_certificate() -> None:
+    with pytest.raises(RemoteProtocolError, match="not a certificate"):
         client_engine_untrusted(b"garbage", idle_timeout=1, datagram_size=1200)
 
 

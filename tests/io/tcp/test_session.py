@@ -10,16 +10,15 @@ from pathlib import Path
 import pytest
 
 from sleap_rtc.io.link.certificates import Certificate, make_certificate
+from sleap_rtc.io.link.limits import LIMITS
 from sleap_rtc.io.link.session import (
-    HANDSHAKE_TIMEOUT,
-    IDLE_TIMEOUT,
     MAX_REASON_BYTES,
-    MAX_UNREAD,
-    MAX_UNSENT_FRAMES,
-    MAX_UNSENT_MESSAGES,
-    State,
+    Client,
+    Ended,
+    Phase,
+    Server,
 )
-from sleap_rtc.io.tcp.session import BATCH, FAREWELL, TcpSession
+from sleap_rtc.io.tcp.session import BATCH, TcpSession
 from sleap_rtc.io.tcp.tls import TlsEngine, client_context_untrusted, server_context
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 from sleap_rtc.proto.messages import Auth, Error, JobCancel, JobLog, Message
@@ -31,12 +30,6 @@ CANCEL = JobCancel("job_0123abcd")
 MEGABYTE = 1024 * 1024
 CERTIFICATE = make_certificate()
 SERVER_CONTEXT = server_context(CERTIFICATE)
-
-
-def judge(auth: Auth) -> str:
-    if auth != AUTH:
-        raise RemoteProtocolError("the proof is wrong, and nobody may learn how")
-    return "ada"
 
 
 def make_frame(index: int, size: int = 10_000) -> Frame:
@@ -73,12 +66,11 @@ class Wire:
             client_context_untrusted(trusted), server_side=False
         )
         self.client = TcpSession(
-            self.client_engine, "server:2", certificate_der=trusted, now=self.now
+            self.client_engine, "server:2", Client(trusted), now=self.now
         )
         self.server_engine = TlsEngine(server, server_side=True)
-        self.server = TcpSession(
-            self.server_engine, "client:1", authenticate=judge, now=self.now
-        )
+        self.server = TcpSession(self.server_engine, "client:1", Server(), now=self.now)
+        self.judges = True
 
     def flush(self) -> int:
         """Carry everything to the other side, and what that answers back."""
@@ -100,14 +92,24 @@ class Wire:
         self.now += self.delay if data else 0
         for begin in range(0, len(data), self._piece):
             target.receive_data(data[begin : begin + self._piece], self.now)
+            if self.judges:
+                self.judge()
         return len(data)
+
+    def judge(self) -> None:
+        """Admit the client if its proof is right."""
+        if (output := self.server.next_output()) is not None:
+            if output.auth == AUTH:
+                self.server.admit("ada", self.now)
+            else:
+                self.server.refuse(self.now)
 
     def prove(self) -> None:
         """Complete the handshake and the proof."""
         self.flush()
         self.client.send_message(AUTH)
         self.flush()
-        assert self.server.state is State.READY
+        assert self.server.state is Phase.READY
 
     def wait(self, seconds: float) -> None:
         """Let time pass, and serve the deadlines."""
@@ -139,6 +141,10 @@ def wire() -> Wire:
     return made
 
 
+def state_of(session: TcpSession) -> Phase | Ended:
+    return session.state
+
+
 def end_of(session: TcpSession) -> str:
     assert session.ended is not None
     return session.ended.reason
@@ -151,13 +157,59 @@ def end_of(session: TcpSession) -> str:
 def test_a_right_proof_opens_the_session_under_its_name(piece: int) -> None:
     wire = Wire(piece=piece)
     wire.flush()
-    assert wire.client.state is State.READY
-    assert not wire.server.proven
+    assert state_of(wire.client) is Phase.READY
+    assert state_of(wire.server) is Phase.UNPROVEN
     wire.client.send_message(AUTH)
     wire.flush()
-    assert wire.server.proven
-    assert wire.server.state is State.READY
+    assert state_of(wire.server) is Phase.READY
     assert wire.server.peer == "ada"
+
+
+def test_what_follows_the_proof_waits_for_the_answer() -> None:
+    wire = Wire()
+    wire.judges = False
+    wire.flush()
+    wire.client.send_message(AUTH)
+    wire.client.send_frame(make_frame(1))
+    wire.client.send_message(CANCEL)
+    wire.client.send_message(AUTH)
+    wire.flush()
+    wire.client.close("bye", wire.now)
+    wire.flush()
+    assert state_of(wire.server) is Phase.JUDGING
+    assert not wire.server.wants_data
+    assert not wire.server.has_message
+    wire.judge()
+    assert wire.server.next_output() is None
+    assert wire.server.peer == "ada"
+    wire.flush()
+    assert wire.server.next_message() == CANCEL
+    assert wire.server.next_message() == AUTH
+    frame = wire.server.next_frame()
+    assert frame is not None
+    assert frame.payload == make_frame(1).payload
+    assert wire.server.state == Ended("bye", finished=True)
+
+
+def test_a_session_that_ended_while_its_proof_was_judged_stays_so() -> None:
+    for answer in (TcpSession.refuse, lambda s, now: s.admit("ada", now)):
+        wire = Wire()
+        wire.judges = False
+        wire.flush()
+        wire.client.send_message(AUTH)
+        wire.flush()
+        wire.server.connection_lost("it is gone")
+        answer(wire.server, wire.now)
+        assert end_of(wire.server) == "it is gone"
+
+
+def test_a_proof_that_is_judged_for_too_long_is_given_up() -> None:
+    wire = Wire()
+    wire.judges = False
+    wire.flush()
+    wire.client.send_message(AUTH)
+    wire.wait(LIMITS.handshake_timeout + 0.1)
+    assert end_of(wire.server) == "no answer for 10 s"
 
 
 @pytest.mark.parametrize(
@@ -177,10 +229,9 @@ def test_anything_but_the_right_proof_is_refused_in_the_same_words(
     wire.client.send_message(first)
     wire.client.send_message(AUTH)
     wire.flush()
-    assert not wire.server.proven
-    assert end_of(wire.client) == "refused"
-    assert wire.client.ended is not None
-    assert wire.client.ended.by_peer
+    assert wire.server.peer == ""
+    assert wire.server.state == Ended("refused", is_fault=True)
+    assert wire.client.state == Ended("refused", finished=True)
 
 
 def test_bulk_before_the_proof_is_refused() -> None:
@@ -194,7 +245,7 @@ def test_bulk_before_the_proof_is_refused() -> None:
 def test_a_client_without_a_proof_has_ten_seconds() -> None:
     wire = Wire()
     wire.flush()
-    wire.wait(HANDSHAKE_TIMEOUT - 0.1)
+    wire.wait(LIMITS.handshake_timeout - 0.1)
     assert wire.server.ended is None
     wire.wait(0.2)
     assert end_of(wire.client) == "no proof for 10 s"
@@ -203,8 +254,8 @@ def test_a_client_without_a_proof_has_ten_seconds() -> None:
 def test_a_server_that_never_answers_is_given_up() -> None:
     wire = Wire()
     wire.cut = True
-    wire.wait(HANDSHAKE_TIMEOUT + 0.1)
-    assert end_of(wire.client) == "no answer from server:2 for 10 s"
+    wire.wait(LIMITS.handshake_timeout + 0.1)
+    assert end_of(wire.client) == "no answer for 10 s"
 
 
 def other_certificate() -> ssl.SSLContext:
@@ -239,18 +290,13 @@ def test_a_client_refuses_another_server(
     wire = Wire(server=server())
     wire.flush()
     assert words in end_of(wire.client)
-    assert wire.client.state is State.ENDED
-    assert wire.server.state is not State.READY
+    assert wire.server.state is not Phase.READY
 
 
 def test_the_certificate_is_compared_after_the_handshake() -> None:
     wire = Wire()
-    wire.client = TcpSession(
-        wire.client_engine,
-        "server:2",
-        certificate_der=CERTIFICATE.certificate_der + b"?",
-        now=wire.now,
-    )
+    expected = Client(CERTIFICATE.certificate_der + b"?")
+    wire.client = TcpSession(wire.client_engine, "server:2", expected, now=wire.now)
     wire.flush()
     assert "not who it should be" in end_of(wire.client)
 
@@ -317,7 +363,7 @@ def test_unread_frames_hold_the_sender_back_until_they_are_read(wire: Wire) -> N
 def test_unread_messages_hold_the_sender_back_however_short_they_are(
     wire: Wire,
 ) -> None:
-    for _ in range(MAX_UNREAD // 500):
+    for _ in range(LIMITS.max_unread // 500):
         wire.client.send_message(CANCEL)
     wire.flush()
     assert not wire.server.wants_data
@@ -335,7 +381,7 @@ def test_room_ends_with_what_is_not_sent(wire: Wire) -> None:
         client.send_message(JobLog("job_0123abcd", 1, 1, "x" * 60_000))
     assert not client.all_sent
     size = wire.flush()
-    assert size >= MAX_UNSENT_FRAMES + MAX_UNSENT_MESSAGES
+    assert size >= LIMITS.max_unsent_frames + LIMITS.max_unsent_messages
     assert client.has_room_for_frame
     assert client.has_room_for_message
     assert client.all_sent
@@ -384,11 +430,13 @@ def test_a_wrong_pong_changes_nothing(wire: Wire) -> None:
 
 def test_a_silent_peer_is_noticed_in_time(wire: Wire) -> None:
     wire.cut = True
-    wire.wait(IDLE_TIMEOUT - 0.1)
+    wire.wait(LIMITS.idle_timeout - 0.1)
     assert wire.server.ended is None
     wire.wait(0.2)
-    assert end_of(wire.server) == "no answer from client:1 for 10 s"
-    assert end_of(wire.client) == "no answer from server:2 for 10 s"
+    for session in (wire.client, wire.server):
+        assert session.ended is not None
+        assert session.ended.reason == "no answer for 10 s"
+        assert session.ended.silent_for == 10.0
 
 
 def test_who_does_not_listen_does_not_blame_the_peer(wire: Wire) -> None:
@@ -396,12 +444,12 @@ def test_who_does_not_listen_does_not_blame_the_peer(wire: Wire) -> None:
         wire.client.send_frame(make_frame(index, MEGABYTE))
     wire.flush()
     assert not wire.server.wants_data
-    wire.wait(10 * IDLE_TIMEOUT)
+    wire.wait(10 * LIMITS.idle_timeout)
     assert wire.client.ended is None
     assert wire.server.ended is None
     while wire.server.next_frame() is not None:
         wire.flush()
-    wire.wait(IDLE_TIMEOUT / 2)
+    wire.wait(LIMITS.idle_timeout / 2)
     assert wire.server.ended is None
 
 
@@ -421,28 +469,25 @@ def test_a_timeout_that_is_not_due_changes_nothing(wire: Wire) -> None:
     ("reason", "arrives"),
     [
         ("enough", "enough"),
-        ("", "server:2 closed the link"),
-        ("a\x1b[31mb\n", "a?[31mb?"),
+        ("", "the peer closed the link"),
+        ("a\x1b[31mb\n", "ab "),
+        ("\x1b[31m", "the peer closed the link"),
         ("ä" * 600, "ä" * (MAX_REASON_BYTES // 2)),
         ("\ud800", "?"),
     ],
 )
 def test_a_close_carries_its_reason(wire: Wire, reason: str, arrives: str) -> None:
-    wire.server.close(reason)
+    wire.server.close(reason, wire.now)
     wire.flush()
-    assert end_of(wire.client) == arrives
-    assert wire.client.ended is not None
-    assert wire.client.ended.by_peer
-    assert wire.client.finished
-    assert wire.server.ended is not None
-    assert not wire.server.ended.by_peer
+    assert wire.client.state == Ended(arrives, finished=True)
+    assert end_of(wire.server) == (f"closed: {reason}" if reason else "closed")
 
 
 def test_a_side_that_closes_waits_a_little_for_the_other_one(wire: Wire) -> None:
-    wire.server.close("bye")
+    wire.server.close("bye", wire.now)
     assert not wire.server.finished
     wire.cut = True
-    wire.wait(FAREWELL - 0.1)
+    wire.wait(LIMITS.close_timeout - 0.1)
     assert not wire.server.finished
     wire.wait(0.2)
     assert wire.server.finished
@@ -453,7 +498,7 @@ def test_what_arrived_before_the_close_can_still_be_read(wire: Wire) -> None:
     wire.client.send_message(CANCEL)
     wire.client.send_frame(make_frame(1))
     wire.flush()
-    wire.client.close("bye")
+    wire.client.close("bye", wire.now)
     wire.flush()
     assert wire.server.ended is not None
     assert wire.server.next_message() == CANCEL
@@ -461,7 +506,7 @@ def test_what_arrived_before_the_close_can_still_be_read(wire: Wire) -> None:
 
 
 def test_what_comes_after_the_end_is_thrown_away(wire: Wire) -> None:
-    wire.server.close("bye")
+    wire.server.close("bye", wire.now)
     wire.client.send_message(CANCEL)
     wire.carry(wire.client)
     assert wire.server.next_message() is None
@@ -472,13 +517,13 @@ def test_a_session_can_be_closed_in_every_state_and_again() -> None:
     secured.flush()
     ready.prove()
     for wire, state in (
-        (fresh, State.HANDSHAKE),
-        (secured, State.UNPROVEN),
-        (ready, State.READY),
+        (fresh, Phase.HANDSHAKE),
+        (secured, Phase.UNPROVEN),
+        (ready, Phase.READY),
     ):
         assert wire.server.state is state
-        wire.server.close("first")
-        wire.server.close("second")
+        wire.server.close("first", wire.now)
+        wire.server.close("second", wire.now)
         wire.server.connection_lost("later")
         assert end_of(wire.server) == "closed: first"
         assert wire.server.finished
@@ -492,18 +537,18 @@ def test_a_lost_connection_ends_every_state(steps: int) -> None:
     if steps == 2:
         wire.prove()
     wire.server.connection_lost("it is gone")
-    assert end_of(wire.server) == "client:1: it is gone"
+    assert end_of(wire.server) == "it is gone"
     assert wire.server.finished
     assert wire.server.deadline() is None
     wire.server.handle_timeout(wire.now + 99)
-    assert end_of(wire.server) == "client:1: it is gone"
+    assert end_of(wire.server) == "it is gone"
 
 
 def test_only_a_ready_session_sends() -> None:
     fresh, secured, ended = Wire(), Wire(), Wire()
     secured.flush()
     ended.prove()
-    ended.server.close("")
+    ended.server.close("", ended.now)
     for wire in (fresh, secured, ended):
         state = wire.server.state
         with pytest.raises(LocalProtocolError, match="not ready"):
@@ -574,8 +619,8 @@ def test_garbage_instead_of_a_handshake_ends_only_the_session(seed: int) -> None
     wire.server.receive_data(garbage.randbytes(garbage.randrange(6, 2000)), wire.now)
     if wire.server.ended is None:  # it looks like the begin of a long record
         wire.cut = True
-        wire.wait(HANDSHAKE_TIMEOUT + 1)
-    assert wire.server.state is State.ENDED
+        wire.wait(LIMITS.handshake_timeout + 1)
+    assert wire.server.ended is not None
 
 
 def test_a_plain_request_is_no_handshake() -> None:
@@ -587,8 +632,8 @@ def test_a_plain_request_is_no_handshake() -> None:
 # ------------------------------------------------------------------------------ TLS
 
 
-def test_what_is_no_certificate_makes_no_client() -> None:
-    with pytest.raises(RemoteProtocolError, match="no certificate"):
+def test_a_client_needs_a_certificate() -> None:
+    with pytest.raises(RemoteProtocolError, match="not a certificate"):
         client_context_untrusted(b"?")
 
 

@@ -8,10 +8,11 @@ import pytest
 import trio
 from blake3 import blake3
 
+from sleap_rtc.io.connect.dial import dial
+from sleap_rtc.io.connect.listener import open_listener
 from sleap_rtc.io.link.certificates import make_certificate
 from sleap_rtc.io.link.link import LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.quic.driver import dial_quic, open_quic_listener
 from sleap_rtc.io.storage.files import Buffer
 from sleap_rtc.io.storage.folder import StorageError, open_owned
 from sleap_rtc.io.transfer.chunk_files import ChunkReader, ChunkWriter
@@ -238,15 +239,15 @@ async def test_a_file_arrives_over_quic(tmp_path: Path) -> None:
     auth = Auth(session="5" * 32, proof="7" * 64)
     with trio.fail_after(DEADLINE):
         async with (
-            open_quic_listener(
+            open_listener(
                 "127.0.0.1", 0, certificate, lambda auth: auth.session
             ) as listener,
-            dial_quic(
-                "127.0.0.1",
-                listener.port,
+            dial(
+                [("127.0.0.1", listener.port)],
                 certificate_der=certificate.certificate_der,
                 auth=auth,
-            ) as link,
+                kinds=("quic",),
+            ) as (link, _),
             open_background_nursery() as nursery,
         ):
             sender, receiver = Side(link), Side(await listener.accept())

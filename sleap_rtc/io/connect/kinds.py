@@ -1,0 +1,76 @@
+"""The kinds of link, one row each.
+
+Another kind needs its own folder, its name in `sleap_rtc.proto.route.kinds`, and a row
+here.
+"""
+
+import socket
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
+
+from sleap_rtc.io.link.certificates import Certificate
+from sleap_rtc.io.link.endpoint import Acceptor, LinkServer
+from sleap_rtc.io.link.limits import LinkLimits
+from sleap_rtc.io.link.link import Link
+from sleap_rtc.io.quic.driver import QuicKind
+from sleap_rtc.io.tcp.driver import TcpKind
+from sleap_rtc.proto.route.kinds import LinkKindName
+
+
+class LinkKind(Protocol):
+    """How links of one kind come about.
+
+    Attributes:
+        name: Its name in offers, answers and options.
+        transport: Whose port numbers it uses, ``TCP`` or ``UDP``, for people.
+    """
+
+    name: LinkKindName
+    transport: str
+
+    def bind(self, host: str, port: int) -> socket.socket:
+        """Open the socket of a listener.
+
+        Args:
+            host: The literal address; an empty one means all of this machine.
+            port: The port; 0 takes any.
+
+        Raises:
+            OSError: If the address cannot be bound.
+        """
+
+    def serve(
+        self,
+        bound: socket.socket,
+        certificate: Certificate,
+        acceptor: Acceptor,
+        limits: LinkLimits,
+    ) -> AbstractAsyncContextManager[LinkServer[Any]]:
+        """Take links during the body.
+
+        Args:
+            bound: A socket of `bind`; the caller closes it.
+            certificate: Shown to clients.
+            acceptor: Gets the proofs of the clients.
+            limits: The limits of each link.
+        """
+
+    def connect(
+        self, host: str, port: int, certificate_der: bytes, limits: LinkLimits
+    ) -> AbstractAsyncContextManager[Link]:
+        """Open a link without a proof, whose first message must be `Auth`.
+
+        Args:
+            host: Where the listener is.
+            port: Its port.
+            certificate_der: The only certificate that it may show.
+            limits: The limits of the link.
+
+        Raises:
+            DialError: If it cannot be reached, or shows another certificate.
+        """
+
+
+KINDS: Mapping[LinkKindName, LinkKind] = {"tcp": TcpKind(), "quic": QuicKind()}
+"""Every kind of link by its name."""

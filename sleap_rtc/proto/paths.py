@@ -34,9 +34,9 @@ def check_relative_path_untrusted(text: str) -> str:
         The same text: one or more names, joined by single slashes.
 
     Raises:
-        InvalidInput: If it is anything else. The reason of one that would lead
-            out of the root starts with ``Path outside shared storage:``, that of any
-            other with ``Invalid path:``.
+        InvalidInput: If it is anything else. The reason starts with ``Path outside
+            shared storage:`` if the path would lead out of the root, and otherwise with
+            ``Invalid path:``.
     """
     if not text:
         raise InvalidInput("Invalid path: it is empty")
@@ -80,7 +80,7 @@ def check_file_name_untrusted(text: str) -> str:
         text: The name, as the peer sent it.
 
     Returns:
-        The same text: one name that every system can store, not a hidden one.
+        The same text: one name that every system can store and that is not hidden.
 
     Raises:
         InvalidInput: If it is anything else.

@@ -1,4 +1,4 @@
-"""Which chunks of a file are there, and the hash over their hashes."""
+"""A map of the stored chunks of a file, and the hash over their hashes."""
 
 from collections.abc import Iterator
 
@@ -9,13 +9,13 @@ from sleap_rtc.proto.errors import InvalidInput, LocalProtocolError
 HASH_SIZE = 32
 
 MAX_CHUNKS = 2**20
-"""Chunks of a file: 1 TiB in chunks of 1 MiB. Its hashes take 32 MiB of memory."""
+"""Chunks of a file: 1 TiB in chunks of 1 MiB. The hashes take 32 MiB of memory."""
 
 _ROOT_CONTEXT = "sleap-rtc chunked transfer, root of the chunk hashes, version 1"
 
 
 class ChunkMap:
-    """Which chunks of a file are there, and their hashes.
+    """A map of the stored chunks of a file, with their hashes.
 
     It takes 33 bytes of memory a chunk.
 
@@ -44,51 +44,52 @@ class ChunkMap:
 
     @property
     def bytes_there(self) -> int:
-        """Bytes in the chunks that are there."""
+        """Bytes in the stored chunks."""
         return self._bytes_there
 
     @property
     def is_complete(self) -> bool:
-        """Whether every chunk is there."""
+        """True if every chunk is stored."""
         return self._bytes_there == self.size
 
     def length(self, index: int) -> int:
-        """Bytes of a chunk.
+        """Return the bytes in a chunk.
 
         Raises:
-            LocalProtocolError: If there is no such chunk.
+            LocalProtocolError: If the file has no such chunk.
         """
         self._check(index)
         return min(self.chunk_size, self.size - index * self.chunk_size)
 
     def has(self, index: int) -> bool:
-        """Tell whether a chunk is there.
+        """Return True if a chunk is stored.
 
         Raises:
-            LocalProtocolError: If there is no such chunk.
+            LocalProtocolError: If the file has no such chunk.
         """
         self._check(index)
         return bool(self._there[index])
 
     def digest(self, index: int) -> bytes | None:
-        """Return the hash of a chunk, or None if it is not there.
+        """Return the hash of a chunk, or None if it is not stored.
 
         Raises:
-            LocalProtocolError: If there is no such chunk.
+            LocalProtocolError: If the file has no such chunk.
         """
         if not self.has(index):
             return None
         return bytes(self._hashes[index * HASH_SIZE : (index + 1) * HASH_SIZE])
 
     def set(self, index: int, digest: bytes) -> None:
-        """Note that a chunk is there.
+        """Record that a chunk is stored.
 
         Args:
             index: The chunk.
             digest: Its BLAKE3 hash.
 
         Raises:
-            LocalProtocolError: If there is no such chunk, or that is no hash.
+            LocalProtocolError: If the file has no such chunk, or the hash has another
+                length.
         """
         if len(digest) != HASH_SIZE:
             raise LocalProtocolError(f"a hash has {HASH_SIZE} bytes, not {len(digest)}")
@@ -98,7 +99,7 @@ class ChunkMap:
         self._hashes[index * HASH_SIZE : (index + 1) * HASH_SIZE] = digest
 
     def next_missing(self, start: int) -> int:
-        """Return the first missing chunk from `start` on, or `count` if none is."""
+        """Return the first missing chunk from `start` on; `count` if none is left."""
         index = self._there.find(0, start)
         return self.count if index < 0 else index
 

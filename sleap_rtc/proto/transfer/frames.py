@@ -21,18 +21,18 @@ from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 
 MAGIC = b"SRC1"
 MAX_PAYLOAD = 16 * 1024 * 1024
-"""The largest chunk that `OfferedFile` allows."""
+"""Bytes of the largest chunk that `OfferedFile` allows."""
 
 _HEADER = struct.Struct(">4sIII32s")
 HEADER_SIZE = _HEADER.size
 
 
 class ChunkHeader(msgspec.Struct, frozen=True):
-    """Which chunk a payload is.
+    """The header of a frame, which names the chunk and its hash.
 
     Args:
         transfer_id: The transfer, an unsigned 32-bit number.
-        index: The chunk's place in its file, from 0.
+        index: The place of the chunk in its file, from 0.
         length: Bytes of payload.
         hash: BLAKE3 hash of the payload, 32 bytes.
     """
@@ -44,14 +44,14 @@ class ChunkHeader(msgspec.Struct, frozen=True):
 
 
 class Frame(msgspec.Struct, frozen=True):
-    """A header and its payload, whose hash nobody has checked yet."""
+    """A header and its payload, whose hash is not checked yet."""
 
     header: ChunkHeader
     payload: bytes | bytearray | memoryview
 
 
 def encode_header(header: ChunkHeader) -> bytes:
-    """Write the header of a frame.
+    """Encode the header of a frame.
 
     Raises:
         LocalProtocolError: If a field does not fit.
@@ -69,38 +69,29 @@ def encode_header(header: ChunkHeader) -> bytes:
 class FrameDecoder:
     """Cut a bulk stream into frames.
 
-    Call `receive_data_untrusted` with whatever arrives; it returns the frames that
+    Call `receive_data_untrusted` with the bytes that arrive; it returns the frames that
     became whole. At most one incomplete frame is held. After an error the stream is
     lost: every further call raises the same error.
-
-    Args:
-        max_payload: A limit below `MAX_PAYLOAD`, if the owner has one.
     """
 
-    def __init__(self, max_payload: int = MAX_PAYLOAD) -> None:
-        self._max_payload = max_payload
+    def __init__(self) -> None:
         self._head = bytearray()
         self._header: ChunkHeader | None = None
         self._payload = bytearray()
         self._filled = 0
         self._error: RemoteProtocolError | None = None
 
-    @property
-    def buffered(self) -> int:
-        """Bytes held of a frame that is not whole yet."""
-        return len(self._head) + self._filled
-
     def receive_data_untrusted(self, data: bytes | memoryview) -> list[Frame]:
-        """Take bytes of the stream.
+        """Parse bytes of the stream.
 
         Args:
-            data: Any number of bytes, with borders anywhere.
+            data: Any number of bytes; a frame may begin and end anywhere in them.
 
         Returns:
             The frames that these bytes completed, in order.
 
         Raises:
-            RemoteProtocolError: If the bytes are no frame, or one that is too long.
+            RemoteProtocolError: If the bytes are not a frame, or it is too long.
         """
         if self._error is not None:
             raise self._error
@@ -139,9 +130,9 @@ class FrameDecoder:
         magic, transfer_id, index, length, digest = _HEADER.unpack(self._head)
         if magic != MAGIC:
             self._error = RemoteProtocolError("a bulk stream does not hold frames")
-        elif not 0 < length <= self._max_payload:
+        elif not 0 < length <= MAX_PAYLOAD:
             self._error = RemoteProtocolError(
-                f"a frame of {length} bytes is not within 1 and {self._max_payload}"
+                f"a frame of {length} bytes is not within 1 and {MAX_PAYLOAD}"
             )
         if self._error is not None:
             raise self._error

@@ -1,6 +1,6 @@
 """Unpack a package without trusting it, and pack a directory into one.
 
-Both block, and are called in worker threads.
+Both functions block: call them in worker threads.
 """
 
 import os
@@ -39,15 +39,15 @@ _BROKEN = (
     OverflowError,
     ValueError,
 )
-"""What `zipfile` raises for bytes that are no zip, besides its own error."""
+"""Exceptions of `zipfile` for bytes that are not a zip."""
 
 
 class ExtractedPackage(msgspec.Struct, frozen=True):
-    """What came out of a package.
+    """Result of unpacking a package.
 
     Args:
         names: Paths of the files, relative to the destination, in the zip's order.
-        top_folder: The folder around all files that was left out, or None.
+        top_folder: The folder around all files, which was left out, or None.
     """
 
     names: tuple[str, ...]
@@ -61,20 +61,20 @@ def extract_package(
     check: Callable[[], None],
     limits: ArchiveLimits | None = None,
 ) -> ExtractedPackage:
-    """Unpack a zip into a directory that is there, next to what is in it.
+    """Unpack a zip into an existing directory, which need not be empty.
 
     Every entry is checked before the first byte is written. No file is replaced and no
-    link in the directory is followed. After a failure or a stop, what this call made
-    is removed again, and nothing else.
+    link in the directory is followed. After a failure or a stop, exactly the files of
+    this call are removed.
 
     Args:
         package: The open zip, from `open_owned` or `open_beneath`; it is closed.
         destination: The directory; the caller closes it.
         check: Called between blocks; it stops the work by raising.
-        limits: What the zip may be at most.
+        limits: Limits of the zip.
 
     Returns:
-        What was made.
+        The unpacked files.
 
     Raises:
         ArchiveError: If the zip is broken or refused; it names the entry.
@@ -105,19 +105,19 @@ def pack_directory(
     progress: Callable[[int], None],
     check: Callable[[], None],
 ) -> None:
-    """Put all that is in a directory into a new zip, without compression.
+    """Pack the content of a directory into a new zip, without compression.
 
     Labels and videos are compressed already. Links to files in the directory are
     packed as those files; nothing is left out silently.
 
     Args:
         source: The directory.
-        target: Where the zip appears when it is whole.
+        target: Path of the zip, which appears when it is whole.
         progress: Called now and then with the bytes packed so far.
         check: Called between blocks; it stops the work by raising.
 
     Raises:
-        ArchiveError: If something in it can't be packed; it names what.
+        ArchiveError: If a file in it cannot be packed; it names the file.
         InsufficientSpaceError: If the zip does not fit.
         StorageError: If `target` is taken, or the storage failed.
     """
@@ -138,7 +138,7 @@ def pack_directory(
 
 
 class _Unpacking:
-    """One run of `extract_package`, and the memory of what it made."""
+    """One run of `extract_package`, with a list of the files that it made."""
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ class _Unpacking:
                         os.close(fd)
         except FileExistsError:
             raise ArchiveError(
-                f"Entry {entry.path!r} refused: something of that name is there"
+                f"Entry {entry.path!r} refused: the name is taken"
             ) from None
         except InvalidInput as error:
             raise ArchiveError(f"Entry {entry.path!r} refused: {error}") from None
@@ -200,7 +200,7 @@ class _Unpacking:
             raise ArchiveError(f"Entry {entry.path!r} is not as long as it says")
 
     def _remove_all(self) -> None:
-        """Take back what was made, in reverse order."""
+        """Remove the new files and directories, in reverse order."""
         for names, is_folder in reversed(self._made):
             try:
                 with self._open_folder(names[:-1], make=False) as folder:
@@ -209,7 +209,7 @@ class _Unpacking:
                     else:
                         folder.unlink(names[-1])
             except (OSError, InvalidInput):
-                # Somebody else put something there, or took it away: it is theirs.
+                # Another process added or removed files: they are not ours.
                 continue
 
     @contextmanager
@@ -225,13 +225,13 @@ class _Unpacking:
 
 
 def _members(root: Path, folder: Path) -> Iterator[tuple[str, bool, Path]]:
-    """Walk a directory of the user: name in the zip, whether a directory, and path."""
+    """Yield the content of a directory: name in the zip, if a directory, and path."""
     for path in folder.iterdir():
         name = path.relative_to(root).as_posix()
         try:
             check_relative_path_untrusted(name)
         except InvalidInput as error:
-            raise ArchiveError(f"{path} can't be packed: {error.reason}") from None
+            raise ArchiveError(f"{path} cannot be packed: {error.reason}") from None
         mode = path.lstat().st_mode
         if stat.S_ISDIR(mode):
             yield name, True, path
@@ -241,18 +241,18 @@ def _members(root: Path, folder: Path) -> Iterator[tuple[str, bool, Path]]:
         elif stat.S_ISREG(mode):
             yield name, False, path
         else:
-            raise ArchiveError(f"{path} can't be packed: it is no regular file")
+            raise ArchiveError(f"{path} is not a regular file")
 
 
 def _follow_link(root: Path, path: Path) -> Path:
-    """Find the file that a link leads to, which must be in the package itself."""
+    """Return the target of a link, which must be a file in the package itself."""
     try:
         real = Path(os.path.realpath(path, strict=True))
     except OSError as error:
-        raise ArchiveError(f"{path} can't be packed: {error.strerror}") from None
+        raise ArchiveError(f"{path} cannot be read: {error.strerror}") from None
     if not (real.is_relative_to(root) and real.is_file()):
         raise ArchiveError(
-            f"{path} can't be packed: it links to {real}, which is no file in the"
+            f"{path} links to {real}, which is not a file in the"
             " package. Put a copy of that file in its place"
         )
     return real
@@ -291,7 +291,7 @@ def _pack_file(
     try:
         fd = open_owned(path)
     except InvalidInput as error:
-        raise ArchiveError(f"{name} can't be packed: {error}") from None
+        raise ArchiveError(f"{name} cannot be read: {error}") from None
     with os.fdopen(fd, "rb") as source:
         info = _zip_info(name, os.fstat(fd))
         left = info.file_size
@@ -305,7 +305,7 @@ def _pack_file(
 
 
 def _zip_info(name: str, status: os.stat_result) -> zipfile.ZipInfo:
-    """Describe a file or a directory to the zip."""
+    """Return the entry of a file or a directory."""
     # A zip can write years from 1980 to 2107.
     changed = time.localtime(status.st_mtime)[:6]
     changed = min(max(changed, (1980, 1, 1, 0, 0, 0)), (2107, 12, 31, 23, 59, 58))
@@ -319,7 +319,7 @@ def _zip_info(name: str, status: os.stat_result) -> zipfile.ZipInfo:
 
 @contextmanager
 def _explain_zip(what: str) -> Iterator[None]:
-    """Turn what `zipfile` raises for broken files into `ArchiveError`."""
+    """Turn the exceptions of `zipfile` for broken files into `ArchiveError`."""
     try:
         yield
     except _BROKEN as error:

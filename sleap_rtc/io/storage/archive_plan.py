@@ -1,8 +1,8 @@
-"""Decide, before a byte is written, whether a zip is harmless and what it becomes.
+"""Check the entries of a zip before a byte is written, and plan where each goes.
 
-A package comes from whoever knows the room secret, so its directory of entries is
-hostile input: names that lead elsewhere, links and devices, entries that share their
-data or grow a thousandfold, and names that some system can't tell apart.
+Any holder of the room secret can send a package, so its list of entries is hostile
+input: names that lead elsewhere, links and devices, entries that share their data or
+grow a thousandfold, and names that some system cannot tell apart.
 """
 
 import os
@@ -48,19 +48,19 @@ _KINDS = {
 
 
 class ArchiveError(Exception):
-    """A zip can't be unpacked or made; the message names the entry and the reason."""
+    """A zip cannot be unpacked or made; the message names the entry and the reason."""
 
 
 class ArchiveLimits(msgspec.Struct, frozen=True):
-    """What a zip may be at most.
+    """Limits of a zip.
 
     Args:
-        entries: Files and directories; packages in the field hold a dozen.
-        directory_bytes: The list of its entries, which is read into memory.
-        total_bytes: All files together, unpacked.
-        ratio: How many times its packed size a file may have. Deflate reaches 1032,
+        entries: Files and directories. Packages in the field hold a dozen.
+        directory_bytes: Bytes of the list of entries, which is read into memory.
+        total_bytes: Bytes of all files together, unpacked.
+        ratio: Unpacked bytes of a file for each packed one. Deflate reaches 1032,
             pictures and labels reach 20.
-        ratio_from_bytes: Files up to this size may have any ratio.
+        ratio_from_bytes: Bytes up to which a file may have any ratio.
     """
 
     entries: int = 20_000
@@ -71,10 +71,10 @@ class ArchiveLimits(msgspec.Struct, frozen=True):
 
 
 class PlannedEntry(msgspec.Struct, frozen=True):
-    """One file or directory that will be made.
+    """One file or directory to make.
 
     Args:
-        path: Where, relative to the destination.
+        path: Its path, relative to the destination.
         is_folder: True for a directory.
         mode: Permissions of a file, before the umask.
         info: The entry of the zip.
@@ -89,10 +89,10 @@ class PlannedEntry(msgspec.Struct, frozen=True):
 def check_size_of_directory(file: BinaryIO, limits: ArchiveLimits) -> None:
     """Refuse a zip whose list of entries alone would fill the memory.
 
-    `zipfile` reads the whole list at once, so this comes before it.
+    `zipfile` reads the whole list at once, so this check comes first.
 
     Raises:
-        ArchiveError: If the list is too long, or there is none.
+        ArchiveError: If the list is too long, or the file has none.
     """
     size = file.seek(0, os.SEEK_END)
     longest_tail = _END_64.size + _LOCATOR.size + _END.size + _LONGEST_COMMENT
@@ -122,21 +122,21 @@ def check_size_of_directory(file: BinaryIO, limits: ArchiveLimits) -> None:
 def plan_entries(
     infos: list[zipfile.ZipInfo], end: int, limits: ArchiveLimits
 ) -> tuple[list[PlannedEntry], str | None]:
-    """Check all entries of a zip, and decide where each goes.
+    """Check all entries of a zip, and plan where each goes.
 
-    What macOS adds to a zip (``__MACOSX/``, ``.DS_Store``) is left out. If the rest
-    lies in one top folder, the files come out without it.
+    The files that macOS adds to a zip (``__MACOSX/``, ``.DS_Store``) are left out. If
+    the rest is in one top folder, the files come out without it.
 
     Args:
         infos: The entries as `zipfile` read them.
-        end: Where in the file the entries' data must end.
-        limits: What is allowed.
+        end: Offset in the file at which the data of the entries must end.
+        limits: Limits of the zip.
 
     Returns:
         The entries to make, in the order of the zip, and the top folder or None.
 
     Raises:
-        ArchiveError: If any entry is refused; it names the first.
+        ArchiveError: If an entry is refused; it names the first one.
     """
     if len(infos) > limits.entries:
         raise ArchiveError(
@@ -163,13 +163,13 @@ def plan_entries(
 
 
 def top_folder(entries: Iterable[tuple[str, bool]]) -> str | None:
-    """Find the one top folder that all entries lie in.
+    """Return the one top folder that all entries are in.
 
     Args:
-        entries: Path of each, and whether it is a directory.
+        entries: Path of each, and True for a directory.
 
     Returns:
-        Its name, or None if there is none, or no file in it.
+        Its name, or None if it does not exist or has no files.
     """
     tops: set[str] = set()
     has_file = False
@@ -183,13 +183,13 @@ def top_folder(entries: Iterable[tuple[str, bool]]) -> str | None:
 
 
 def check_clashes(entries: Iterable[tuple[str, bool]]) -> None:
-    """Refuse names that some system can't tell apart, and files used as directories.
+    """Refuse names that some system cannot tell apart, and files used as directories.
 
     Args:
-        entries: Path of each, and whether it is a directory.
+        entries: Path of each, and True for a directory.
 
     Raises:
-        ArchiveError: If there is such a pair.
+        ArchiveError: If two entries clash.
     """
     named: dict[str, tuple[str, bool]] = {}
     folders: set[str] = set()
@@ -208,7 +208,7 @@ def check_clashes(entries: Iterable[tuple[str, bool]]) -> None:
 
 
 def _plan_entry(info: zipfile.ZipInfo, limits: ArchiveLimits) -> PlannedEntry:
-    """Check what one entry says about itself."""
+    """Check one entry, and return where it goes."""
     # Not info.filename: there zipfile has already cut and replaced characters.
     name = info.orig_filename
     is_folder = name.endswith("/")
@@ -235,7 +235,7 @@ def _plan_entry(info: zipfile.ZipInfo, limits: ArchiveLimits) -> PlannedEntry:
 
 
 def _check_ratio(info: zipfile.ZipInfo, limits: ArchiveLimits) -> None:
-    """Refuse an entry that unpacks to far more than it is."""
+    """Refuse an entry that unpacks to far more than its packed size."""
     if info.file_size <= limits.ratio_from_bytes:
         return
     if info.file_size > limits.ratio * info.compress_size:
@@ -247,7 +247,7 @@ def _check_ratio(info: zipfile.ZipInfo, limits: ArchiveLimits) -> None:
 
 
 def _check_overlap(infos: list[zipfile.ZipInfo], end: int) -> None:
-    """Refuse entries that share data: so a small zip unpacks to a huge one."""
+    """Refuse entries that share data, with which a small zip unpacks to a huge one."""
     free_from = 0
     for info in sorted(infos, key=lambda info: info.header_offset):
         encoding = "utf-8" if info.flag_bits & _UTF_8 else "cp437"

@@ -1,8 +1,8 @@
-"""Copy a file to shared storage: fast, whole or not at all, and never for ever.
+"""Copy a file to shared storage: fast, whole or not at all, and in limited time.
 
 A copy is published when all of its bytes are on the disk (fsync), it has the size of
-the source, and nobody changed the source meanwhile. Its content is not hashed:
-`sleap_rtc.io.storage.copy_strategies` says why, and who checks it instead.
+the source, and the source was not changed meanwhile. Its content is not hashed; for the
+reason see `sleap_rtc.io.storage.copy_strategies`.
 """
 
 import math
@@ -27,7 +27,7 @@ from sleap_rtc.io.storage.folder import (
 )
 
 SPACE_PERCENT = 120
-"""Free space that a copy needs, in percent of the file: results follow it."""
+"""Percent of the file that must be free for a copy, because results follow it."""
 
 SLOWEST_RATE = 10 * 1024 * 1024
 """Bytes per second below which storage counts as hanging."""
@@ -36,17 +36,17 @@ SHORTEST_TIMEOUT = 60.0
 """Seconds that even a small copy may take: network mounts fail over in about 30."""
 
 _REPORT_SECONDS = 0.1
-"""How often the event loop is told of progress: a call costs as much as a block."""
+"""Seconds between reports to the event loop: one takes as long as copying a block."""
 
 
 class CopyReport(msgspec.Struct, frozen=True):
-    """What a copy did.
+    """Result of a copy.
 
     Args:
         path: The copy.
-        method: How it was made, such as ``reflink`` or ``read/write``.
+        method: The strategies that made it, such as ``reflink`` or ``read/write``.
         size: Its bytes.
-        seconds: How long it took until it was safe on the disk.
+        seconds: The time until it was on the disk.
     """
 
     path: Path
@@ -67,8 +67,8 @@ def copy_file(
 ) -> CopyReport:
     """Copy a file to a new one beneath a root, in the calling thread.
 
-    Nothing has the new name before all of the content is on the disk; after a failure
-    or a stop nothing is left but directories.
+    The copy gets its name when all of its content is on the disk. After a failure or a
+    stop, at most new directories are left.
 
     Args:
         source: A file that the owner of this process named.
@@ -76,14 +76,14 @@ def copy_file(
         relative: Where beneath it the copy goes; missing directories are made.
         progress: Called now and then with the bytes copied so far.
         check: Called between calls to the system; it stops the copy by raising.
-        size: Bytes that the source has to have; by default any number.
-        replace: Take the place of a file of that name, instead of refusing.
+        size: Bytes that the source must have; by default any number.
+        replace: Replace a file of that name instead of refusing.
 
     Returns:
-        Where the copy is, and how it was made.
+        The path of the copy, and its method.
 
     Raises:
-        InvalidInput: If the source is no readable file, or the path leads out.
+        InvalidInput: If the source is not a readable file, or the path leads out.
         InsufficientSpaceError: If less than 120 % of the size is free.
         StorageError: If the name is taken, the source has another size or
             changes meanwhile, or storage failed.
@@ -115,7 +115,7 @@ def copy_file(
                         " nothing writes to it, and try again"
                     )
                 _settle(part, source.name, found)
-                # Storage that hung may come back after the owner has given up.
+                # Storage that hung may answer after the caller has given up.
                 check()
                 path = part.publish()
                 return CopyReport(path, method, found, time.monotonic() - began)
@@ -143,13 +143,13 @@ async def copy_with_deadline(
         source: A file that the owner of this process named.
         root: An existing directory that the owner named.
         relative: Where beneath it the copy goes; missing directories are made.
-        size: Bytes that the source has to have.
+        size: Bytes that the source must have.
         on_progress: Called in the event loop with the bytes copied so far.
         timeout: Seconds for the whole copy. By default 30 and one for each 10 MiB,
             but at least 60.
 
     Returns:
-        Where the copy is, and how it was made.
+        The path of the copy, and its method.
 
     Raises:
         CopyTimeoutError: If it took longer.
@@ -167,7 +167,7 @@ async def copy_with_deadline(
 
 
 def default_timeout(size: int) -> float:
-    """Say how many seconds the copy of a file of so many bytes may take."""
+    """Return the seconds that the copy of a file of `size` bytes may take."""
     return max(SHORTEST_TIMEOUT, size / SLOWEST_RATE + 30)
 
 
@@ -216,10 +216,10 @@ def _fill(
     progress: Callable[[int], None],
     check: Callable[[], None],
 ) -> str:
-    """Try the ways to copy; each goes on where the one before it stopped.
+    """Copy by each strategy; each resumes where the one before it stopped.
 
     Returns:
-        The names of those that did something.
+        The names of the strategies that copied something.
     """
     copied, used = 0, []
     with part.use() as target:
@@ -237,7 +237,7 @@ def _fill(
 
 
 def _settle(part: PartFile, name: str, size: int) -> None:
-    """Bring a copy to the disk, and see that all of it is there."""
+    """Sync a copy to the disk, and check that all of it arrived."""
     with part.use() as target:
         os.fsync(target)
         arrived = os.fstat(target).st_size

@@ -78,7 +78,7 @@ _KERNEL_CANNOT = frozenset(
 
 
 def copy_by_reflink(source: int, target: int, offset: int, size: int) -> Steps:
-    """Let both files share their blocks: XFS, Btrfs, NFS 4.2 on top of those.
+    """Share the blocks of the source: XFS, Btrfs, NFS 4.2 on top of those.
 
     Yields:
         The size, once.
@@ -166,7 +166,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def _start_flushing(fd: int, offset: int, length: int) -> None:
-    """Let Linux write a range of a file to the disk, without waiting for it.
+    """Start to write a range of a file to the disk, without waiting for it.
 
     Raises:
         OSError: If the storage failed.

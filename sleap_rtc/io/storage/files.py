@@ -1,6 +1,6 @@
-"""New files that appear whole or not at all, and what is needed to fill them.
+"""New files that appear whole or not at all, and the calls that fill them.
 
-All functions here block, and are called in worker threads.
+All functions here block: call them in worker threads.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ from sleap_rtc.io.storage.folder import (
 Buffer = bytes | bytearray | memoryview
 
 _KEPT_OF_NAME = 200
-"""Bytes of a name that its part file repeats: the rest must fit into 255 too."""
+"""Bytes of a name that its part file repeats: with the rest it has at most 255."""
 
 
 class PartFile:
@@ -65,24 +65,24 @@ class PartFile:
 
     @property
     def path(self) -> Path:
-        """Where the file appears when it is published."""
+        """Path of the published file."""
         return self._folder.path / self._name
 
     @contextmanager
     def use(self) -> Iterator[int]:
-        """Borrow the file descriptor for one call."""
+        """Keep the file open while the block runs."""
         with self._handle.use() as fd:
             yield fd
 
     def publish(self) -> Path:
-        """Bring the content to the disk, then give the file its name.
+        """Sync the content to the disk, then rename the file.
 
         Returns:
             Its path.
 
         Raises:
             FileExistsError: If the name was taken meanwhile.
-            OSError: If the storage failed. In both cases the part file is still there.
+            OSError: If the storage failed. The part file is kept in both cases.
         """
         with self._handle.use() as fd:
             os.fsync(fd)
@@ -95,7 +95,7 @@ class PartFile:
         return self.path
 
     def discard(self) -> None:
-        """Remove the part file, unless it was published; safe to call again."""
+        """Remove the part file unless it was published; safe to call again."""
         if self._done:
             return
         self._handle.close()
@@ -114,14 +114,14 @@ class PartFile:
 def start_part_file(
     root: Path, names: list[str], *, needed: int, where: str, replace: bool = False
 ) -> PartFile:
-    """Make a part file beneath a root, if there is space.
+    """Create a part file beneath a root if there is space.
 
     Args:
         root: An existing directory that the owner of this process named.
         names: The checked names of the path; missing directories are made.
         needed: Bytes that must be free.
         where: How a message names the storage, such as ``on shared storage``.
-        replace: Take the place of a file of that name, instead of refusing.
+        replace: Replace a file of that name instead of refusing.
 
     Raises:
         InvalidInput: If the path leads through a link or a file.
@@ -202,16 +202,16 @@ def require_space(folder: Folder, needed: int, where: str) -> None:
 
 
 def file_identity(fd: int) -> tuple[int, int, int]:
-    """Describe a file by its size, its last change and its number.
+    """Return the size, the time of the last change and the number of a file.
 
-    Equal descriptions mean that nobody changed it in between.
+    The file is unchanged as long as they are equal.
     """
     status = os.fstat(fd)
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
 def human_size(size: int) -> str:
-    """Write a number of bytes for people, such as ``1.5 GiB``."""
+    """Return a number of bytes for people, such as ``1.5 GiB``."""
     amount = float(size)
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if amount < 1024:
@@ -221,10 +221,10 @@ def human_size(size: int) -> str:
 
 
 class OpenFile:
-    """A file descriptor that is closed when the last thread lets go of it.
+    """A file descriptor that is closed when no thread uses it.
 
-    A thread that was given up while it hung in a call must not write into whatever
-    file gets the same number next.
+    A thread may be abandoned while it hangs in a call. Then it must not write into the
+    next file that gets the same number.
     """
 
     def __init__(self, fd: int) -> None:
@@ -235,7 +235,11 @@ class OpenFile:
 
     @contextmanager
     def use(self) -> Iterator[int]:
-        """Keep the file open for the length of the block."""
+        """Keep the file open while the block runs.
+
+        Raises:
+            StorageError: If it was closed.
+        """
         with self._lock:
             if self._closed:
                 raise StorageError("the file was closed")
@@ -250,7 +254,7 @@ class OpenFile:
                 os.close(self._fd)
 
     def close(self) -> None:
-        """Let nobody begin to use it; safe to call again."""
+        """Close the file when its last user ends; safe to call again."""
         with self._lock:
             unused = not self._closed and self._users == 0
             self._closed = True
@@ -259,16 +263,16 @@ class OpenFile:
 
 
 def reserve_space(fd: int, size: int) -> None:
-    """Give a file its size, so that a full disk is noticed before it is written.
+    """Set the size of a file, so that a full disk is noticed before it is written.
 
     Raises:
-        OSError: If there is no room.
+        OSError: If the disk is full.
     """
     os.ftruncate(fd, size)
     if sys.platform != "linux" or size == 0:
         return
-    # posix_fallocate() would write to every block where the file system knows no
-    # better way, which takes minutes on NFS 3.
+    # Where the file system has no better way, posix_fallocate() would write to every
+    # block, which takes minutes on NFS 3.
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.fallocate(fd, 0, ctypes.c_int64(0), ctypes.c_int64(size)) == 0:
         return
@@ -278,4 +282,4 @@ def reserve_space(fd: int, size: int) -> None:
 
 
 _seek_lock = threading.Lock()
-"""Windows has one position in a file, whichever thread moves it."""
+"""Protects the position in a file, which all threads share on Windows."""

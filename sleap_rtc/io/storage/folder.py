@@ -1,15 +1,15 @@
-"""Open and create what lies beneath a root, and never anything else.
+"""Open and create files beneath a root, and nothing outside it.
 
-Other people may write to shared storage while it is read, so a path that was checked
-may be another one when it is opened. Hence a path is walked name by name, each opened
-relative to the directory before it and never through a symbolic link; whoever holds the
-file descriptor at the end uses that, not the path.
+Other users may write to shared storage while it is read, so a path that was checked
+may lead elsewhere when it is opened. Hence a path is walked name by name. Each name is
+opened relative to the directory before it, and never through a symbolic link. Callers
+use the file descriptor at the end, not the path.
 
 Opening every directory on the way has a second use: NFS remembers for 30 seconds that a
 name did not exist, until its directory is opened again.
 
 Windows has no file descriptors of directories. There the resolved path of each step is
-compared with its directory, which leaves a moment in which it could be exchanged.
+compared with its directory, which leaves a moment in which it can be exchanged.
 """
 
 import errno
@@ -34,7 +34,7 @@ _BINARY = getattr(os, "O_BINARY", 0)
 _NEVER_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
 
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What file systems without hard links answer: exFAT, some network mounts."""
+"""Error numbers of file systems without hard links: exFAT, some network mounts."""
 
 _KINDS = {
     stat.S_IFDIR: "a directory",
@@ -51,11 +51,11 @@ class StorageError(Exception):
 
 
 class InsufficientSpaceError(StorageError):
-    """A file does not fit on the storage that it should be written to."""
+    """A file does not fit on the storage."""
 
 
 class CopyTimeoutError(StorageError):
-    """A copy took too long; the storage may be hanging."""
+    """A copy took too long; the storage may hang."""
 
 
 @contextmanager
@@ -84,7 +84,7 @@ class Folder:
 
     A name is one component that passed `sleap_rtc.proto.paths`, or that `names`
     returned. Failures are plain `OSError`, but a symbolic link or a wrong kind of
-    file raises `InvalidInput`. Use it in a ``with`` block.
+    file raises `InvalidInput`. Close it, for example with `contextlib.closing`.
     """
 
     def __init__(self, path: Path, fd: int | None) -> None:
@@ -100,7 +100,7 @@ class Folder:
         return cls(path, fd)
 
     def close(self) -> None:
-        """Let go of the directory; calling it again does nothing."""
+        """Close the directory; safe to call again."""
         fd, self._fd = self._fd, None
         if fd is not None:
             os.close(fd)
@@ -124,7 +124,7 @@ class Folder:
         """Create a directory in this one.
 
         Returns:
-            True if it is new, False if something of that name was there.
+            True if it is new, False if the name was taken.
         """
         where, fd = self._at(name)
         try:
@@ -135,7 +135,7 @@ class Folder:
         return True
 
     def create_file(self, name: str, mode: int = 0o666) -> int:
-        """Create a file that did not exist, and open it for reading and writing.
+        """Create a new file, and open it for reading and writing.
 
         Args:
             name: Its name.
@@ -146,7 +146,7 @@ class Folder:
         return os.open(where, flags, mode, dir_fd=fd)
 
     def open_file(self, name: str, *, write: bool = False) -> int:
-        """Open a regular file for reading, or for both; it never waits."""
+        """Open a regular file for reading, or also for writing, without waiting."""
         self._require_regular(name, self.status(name))
         where, fd = self._at(name)
         flags = os.O_RDWR if write else os.O_RDONLY
@@ -158,7 +158,7 @@ class Folder:
                 raise _link_error(name) from None
             raise
         try:
-            # The name may have changed hands since it was looked at.
+            # The file may have been exchanged since its status was read.
             self._require_regular(name, os.fstat(opened))
         except InvalidInput:
             os.close(opened)
@@ -166,12 +166,12 @@ class Folder:
         return opened
 
     def status(self, name: str) -> os.stat_result:
-        """Describe a name, and not what it links to."""
+        """Return the status of a name, and not of the target of a link."""
         where, fd = self._at(name)
         return os.stat(where, dir_fd=fd, follow_symlinks=False)
 
     def exists(self, name: str) -> bool:
-        """Tell whether there is anything of that name, also a dead link."""
+        """Return True if the name is taken, even by a dead link."""
         try:
             self.status(name)
         except FileNotFoundError:
@@ -179,11 +179,11 @@ class Folder:
         return True
 
     def names(self) -> list[str]:
-        """List what is in the directory, sorted."""
+        """Return the names in the directory, sorted."""
         return sorted(os.listdir(self.path if self._fd is None else self._fd))
 
     def free_bytes(self) -> int:
-        """Say how many bytes an ordinary user may still write here."""
+        """Return the bytes that an ordinary user may still write here."""
         if self._fd is None:
             return shutil.disk_usage(self.path).free
         status = os.fstatvfs(self._fd)
@@ -200,10 +200,10 @@ class Folder:
         os.rmdir(where, dir_fd=fd)
 
     def rename_new(self, old: str, new: str) -> None:
-        """Give a file another name, which must be free.
+        """Rename a file to a name that must be free.
 
         Raises:
-            FileExistsError: If it is taken; nothing changed then.
+            FileExistsError: If the name is taken; nothing changed then.
         """
         source, fd = self._at(old)
         target, _ = self._at(new)
@@ -214,7 +214,7 @@ class Folder:
         try:
             os.link(source, target, src_dir_fd=fd, dst_dir_fd=fd, follow_symlinks=False)
         except FileExistsError:
-            # An NFS server whose answer was lost says so about our own link.
+            # An NFS server whose answer was lost reports our own link.
             if not os.path.samestat(status, self.status(new)):
                 raise
         except OSError as error:
@@ -227,13 +227,13 @@ class Folder:
         os.unlink(source, dir_fd=fd)
 
     def rename(self, old: str, new: str) -> None:
-        """Give a file another name; a file that has it is replaced at once."""
+        """Rename a file, and replace a file that has the new name."""
         source, fd = self._at(old)
         target, _ = self._at(new)
         os.replace(source, target, src_dir_fd=fd, dst_dir_fd=fd)
 
     def sync(self) -> None:
-        """Make names that were created or changed here survive a power cut."""
+        """Sync created and changed names, so that they survive a power cut."""
         if self._fd is None:
             return
         try:
@@ -258,7 +258,7 @@ class Folder:
             self._refuse(name, status)
 
     def _refuse(self, name: str, status: os.stat_result) -> NoReturn:
-        """Say why a name is not what it was asked for as."""
+        """Raise the error for a name of another kind than required."""
         if stat.S_ISLNK(status.st_mode):
             raise _link_error(name)
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "of an unknown kind")
@@ -274,7 +274,7 @@ def open_owned(path: Path) -> int:
         The file descriptor; the caller closes it.
 
     Raises:
-        InvalidInput: If it is no readable file.
+        InvalidInput: If it is not a readable file.
         StorageError: If the storage failed.
     """
     with _explain_path(str(path)):
@@ -286,8 +286,8 @@ def open_owned(path: Path) -> int:
 def open_beneath(root: Path, relative: str) -> int:
     """Open a regular file beneath a root for reading.
 
-    It never waits for the other end of a pipe, and sees a file that another host just
-    made. Read through the file descriptor; the path may mean another file by now.
+    It never waits for the other end of a pipe, and finds a file that another host just
+    made. Read through the file descriptor, because the path may lead to another file.
 
     Args:
         root: A directory that the owner of this process named.
@@ -297,7 +297,7 @@ def open_beneath(root: Path, relative: str) -> int:
         The file descriptor; the caller closes it.
 
     Raises:
-        InvalidInput: If the path leads elsewhere, or to no readable file.
+        InvalidInput: If the path leads elsewhere, or not to a readable file.
         StorageError: If the storage failed.
     """
     *parents, name = split_path(relative)
@@ -306,14 +306,14 @@ def open_beneath(root: Path, relative: str) -> int:
 
 
 def create_beneath(root: Path, relative: str) -> int:
-    """Create a file beneath a root, in a directory that is there already.
+    """Create a file beneath a root, in an existing directory.
 
     Returns:
         A file descriptor for reading and writing; the caller closes it.
 
     Raises:
         InvalidInput: If the path leads elsewhere.
-        StorageError: If something of that name is there, or the storage failed.
+        StorageError: If the name is taken, or the storage failed.
     """
     *parents, name = split_path(relative)
     with _explain_path(relative), closing(open_folder_beneath(root, parents)) as folder:
@@ -321,10 +321,10 @@ def create_beneath(root: Path, relative: str) -> int:
 
 
 def make_directories_beneath(root: Path, relative: str) -> Path:
-    """Create a directory beneath a root, and those above it that are missing.
+    """Create a directory beneath a root, with the missing ones above it.
 
     Returns:
-        The path of the directory, which may have been there already.
+        The path of the directory, which may be an old one.
 
     Raises:
         InvalidInput: If the path leads elsewhere, or through a file.
@@ -339,10 +339,10 @@ def make_directories_beneath(root: Path, relative: str) -> Path:
 
 
 def remove_tree_beneath(root: Path, relative: str) -> None:
-    """Remove a file or a directory with all that is in it; links are not followed.
+    """Remove a file or a directory with its content; links are not followed.
 
-    It is no error if nothing is there. What NFS keeps of a removed file that somebody
-    still has open (``.nfs...``) stays behind, and so do the directories it is in.
+    A missing file is not an error. NFS keeps a removed file that is still open as
+    ``.nfs...``: it stays behind, and so do the directories around it.
 
     Raises:
         InvalidInput: If the path leads elsewhere.
@@ -358,10 +358,10 @@ def remove_tree_beneath(root: Path, relative: str) -> None:
 
 
 def list_tree(root: Path) -> list[tuple[str, int, int]]:
-    """List the regular files beneath a directory; links are not followed.
+    """Return the regular files beneath a directory; links are not followed.
 
-    Hidden files and directories are left out: files that are still being written,
-    leftovers of NFS, and the notes of file managers.
+    Hidden files and directories are left out: files that are being written, leftovers
+    of NFS, and the notes of file managers.
 
     Returns:
         The relative POSIX path, the size in bytes and the time of the last change in
@@ -380,7 +380,7 @@ def split_path(relative: str) -> list[str]:
     """Split a peer's path into names that are harmless.
 
     Raises:
-        InvalidInput: If it is no relative path.
+        InvalidInput: If it is not a relative path beneath the root.
     """
     return check_relative_path_untrusted(relative).split("/")
 
@@ -388,15 +388,15 @@ def split_path(relative: str) -> list[str]:
 def open_folder_beneath(
     root: Path, names: list[str], *, create: bool = False
 ) -> Folder:
-    """Walk from a root to a directory beneath it.
+    """Open a directory beneath a root.
 
     Args:
         root: A directory that the owner of this process named.
         names: Checked names, from `split_path`; none means the root itself.
-        create: Make the directories that are missing.
+        create: Make missing directories.
 
     Raises:
-        InvalidInput: If a name is a link, or no directory.
+        InvalidInput: If a name is a link, or not a directory.
         OSError: If a directory is missing, or the storage failed.
     """
     folder = Folder.open(root)
@@ -415,7 +415,7 @@ def open_folder_beneath(
 
 @contextmanager
 def _explain_path(relative: str) -> Iterator[None]:
-    """Turn what a path is to blame for into `InvalidInput`."""
+    """Turn the failures that a wrong path causes into `InvalidInput`."""
     with explain_errors(f"Failed to open {relative}"):
         try:
             yield
@@ -433,7 +433,7 @@ def _link_error(name: str) -> InvalidInput:
 
 
 def _remove_tree(parent: Folder, name: str, depth: int) -> bool:
-    """Remove what can be removed; tells whether nothing is left."""
+    """Remove a tree; return False if NFS keeps a file of it."""
     if not stat.S_ISDIR(parent.status(name).st_mode):
         return _unlink_or_leave(parent, name)
     if depth == 0:

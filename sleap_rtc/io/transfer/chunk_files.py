@@ -1,4 +1,4 @@
-"""Files that travel in chunks: where they come from, and where they arrive.
+"""Files that travel in chunks: the source that is sent, and the target that is written.
 
 All functions here block: call them in worker threads. Any number of threads may use one
 `ChunkReader` or `ChunkWriter` at once.
@@ -108,8 +108,8 @@ class ChunkWriter:
     `publish`, `keep` or `abandon`; the files of a killed process are kept.
 
     Attributes:
-        chunk_map: The chunks that were there when the writer was opened. It belongs to
-            the caller; `write` does not change it.
+        chunk_map: The chunks that an earlier writer stored. It belongs to the caller;
+            `write` does not change it.
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class ChunkWriter:
             self._file.use() as fd,
         ):
             write_at(fd, payload, index * self._chunk_size)
-            self._journal.note(index, digest)
+            self._journal.record(index, digest)
             if self._is_time_to_save(length):
                 sync_data(fd)
                 self._journal.sync()
@@ -259,7 +259,7 @@ class ChunkWriter:
         try:
             self._journal.remove()
         except OSError:
-            pass  # the file is there, and the next writer of that name removes it
+            pass  # the file is whole, and the next writer of that name removes it
         self._end()
         return path
 
@@ -352,7 +352,7 @@ class _HiddenFiles:
             )
 
     def rename_part(self) -> Path:
-        """Give the part file the name of the file, and return its path."""
+        """Rename the part file to the file, and return the path."""
         self.folder.rename_new(self._part, self._name)
         self.folder.sync()
         return self.folder.path / self._name
@@ -386,7 +386,7 @@ class _HiddenFiles:
         return fd
 
     def _reserved(self, fd: int) -> int:
-        """Give a part file its size; close it if that fails."""
+        """Reserve the space of a part file; close it if that fails."""
         try:
             reserve_space(fd, self._size)
         except OSError:

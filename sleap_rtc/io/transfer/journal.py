@@ -1,9 +1,9 @@
-"""The journal of a file that arrives in chunks: which of them were written.
+"""The journal of a file that arrives in chunks: a record of the written ones.
 
-It lies beside the part file and outlives the process that writes it. A chunk's slot is
-written after the chunk itself. Each slot carries a checksum, so a torn one costs only
-its chunk; and whoever goes on with the file compares each chunk with its slot, because
-a power cut may lose either.
+It is beside the part file and outlives the process that writes it. The slot of a chunk
+is written after the chunk itself. Each slot has a checksum, so a torn one costs only
+its chunk. The next writer of the file compares each chunk with its slot, because a
+power cut may lose either.
 
 Slots are 36 bytes each, and all numbers are big-endian. The first one is the header:
 
@@ -63,21 +63,21 @@ _CHECKSUM = 4
 _SLOT = HASH_SIZE + _CHECKSUM
 _EMPTY = bytes(_SLOT)
 _SLOTS_AT_ONCE = 1024
-"""Slots that are read in one go."""
+"""Slots that are read in one call."""
 
 _LOCKED_BYTE = 2**40
-"""Windows locks bytes and not files; this one is far behind the last slot."""
+"""Offset of the byte that Windows locks, far behind the last slot."""
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
-"""What file systems without locks answer: some network mounts."""
+"""Error numbers of file systems without locks: some network mounts."""
 
 
 class Journal:
-    """Which chunks of a part file were written, and their hashes.
+    """The written chunks of a part file, with their hashes.
 
     Get one from `open`. It is locked as long as it is open, and the lock ends with the
-    process, so it also keeps a second writer away from the part file. Any number of
-    threads may use it.
+    process. So the lock also keeps a second writer away from the part file. Any number
+    of threads may use the journal.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class Journal:
     def open(
         cls, folder: Folder, name: str, *, size: int, chunk_size: int, origin: str = ""
     ) -> Self:
-        """Open a journal, make it if it does not exist, and lock it.
+        """Open a journal, create it if it does not exist, and lock it.
 
         Args:
             folder: Its directory, which the caller keeps open for as long.
@@ -114,7 +114,7 @@ class Journal:
         return cls(folder, name, file, header=fields + checksum, count=count)
 
     def use(self) -> AbstractContextManager[int]:
-        """Keep it open, and locked, for the length of a block.
+        """Keep the journal open and locked while a block runs.
 
         Raises:
             StorageError: If it was closed.
@@ -122,23 +122,23 @@ class Journal:
         return self._file.use()
 
     def matches(self) -> bool:
-        """Tell whether it is the journal of this very file."""
+        """Return True if this is the journal of the same file."""
         with self.use() as fd:
             return read_at(fd, _SLOT, 0) == self._header
 
     def restart(self) -> None:
-        """Forget every chunk, and whatever else was in it.
+        """Empty the journal.
 
         Raises:
-            OSError: If there is no room.
+            OSError: If the disk is full.
         """
         with self.use() as fd:
             os.ftruncate(fd, 0)
             reserve_space(fd, _SLOT * (1 + self._count))
             write_at(fd, self._header, 0)
 
-    def note(self, index: int, digest: bytes) -> None:
-        """Note that a chunk was written.
+    def record(self, index: int, digest: bytes) -> None:
+        """Record that a chunk was written.
 
         Args:
             index: The chunk.
@@ -151,7 +151,7 @@ class Journal:
             write_at(fd, digest + _check(index, digest), _SLOT * (1 + index))
 
     def written(self) -> Iterator[tuple[int, bytes]]:
-        """Yield the chunks that were noted, and their hashes, in order."""
+        """Yield the recorded chunks and their hashes, in order."""
         with self.use() as fd:
             for first in range(0, self._count, _SLOTS_AT_ONCE):
                 wanted = min(_SLOTS_AT_ONCE, self._count - first)
@@ -163,7 +163,7 @@ class Journal:
                         yield first + place, digest
 
     def sync(self) -> None:
-        """Make what was noted survive a power cut.
+        """Sync the journal, so that its records survive a power cut.
 
         Raises:
             OSError: If the storage failed.
@@ -172,10 +172,10 @@ class Journal:
             sync_data(fd)
 
     def remove(self) -> None:
-        """Remove it from the storage, and close it.
+        """Remove the journal from the storage, and close it.
 
         Raises:
-            OSError: If the storage failed; it is closed nevertheless.
+            OSError: If the storage failed; the journal is closed nevertheless.
         """
         if sys.platform == "win32":  # which does not remove what is open
             self._file.close()
@@ -187,7 +187,7 @@ class Journal:
             self._file.close()
 
     def close(self) -> None:
-        """Leave it for later, and let others have it; safe to call again."""
+        """Close the journal, which keeps it for a later writer; safe to call again."""
         self._file.close()
 
 
@@ -196,7 +196,7 @@ def _check(index: int, digest: bytes) -> bytes:
 
 
 def _open_locked(folder: Folder, name: str) -> int:
-    """Open a file, make it if it is not there, and lock it."""
+    """Open a file, create it if it does not exist, and lock it."""
     while True:
         try:
             fd = folder.open_file(name, write=True)
@@ -204,7 +204,7 @@ def _open_locked(folder: Folder, name: str) -> int:
             try:
                 fd = folder.create_file(name)
             except FileExistsError:
-                continue  # somebody else was faster
+                continue  # another writer was faster
         try:
             _lock(fd)
             if _is_named(folder, name, fd):
@@ -216,10 +216,10 @@ def _open_locked(folder: Folder, name: str) -> int:
 
 
 def _is_named(folder: Folder, name: str, fd: int) -> bool:
-    """Tell whether a name, and no other, still means an open file.
+    """Return True if an open file still has this name, and no other.
 
-    Its last owner may have removed it before this one could lock it. And if it has a
-    second name, it is somebody's way to have another file overwritten.
+    The last writer may have removed it before this one could lock it. A second name
+    would be an attempt to have another file overwritten.
     """
     status = os.fstat(fd)
     try:
@@ -232,10 +232,10 @@ def _is_named(folder: Folder, name: str, fd: int) -> bool:
 
 
 def _lock(fd: int) -> None:
-    """Lock a file, as long as it is open, against everybody else.
+    """Lock a file against every other writer, as long as it is open.
 
     Raises:
-        BlockingIOError: If it is locked.
+        BlockingIOError: If another writer has locked it.
     """
     if sys.platform == "win32":
         os.lseek(fd, _LOCKED_BYTE, os.SEEK_SET)

@@ -44,7 +44,7 @@ class TransferError(Exception):
     """A file did not arrive, although the link is open.
 
     Args:
-        reason: What happened, for people. It may be a text of the peer.
+        reason: The cause, for people. It may be a text of the peer.
     """
 
     def __init__(self, reason: str) -> None:
@@ -72,13 +72,13 @@ class ChunkSink(Protocol):
     """
 
     chunk_map: ChunkMap
-    """The chunks that are there. The transfer owns it and sets those that it stores."""
+    """The stored chunks. The transfer owns the map and adds those that it stores."""
 
     def write(self, index: int, payload: Buffer, digest: bytes) -> bool:
         """Write a chunk; return False if its hash is another one."""
 
     def publish(self) -> Path:
-        """Give the whole file its name, and return its path."""
+        """Publish the whole file under its name, and return its path."""
 
     def keep(self) -> None:
         """Keep what was written for a later transfer, unless it was published."""
@@ -155,7 +155,7 @@ class RunningTransfer(ABC):
         """Run the next output of the machine; return False if none is left."""
 
     async def _cancel(self) -> None:
-        """Tell the peer within `CLOSE_TIMEOUT` that this side gave up."""
+        """Send the peer within `CLOSE_TIMEOUT` that this side gave up."""
         self._machine.cancel("the other side cancelled the transfer")
         with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
             while (output := self._machine.next_output()) is not None:
@@ -315,12 +315,12 @@ class SendingFile(RunningTransfer):
         self._woken.set()
 
     def _read(self, index: int) -> tuple[Buffer, bytes] | None:
-        """Read a chunk; None if the file is no longer what was offered."""
+        """Read a chunk; None if the file is no longer the one that was offered."""
         chunk = self._source.read(index)
         return chunk if self._source.check_unchanged() else None
 
     def _read_hashes(self, indexes: range) -> list[bytes]:
-        """Hash chunks; fewer of them if the file is no longer what was offered."""
+        """Hash chunks; fewer if the file is no longer the offered one."""
         digests = []
         for index in indexes:
             chunk = self._read(index)

@@ -200,4 +200,4 @@ class Transfers:
             try:
                 await self._link.send_message(FileError(transfer_id, _UNKNOWN))
             except LinkClosedError:
-                return  # `run` notices it too
+                return  # `run` also notices it

@@ -97,7 +97,7 @@ StateT = TypeVar("StateT", bound=Enum)
 OutputT = TypeVar("OutputT", bound=msgspec.Struct)
 
 Late = Mapping[StateT, frozenset[Trigger]]
-"""For each state, the triggers that come too late to matter: they are ignored."""
+"""Triggers that are ignored in each state because they come too late to matter."""
 
 
 class TransferMachine(ABC, Generic[StateT, OutputT]):

@@ -115,8 +115,8 @@ class Receiver(TransferMachine[ReceiverState, ReceiverOutput]):
 
     Args:
         transfer_id: The number that the two sides use.
-        chunk_map: The chunks that are there, of an earlier transfer. The machine sets
-            those that are stored.
+        chunk_map: The chunks that an earlier transfer stored. The machine adds those
+            that it stores.
         window: Chunks that may be granted and not yet stored; fewer if they are large.
 
     Raises:

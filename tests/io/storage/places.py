@@ -1,4 +1,4 @@
-"""What the tests of the file side share: both kinds of storage, and a full one."""
+"""Storage for tests: disk and memory, full, read-only, and hanging."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ MEMORY = Path("/dev/shm")
 
 
 def ignores_permissions() -> bool:
-    """Tell whether this user may read and write everything, as root may."""
+    """Return True if this user may read and write everything, as root may."""
     with tempfile.TemporaryDirectory() as path:
         os.chmod(path, 0)
         try:
@@ -34,7 +34,7 @@ def ignores_permissions() -> bool:
 
 @contextmanager
 def memory_folder() -> Iterator[Path]:
-    """Give a fresh directory on a tmpfs; skip where there is none."""
+    """Yield a fresh directory on a tmpfs; skip where no tmpfs exists."""
     if not os.path.ismount(MEMORY):
         pytest.skip("this system has no tmpfs at /dev/shm")
     path = Path(tempfile.mkdtemp(dir=MEMORY, prefix="sleap-rtc-test-"))
@@ -53,7 +53,7 @@ def small_mount(path: Path, megabytes: int) -> Iterator[Path]:
 
 @contextmanager
 def busy_file(path: Path) -> Iterator[None]:
-    """Make a file that can't be removed (EBUSY); skip where that is refused."""
+    """Create a file that cannot be removed (EBUSY); skip where that is refused."""
     path.touch()
     with _mounted("--bind", "/dev/null", str(path)):
         yield
@@ -61,19 +61,19 @@ def busy_file(path: Path) -> Iterator[None]:
 
 @contextmanager
 def read_only_mount(path: Path) -> Iterator[Path]:
-    """Mount a tmpfs that nobody may write to; skip where that is refused."""
+    """Mount a read-only tmpfs; skip where that is refused."""
     with _mounted("-t", "tmpfs", "-o", "ro", "none", str(path)):
         yield path
 
 
 def find_program(name: str) -> str | None:
-    """Find a program, also one for administrators, which many users' PATH lacks."""
+    """Return the path of a program, even of one for administrators."""
     return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
 
 
 @contextmanager
 def disk_mount(folder: Path, kind: str, megabytes: int) -> Iterator[Path]:
-    """Mount a new file system that lies in a file; skip where that is refused.
+    """Mount a new file system in a file; skip where that is refused.
 
     Args:
         folder: An empty directory for the file and the mount point.
@@ -89,7 +89,7 @@ def disk_mount(folder: Path, kind: str, megabytes: int) -> Iterator[Path]:
     with image.open("wb") as file:
         file.truncate(megabytes * 2**20)
     subprocess.run([maker, str(image)], check=True, capture_output=True)
-    # Few kernels have exFAT; the program of that name serves it anywhere.
+    # Few kernels have exFAT, but the FUSE program serves it on any.
     driver = "exfat-fuse" if kind == "exfat" else kind
     with _mounted("-t", driver, "-o", "loop", str(image), str(path)):
         yield path
@@ -107,7 +107,7 @@ def _mounted(*arguments: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # Lazily: a test that failed may still hold a file there.
+        # Lazily: a test that failed may still have an open file there.
         subprocess.run(["umount", "-l", arguments[-1]], check=True)
 
 

@@ -33,7 +33,7 @@ MEBIBYTE = 1024 * 1024
 
 @pytest.fixture(params=["disk", "memory"])
 def job(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """Give an empty job directory; the directory around it is the test's own."""
+    """Yield an empty job directory in a directory of the test."""
     if request.param == "disk":
         (tmp_path / "job").mkdir()
         yield tmp_path / "job"
@@ -60,7 +60,7 @@ def ignore(packed: int) -> None:
 
 
 def tree(root: Path) -> dict[str, bytes | None]:
-    """Describe all that is beneath a directory; None stands for a directory."""
+    """Return the content of each file beneath a directory; None for a directory."""
     return {
         path.relative_to(root).as_posix(): None if path.is_dir() else path.read_bytes()
         for path in sorted(root.rglob("*"))
@@ -149,7 +149,7 @@ def test_the_top_folder_is_found(
     assert top_folder(entries) == top
 
 
-def test_what_macos_adds_is_left_out(job: Path) -> None:
+def test_the_additions_of_macos_are_left_out(job: Path) -> None:
     data = zip_of(
         ("job/a", b"1"),
         ("job/.DS_Store", b"?"),
@@ -169,7 +169,7 @@ def test_a_compressed_package_is_the_same(job: Path) -> None:
     assert (job / "a").read_bytes() == content
 
 
-def test_what_is_in_the_directory_stays(job: Path) -> None:
+def test_the_content_of_the_directory_stays(job: Path) -> None:
     (job / "models").mkdir()
     (job / "models/old").write_bytes(b"old")
     unpack(job, zip_of(("models/", b""), ("models/new", b"new"), ("a", b"")))
@@ -286,7 +286,7 @@ def claiming_a_million_entries(comment: bytes = b"") -> bytes:
 
 
 def with_wrong_size() -> bytes:
-    """One entry that says that it is shorter than it is."""
+    """Return a zip with an entry that announces fewer bytes than it has."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a", b"x")
@@ -377,7 +377,7 @@ def test_a_hostile_package_leaves_nothing(job: Path, data: bytes, reason: str) -
     }
 
 
-def test_entries_that_are_not_announced_are_counted_too(job: Path) -> None:
+def test_entries_that_are_not_announced_are_counted(job: Path) -> None:
     data = zip_of(*((f"n{number}", b"") for number in range(20)))
     with pytest.raises(ArchiveError, match="20 entries, and 10 are allowed"):
         unpack(
@@ -431,9 +431,9 @@ def test_a_planted_link_is_neither_followed_nor_removed(job: Path, where: str) -
     assert os.path.lexists(job / ("out" if where == "file" else "sub/out"))
 
 
-def test_a_file_that_is_there_is_not_replaced(job: Path) -> None:
+def test_an_existing_file_is_not_replaced(job: Path) -> None:
     (job / "b").write_bytes(b"mine")
-    with pytest.raises(ArchiveError, match="'b' refused: something of that name"):
+    with pytest.raises(ArchiveError, match="'b' refused: the name is taken"):
         unpack(job, zip_of(("a", b"1"), ("b", b"2")))
     assert tree(job) == {"b": b"mine"}
 
@@ -536,17 +536,17 @@ def plant_link_out(source: Path) -> None:
 @pytest.mark.parametrize(
     ("plant", "reason"),
     [
-        (plant_link_out, "odd can't be packed: it links to .*secret"),
-        (lambda source: (source / "odd").symlink_to("nowhere"), "odd can't be packed"),
-        (lambda source: (source / "odd").symlink_to("odd"), "odd can't be packed"),
-        (lambda source: (source / "odd").symlink_to("."), "odd can't be packed"),
-        (lambda source: os.mkfifo(source / "odd"), "odd can't be packed"),
-        (lambda source: (source / "a\\b").touch(), "can't be packed.*backslash"),
+        (plant_link_out, "odd links to .*secret"),
+        (lambda source: (source / "odd").symlink_to("nowhere"), "odd cannot be read"),
+        (lambda source: (source / "odd").symlink_to("odd"), "odd cannot be read"),
+        (lambda source: (source / "odd").symlink_to("."), "odd links to"),
+        (lambda source: os.mkfifo(source / "odd"), "odd is not a regular"),
+        (lambda source: (source / "a\\b").touch(), "cannot be packed.*backslash"),
         (lambda source: (source / "FILE").touch(), "clashes with"),
     ],
     ids=["out", "dead", "loop", "folder", "pipe", "backslash", "case"],
 )
-def test_what_can_not_be_packed_is_named(
+def test_a_file_that_cannot_be_packed_is_named(
     tmp_path: Path, plant: Callable[[Path], None], reason: str
 ) -> None:
     source = tmp_path / "source"

@@ -23,7 +23,7 @@ MEBIBYTE = 1024 * 1024
 def places(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> Iterator[tuple[Path, Path]]:
-    """Give a source directory and a shared root."""
+    """Return a source directory and a shared root."""
     if request.param == "disk to disk":
         (tmp_path / "root").mkdir()
         yield tmp_path, tmp_path / "root"
@@ -170,7 +170,7 @@ def test_a_disk_that_becomes_full_is_an_error(tmp_path: Path) -> None:
         assert files(root) == ["filler"]
 
 
-async def test_progress_is_told_in_the_event_loop(tmp_path: Path) -> None:
+async def test_progress_is_reported_in_the_event_loop(tmp_path: Path) -> None:
     data = make_file(tmp_path / "a.zip", 9 * MEBIBYTE)
     threads: set[threading.Thread] = set()
     with trio.fail_after(10):

@@ -1,4 +1,4 @@
-"""Each way to copy, on real file systems, and the step from one to the next."""
+"""Each strategy to copy, on real file systems, and the change to the next one."""
 
 import errno
 import os
@@ -55,7 +55,7 @@ each_strategy = pytest.mark.parametrize(
 
 @pytest.fixture(params=["xfs", "btrfs"])
 def sharing_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """Give a directory where files can share blocks."""
+    """Yield a directory where files can share blocks."""
     folder = tmp_path / "disk"
     folder.mkdir()
     with disk_mount(folder, request.param, megabytes=600) as path:
@@ -64,7 +64,7 @@ def sharing_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Pat
 
 @pytest.fixture
 def memory() -> Iterator[Path]:
-    """Give a directory that the kernel can't copy to from a disk (EXDEV)."""
+    """Yield a directory to which the kernel cannot copy from a disk (EXDEV)."""
     with memory_folder() as path:
         yield path
 
@@ -77,7 +77,7 @@ def make_file(path: Path, size: int) -> bytes:
 
 @contextmanager
 def opened(source: Path, target: Path) -> Iterator[tuple[int, int]]:
-    """Open a source, and a target that is new or goes on."""
+    """Open a source, and a target that is new or has content."""
     with source.open("rb") as reader:
         fd = os.open(target, os.O_RDWR | os.O_CREAT)
         try:
@@ -146,7 +146,7 @@ def test_a_strategy_ends_where_the_source_ends(
 
 
 @needs_linux
-def test_reads_and_writes_go_on_where_the_kernel_stopped(tmp_path: Path) -> None:
+def test_reads_and_writes_resume_where_the_kernel_stopped(tmp_path: Path) -> None:
     data = make_file(tmp_path / "a", 40 * MEBIBYTE)
     with opened(tmp_path / "a", tmp_path / "b") as (source, target):
         with closing(copy_in_kernel(source, target, 0, len(data))) as steps:
@@ -168,7 +168,7 @@ def test_nothing_is_added_to_a_file_that_the_kernel_can_only_append_to(
 
 
 @needs_linux
-def test_a_stop_is_never_far(tmp_path: Path) -> None:
+def test_a_copy_can_stop_soon(tmp_path: Path) -> None:
     make_file(tmp_path / "a", 40 * MEBIBYTE)
     with opened(tmp_path / "a", tmp_path / "b") as (source, target):
         steps = [0, *copy_in_kernel(source, target, 0, 40 * MEBIBYTE)]
@@ -178,7 +178,7 @@ def test_a_stop_is_never_far(tmp_path: Path) -> None:
 
 
 @needs_linux
-def test_the_kernel_can_not_copy_to_another_file_system(
+def test_the_kernel_cannot_copy_to_another_file_system(
     tmp_path: Path, memory: Path
 ) -> None:
     make_file(tmp_path / "a", 9 * MEBIBYTE)
@@ -360,14 +360,14 @@ async def test_storage_that_hangs_is_given_up(tmp_path: Path) -> None:
         (freezer,) = freezers
         await trio.to_thread.run_sync(freezer.communicate)
         with trio.fail_after(20):
-            # The thread cleans up when it comes back, and tells nobody.
+            # The thread cleans up in silence when its call returns.
             while os.listdir(root):  # noqa: ASYNC110
                 await trio.sleep(0.01)
         assert seen[-1] < 400 * MEBIBYTE
 
 
 def freeze_disk(root: Path) -> subprocess.Popen[bytes]:
-    """Let whoever writes there hang in the kernel, until the process is let go.
+    """Make every writer hang in the kernel until the returned process ends.
 
     A shell holds the disk: a test that was killed would leave it frozen for good.
     """

@@ -206,7 +206,7 @@ def test_a_reader_takes_an_open_file(tmp_path: Path) -> None:
         reader.read(0)
 
 
-def test_a_reader_refuses_what_is_no_file(tmp_path: Path) -> None:
+def test_only_a_regular_file_can_be_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for name, reason in [
         ("pipe", "named pipe"),
@@ -218,7 +218,7 @@ def test_a_reader_refuses_what_is_no_file(tmp_path: Path) -> None:
 
 
 def test_a_file_in_use_is_closed_by_its_last_user(tmp_path: Path) -> None:
-    """Or a thread that hung would write into whatever gets the number next."""
+    """Otherwise a thread that hung could write into the next file of that number."""
     with closing(Folder.open(tmp_path)) as folder:
         part = PartFile.create(folder, "name")
         with part.use() as fd:

@@ -91,7 +91,7 @@ def make_socket(path: Path) -> None:
     ],
     ids=["pipe", "socket", "directory", "missing"],
 )
-def test_what_is_no_file_is_named_and_never_waited_for(
+def test_anything_but_a_file_is_named_and_never_waited_for(
     root: Path, make: Callable[[Path], None], reason: str
 ) -> None:
     (root / "a").mkdir()
@@ -105,7 +105,7 @@ def test_a_device_is_refused() -> None:
         open_beneath(Path("/dev"), "null")
 
 
-def test_a_file_on_the_way_is_no_directory(root: Path) -> None:
+def test_a_file_on_the_way_is_not_a_directory(root: Path) -> None:
     (root / "a").write_bytes(b"")
     for call in (open_beneath, create_beneath, make_directories_beneath):
         with pytest.raises(InvalidInput, match="'a' is a file"):
@@ -120,7 +120,7 @@ def test_a_forbidden_file_is_named_as_such(root: Path) -> None:
         open_beneath(root, "file")
 
 
-def test_creating_never_touches_what_is_there(root: Path) -> None:
+def test_creating_never_touches_an_existing_file(root: Path) -> None:
     (root.parent / "victim").write_bytes(b"mine")
     (root / "link").symlink_to("../victim")
     (root / "file").write_bytes(b"mine")
@@ -140,7 +140,7 @@ def test_directories_are_made_and_found_again(root: Path) -> None:
         make_directories_beneath(root, "a/link/d")
 
 
-def test_removing_a_tree_leaves_what_its_links_lead_to(root: Path) -> None:
+def test_removing_a_tree_leaves_the_targets_of_its_links(root: Path) -> None:
     outside = root.parent / "outside"
     outside.mkdir()
     (outside / "kept").write_bytes(b"")
@@ -156,7 +156,7 @@ def test_removing_a_tree_leaves_what_its_links_lead_to(root: Path) -> None:
     assert os.listdir(outside) == ["kept"]
 
 
-def test_what_nfs_keeps_of_an_open_file_stays(tmp_path: Path) -> None:
+def test_the_leftover_of_an_open_file_on_nfs_stays(tmp_path: Path) -> None:
     (tmp_path / "job/models").mkdir(parents=True)
     (tmp_path / "job/other").mkdir()
     (tmp_path / "job/package").touch()
@@ -215,7 +215,7 @@ def test_a_closed_folder_is_not_used_again(root: Path) -> None:
 
 
 def test_no_open_escapes_while_a_directory_is_swapped_for_a_link(root: Path) -> None:
-    """A checked path is another one when it is opened; the walk must notice."""
+    """A checked path may lead elsewhere when it is opened; the walk must notice."""
     outside = root.parent / "outside"
     outside.mkdir()
     (outside / "file").write_bytes(b"outside")
@@ -262,7 +262,7 @@ open_in_both_ways = pytest.mark.parametrize(
 
 @contextmanager
 def exchanged_after_stat(path: Path, make: Callable[[Path], None]) -> Iterator[None]:
-    """Exchange a file just after its kind was looked up, and before it is opened."""
+    """Exchange a file between the check of its kind and its opening."""
     stat = os.stat
 
     def stat_and_exchange(name: Any, **options: Any) -> os.stat_result:
@@ -305,7 +305,7 @@ def test_a_pipe_that_takes_the_place_of_a_file_is_neither_waited_for_nor_read(
 
 @contextmanager
 def without_hard_links(error: int) -> Iterator[None]:
-    """Let the file system answer as one without hard links does."""
+    """Refuse hard links as file systems without them do."""
 
     def refuse(*_names: object, **_options: object) -> None:
         raise OSError(error, os.strerror(error))

@@ -10,7 +10,7 @@ import pytest
 from sleap_rtc.io.storage.private import write_private
 
 
-def test_the_content_replaces_what_was_there(tmp_path: Path) -> None:
+def test_the_content_replaces_an_older_one(tmp_path: Path) -> None:
     path = tmp_path / "secret"
     write_private(path, b"old and longer")
     write_private(path, b"new")

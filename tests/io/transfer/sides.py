@@ -66,7 +66,7 @@ async def two_sides() -> AsyncIterator[tuple[Side, Side]]:
 
 
 class Job:
-    """A source file, and the directory that it shall arrive in."""
+    """A source file, and the directory in which it arrives."""
 
     def __init__(self, folder: Path, size: int, name: str = "job.zip") -> None:
         self.content = Random(size).randbytes(size)

@@ -1,4 +1,4 @@
-"""Part files and their journals: what is left of them, and who goes on with them."""
+"""Part files and their journals: what stays of them, and how writers resume."""
 
 import errno
 import os
@@ -23,7 +23,6 @@ from sleap_rtc.io.storage.folder import (
     InsufficientSpaceError,
     StorageError,
 )
-from sleap_rtc.io.transfer import chunk_files
 from sleap_rtc.io.transfer.chunk_files import ChunkWriter
 from sleap_rtc.io.transfer.journal import Journal
 from sleap_rtc.proto.errors import InvalidInput
@@ -79,7 +78,7 @@ def found(writer: ChunkWriter) -> set[int]:
 
 
 def check_goes_on(root: Path, expected: set[int]) -> None:
-    """See that exactly these chunks are found, and that the rest makes the file."""
+    """Check that exactly these chunks are found, and that the rest makes the file."""
     writer = open_writer(root)
     assert found(writer) == expected
     for index in expected:
@@ -109,13 +108,13 @@ def test_a_file_of_no_bytes_can_be_kept(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_what_was_kept_can_be_abandoned_by_the_next_writer(tmp_path: Path) -> None:
+def test_a_kept_file_can_be_abandoned_by_the_next_writer(tmp_path: Path) -> None:
     make_kept(tmp_path)
     open_writer(tmp_path).abandon()
     assert os.listdir(tmp_path) == []
 
 
-def test_a_writer_that_has_kept_its_file_does_nothing_any_more(tmp_path: Path) -> None:
+def test_a_writer_that_has_kept_its_file_does_nothing_more(tmp_path: Path) -> None:
     writer = open_writer(tmp_path)
     write(writer, {2})
     writer.keep()
@@ -175,7 +174,7 @@ class Doomed:
         self.stored: set[int] = set()
 
     def write_some(self, reports: int) -> None:
-        """Let a process write until it has said so much, or has kept all."""
+        """Start a process; return after n of its reports, or when it has kept all."""
         assert self._process.stdin is not None
         self._process.stdin.write(b"go\n")
         self._pid = int(self._next_words()[0])
@@ -261,7 +260,7 @@ def test_a_second_writer_of_the_same_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_of_many_writers_at_once_one_publishes(tmp_path: Path) -> None:
-    """Also if one comes just when another one ends and removes its files."""
+    """Even if one starts just when another one ends and removes its files."""
 
     def race(_number: int) -> bool:
         try:
@@ -475,7 +474,7 @@ def test_a_second_name_of_a_file_is_never_written_to(
 
 
 @pytest.mark.parametrize("planted", [part, journal])
-def test_what_is_no_file_is_refused_at_once(
+def test_anything_but_a_file_is_refused_at_once(
     tmp_path: Path, planted: Callable[[Path], Path]
 ) -> None:
     make_kept(tmp_path)
@@ -516,20 +515,6 @@ def test_a_part_file_needs_only_the_room_that_is_missing(tmp_path: Path) -> None
         assert os.listdir(full) == []
 
 
-def test_the_storage_is_told_now_and_then_to_save(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The data comes first, so that a power cut leaves no slot without its chunk."""
-    saved: list[str] = []
-    monkeypatch.setattr(chunk_files, "SAVE_EVERY", 3 * CHUNK)
-    monkeypatch.setattr(chunk_files, "sync_data", lambda fd: saved.append("data"))
-    monkeypatch.setattr(Journal, "sync", lambda self: saved.append("journal"))
-    writer = open_writer(tmp_path)
-    write(writer, EVERY)
-    assert saved == ["data", "journal"] * 2
-    writer.abandon()
-
-
 # ----------------------------------------------------------------------- all together
 
 WRITE = st.tuples(st.just("write"), st.integers(0, COUNT - 1))
@@ -554,7 +539,7 @@ def test_whatever_happens_the_right_file_comes_out(
                 write(writer, {place})
                 unharmed.add(place)
                 continue
-            # What a process that is killed now leaves behind.
+            # The files that a process leaves if it is killed now.
             after = Path(name) / str(number)
             shutil.copytree(root, after)
             writer.abandon()

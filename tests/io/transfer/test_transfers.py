@@ -358,7 +358,7 @@ async def test_a_transfer_id_serves_one_transfer_at_a_time(tmp_path: Path) -> No
     assert [path.name for path in job.root.iterdir()] == ["job.zip"]
 
 
-async def test_a_peer_that_waits_for_an_unknown_transfer_is_told(
+async def test_a_peer_that_waits_for_an_unknown_transfer_gets_an_error(
     tmp_path: Path,
 ) -> None:
     job = Job(tmp_path, 5)

@@ -38,7 +38,7 @@ def test_a_file_without_chunks_is_complete() -> None:
 
 
 @given(count=st.integers(0, 40), there=st.sets(st.integers(0, 39)))
-def test_what_is_missing_is_what_was_not_set(count: int, there: set[int]) -> None:
+def test_the_chunks_that_were_not_set_are_missing(count: int, there: set[int]) -> None:
     there = {index for index in there if index < count}
     chunks = ChunkMap(count, 1)
     for index in there:
@@ -90,7 +90,7 @@ def test_the_root_tells_size_order_and_hashes_apart() -> None:
     assert len(roots) == 4
 
 
-def test_there_is_no_root_before_every_chunk_is_there() -> None:
+def test_an_incomplete_map_has_no_root() -> None:
     chunks = ChunkMap(11, 10)
     chunks.set(0, DIGEST)
     with pytest.raises(LocalProtocolError, match="missing"):
@@ -107,7 +107,7 @@ def test_a_chunk_outside_the_file_is_an_error(index: int) -> None:
         chunks.set(index, DIGEST)
 
 
-def test_what_is_no_hash_is_not_taken() -> None:
+def test_a_hash_of_another_length_is_refused() -> None:
     chunks = ChunkMap(11, 10)
     with pytest.raises(LocalProtocolError, match="32 bytes, not 31"):
         chunks.set(0, DIGEST[1:])

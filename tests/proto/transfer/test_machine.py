@@ -12,7 +12,7 @@ SIZES = [0, 1, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1, 5 * CHUNK_SIZE, 90_00
 
 
 def content_of(size: int) -> bytes:
-    """Bytes of which no two chunks are alike."""
+    """Return bytes of which no two chunks are alike."""
     return b"".join(n.to_bytes(4, "big") for n in range(-(-size // 4)))[:size]
 
 

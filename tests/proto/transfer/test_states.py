@@ -71,7 +71,7 @@ def received() -> FileReceived:
 
 
 def failure(reason: str) -> list[msgspec.Struct]:
-    """The outputs of a failure that the peer does not know."""
+    """Return the outputs of a failure that the peer must learn."""
     return [SendMessage(FileError(TRANSFER_ID, reason)), TransferFailed(reason)]
 
 

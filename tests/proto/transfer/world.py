@@ -26,7 +26,7 @@ NOW = 0.0
 
 
 def header_of(content: bytes, index: int) -> ChunkHeader:
-    """The header of a good chunk."""
+    """Return the header of a good chunk."""
     payload = content[index * CHUNK_SIZE : (index + 1) * CHUNK_SIZE]
     return ChunkHeader(TRANSFER_ID, index, len(payload), blake3(payload).digest())
 
@@ -34,8 +34,9 @@ def header_of(content: bytes, index: int) -> ChunkHeader:
 class World:
     """A sender, a receiver, their storage, and everything that is on the way.
 
-    `step` does one random thing that can happen next. What waits: control messages in
-    both directions (in order), frames (in any order), reads, writes, and publishing.
+    `step` does one random thing that can happen next. These wait: control
+    messages in both directions (in order), frames (in any order), reads, writes, and
+    publishing.
     """
 
     def __init__(self, seed: int, content: bytes, window: int = 8) -> None:
@@ -84,7 +85,7 @@ class World:
         return True
 
     def run(self, steps: int = 100_000) -> None:
-        """Go on until nothing can happen any more."""
+        """Step until nothing is left to happen."""
         for _ in range(steps):
             if not self.step():
                 return
@@ -178,7 +179,7 @@ class World:
     # ---------------------------------------------------------------------- outputs
 
     def drain(self) -> None:
-        """Take every output of both machines, and check the credits."""
+        """Run every output of both machines, and check the credits."""
         self._drain_receiver()
         self._drain_sender()
         assert self.receiver.outstanding <= self.window

@@ -25,9 +25,7 @@ from sleap_rtc.io.transfer.transfers import LEAVE_TIMEOUT, TransferError
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.job import worker_outputs
-from sleap_rtc.proto.job.lines import LineEvent
-from sleap_rtc.proto.job.script import ScriptKind
-from sleap_rtc.proto.job.worker import WorkerJob
+from sleap_rtc.proto.job.worker import RunEvent, WorkerJob
 from sleap_rtc.proto.job.worker_table import WorkerState
 from sleap_rtc.proto.paths import check_file_name_untrusted
 from sleap_rtc.worker.client_link import ClientLink
@@ -573,8 +571,7 @@ class Job:
                     package=PurePosixPath(package).name,
                     programs=self._jobs.settings.programs,
                     gpus=gpus,
-                    on_line=self._line_printed,
-                    on_stage=self._stage_complete,
+                    on_event=self._progressed,
                 )
                 report = await run_job(run, self._running)
                 failure, results = report.failure, report.results
@@ -591,10 +588,6 @@ class Job:
         self._core.queue_moved(position)
         self.drain()
 
-    def _line_printed(self, event: LineEvent) -> None:
-        self._core.output(event.line, event.text)
-        self.drain()
-
-    def _stage_complete(self, stage: ScriptKind) -> None:
-        self._core.stage_complete(stage)
+    def _progressed(self, event: RunEvent) -> None:
+        self._core.progressed(event)
         self.drain()

@@ -19,15 +19,14 @@ from sleap_rtc.io.storage.folder import (
     open_beneath,
 )
 from sleap_rtc.proto.errors import InvalidInput
-from sleap_rtc.proto.job.lines import LineEvent
 from sleap_rtc.proto.job.script import (
     MAX_SCRIPT_LENGTH,
     SCRIPT_KINDS,
     Script,
     ScriptError,
-    ScriptKind,
     plan_scripts_untrusted,
 )
+from sleap_rtc.proto.job.worker import RunEvent, StageSucceeded
 from sleap_rtc.worker.job_log import open_job_log
 from sleap_rtc.worker.process import run_script
 
@@ -56,16 +55,14 @@ class Run(msgspec.Struct, frozen=True):
         package: Name of the package in it.
         programs: The programs that this worker runs.
         gpus: The GPUs that the commands see, or None for all.
-        on_line: Called with every line of output.
-        on_stage: Called when all commands of one kind have succeeded.
+        on_event: Called with each line of output, and with each stage that succeeded.
     """
 
     directory: Path
     package: str
     programs: frozenset[str]
     gpus: tuple[int, ...] | None
-    on_line: Callable[[LineEvent], None]
-    on_stage: Callable[[ScriptKind], None]
+    on_event: Callable[[RunEvent], None]
 
 
 async def run_job(run: Run, stop: trio.CancelScope) -> RunReport:
@@ -146,7 +143,7 @@ def _read_script(directory: Path, name: str) -> str:
 
 async def _run_scripts(run: Run, scripts: tuple[Script, ...]) -> str | None:
     """Run all scripts up to the first command that fails; return the failure."""
-    async with open_job_log(run.directory, run.on_line) as log:
+    async with open_job_log(run.directory, run.on_event) as log:
         for number, script in enumerate(scripts):
             outcome = await run_script(
                 script.commands,
@@ -158,7 +155,7 @@ async def _run_scripts(run: Run, scripts: tuple[Script, ...]) -> str | None:
             if not outcome.ok:
                 return outcome.reason
             if all(later.kind != script.kind for later in scripts[number + 1 :]):
-                run.on_stage(script.kind)
+                run.on_event(StageSucceeded(script.kind))
     return None
 
 

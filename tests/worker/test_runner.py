@@ -8,8 +8,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from sleap_rtc.proto.job.lines import LineEvent
 from sleap_rtc.proto.job.script import ScriptKind
+from sleap_rtc.proto.job.worker import RunEvent, StageSucceeded
 from sleap_rtc.worker.job_log import LOG_NAME
 from sleap_rtc.worker.runner import Run, RunReport, run_job
 from tests.e2e import actor
@@ -40,7 +40,10 @@ class Job:
         self.waiting = trio.Event()
 
     async def run(self, deadline: float = 30) -> RunReport:
-        def on_line(event: LineEvent) -> None:
+        def on_event(event: RunEvent) -> None:
+            if isinstance(event, StageSucceeded):
+                self.stages.append(event.stage)
+                return
             self.lines[event.line] = event.text
             if event.text == "waiting":
                 self.waiting.set()
@@ -52,8 +55,7 @@ class Job:
                     package=self.package.name,
                     programs=frozenset({"act"}),
                     gpus=None,
-                    on_line=on_line,
-                    on_stage=self.stages.append,
+                    on_event=on_event,
                 ),
                 self.stop,
             )

@@ -1,10 +1,11 @@
 """The reports of a worker on a running job, as events for the user."""
 
-from typing import Literal, assert_never
+from typing import assert_never
 
 import msgspec
 
 from sleap_rtc.proto import messages
+from sleap_rtc.proto.job.script import ScriptKind
 
 
 class StateChanged(msgspec.Struct, frozen=True):
@@ -23,7 +24,7 @@ class LinePrinted(msgspec.Struct, frozen=True):
 class StageComplete(msgspec.Struct, frozen=True):
     """Event: all commands of one kind have succeeded."""
 
-    stage: Literal["training", "inference"]
+    stage: ScriptKind
 
 
 ReportEvent = StateChanged | LinePrinted | StageComplete
@@ -37,7 +38,7 @@ class ReportReader:
         """The first `JobLog` that has not been seen."""
 
         self._progress: messages.JobProgress | None = None
-        self._stages: set[str] = set()
+        self._stages: set[ScriptKind] = set()
 
     def read(self, report: messages.JobReport) -> ReportEvent | None:
         """Return the event for a report; None if it only repeats an earlier one."""
@@ -63,9 +64,7 @@ class ReportReader:
         self._progress = progress
         return StateChanged(progress)
 
-    def _read_stage(
-        self, stage: Literal["training", "inference"]
-    ) -> StageComplete | None:
+    def _read_stage(self, stage: ScriptKind) -> StageComplete | None:
         if stage in self._stages:
             return None
         self._stages.add(stage)

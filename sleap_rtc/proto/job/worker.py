@@ -1,12 +1,13 @@
 """One job as the worker sees it, from the first message to the end of its run."""
 
 from collections import deque
-from typing import Literal, assert_never
+from typing import assert_never
 
 import msgspec
 
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+from sleap_rtc.proto.job.lines import LineEvent
 from sleap_rtc.proto.job.log_history import LogHistory
 from sleap_rtc.proto.job.paths import MODELS
 from sleap_rtc.proto.job.results import (
@@ -15,6 +16,7 @@ from sleap_rtc.proto.job.results import (
     listed_results,
     result_pages,
 )
+from sleap_rtc.proto.job.script import ScriptKind
 from sleap_rtc.proto.job.shared_intake import IntakeState, SharedIntake
 from sleap_rtc.proto.job.worker_outputs import (
     Admit,
@@ -48,6 +50,16 @@ class _Ending(msgspec.Struct, frozen=True):
 
     state: messages.JobStateName
     detail: str
+
+
+class StageSucceeded(msgspec.Struct, frozen=True):
+    """All commands of one kind have succeeded."""
+
+    stage: ScriptKind
+
+
+RunEvent = LineEvent | StageSucceeded
+"""The events of a run: a line was printed or redrawn, or a stage has succeeded."""
 
 
 class WorkerJob:
@@ -319,26 +331,23 @@ class WorkerJob:
             self._outputs.append(Remember())
             self._send_state()
 
-    def output(self, line: int, text: str) -> None:
-        """Handle a report: a command printed a line, or redrew an earlier one."""
-        if self._report(WorkerTrigger.PRINTED):
-            log = messages.JobLog(self.job_id, self._sequence, line, clean_text(text))
-            self._sequence += 1
-            self._history.add(log)
-            self._send(log)
-
-    def stage_complete(self, stage: Literal["training", "inference"]) -> None:
-        """Handle a report: all commands of one kind have succeeded."""
-        if self._report(WorkerTrigger.PRINTED):
-            match stage:
-                case "training":
-                    message: messages.JobReport = messages.TrainingComplete()
-                case "inference":
-                    message = messages.InferenceComplete()
-                case _:
-                    assert_never(stage)
-            self._stages.append(message)
-            self._send(message)
+    def progressed(self, event: RunEvent) -> None:
+        """Handle a report: the run has come to this event."""
+        if not self._report(WorkerTrigger.PROGRESSED):
+            return
+        match event:
+            case LineEvent(line=line, text=text):
+                text = clean_text(text)
+                log = messages.JobLog(self.job_id, self._sequence, line, text)
+                self._sequence += 1
+                self._history.add(log)
+                self._send(log)
+            case StageSucceeded(stage="training"):
+                self._send_stage(messages.TrainingComplete())
+            case StageSucceeded():
+                self._send_stage(messages.InferenceComplete())
+            case _:
+                assert_never(event)
 
     def run_ended(self, failure: str | None, results: dict[str, int]) -> None:
         """Handle a report: the commands have ended, or will never start.
@@ -437,6 +446,10 @@ class WorkerJob:
             self._package = self._intake.package
             self._output_path = self._intake.output_path
             self._queue(WorkerTrigger.STARTED)
+
+    def _send_stage(self, message: messages.JobReport) -> None:
+        self._stages.append(message)
+        self._send(message)
 
     def _queue(self, trigger: WorkerTrigger) -> None:
         self._move(trigger)

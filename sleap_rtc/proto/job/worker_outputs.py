@@ -55,7 +55,7 @@ class Enqueue(msgspec.Struct, frozen=True):
     """Wait for a slot, then run the package.
 
     Reports follow: `queue_moved` while it waits, then `slot_granted`, any number of
-    reports on its progress, and `run_ended`.
+    `progressed`, and `run_ended`.
     """
 
     job_id: str

@@ -34,7 +34,7 @@ class WorkerTrigger(Enum):
     RECEIVE_FAILED = auto()
     QUEUE_MOVED = auto()
     SLOT_GRANTED = auto()
-    PRINTED = auto()
+    PROGRESSED = auto()
     RUN_ENDED = auto()
     LOST = auto()  #       the connection
     DISCARD = auto()  #    the job ends before it ran
@@ -101,7 +101,7 @@ TRANSITIONS: Table[WorkerState] = {
     _S.RUNNING: {
         _M.JobCancel: _S.RUNNING,  # it ends when its commands have stopped
         _M.JobResume: _S.RUNNING,
-        _T.PRINTED: _S.RUNNING,
+        _T.PROGRESSED: _S.RUNNING,
         _T.RUN_ENDED: _S.ENDED,
         _T.LOST: _S.RUNNING,
     },

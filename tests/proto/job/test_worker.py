@@ -8,8 +8,9 @@ import pytest
 
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
+from sleap_rtc.proto.job.lines import LineEvent
 from sleap_rtc.proto.job.shared_intake import SharedRequest
-from sleap_rtc.proto.job.worker import WorkerJob
+from sleap_rtc.proto.job.worker import StageSucceeded, WorkerJob
 from sleap_rtc.proto.job.worker_outputs import (
     Admit,
     CheckInput,
@@ -347,11 +348,11 @@ REPORTS: dict[str, tuple[Input, Wanted]] = {
         {"queued": [Remember(), *send(state("RUNNING"))]},
     ),
     "output": (
-        lambda job: job.output(0, "epoch 1"),
+        lambda job: job.progressed(LineEvent(0, "epoch 1")),
         {"running": send(messages.JobLog(JOB, 0, 0, "epoch 1"))},
     ),
     "stage_complete": (
-        lambda job: job.stage_complete("training"),
+        lambda job: job.progressed(StageSucceeded("training")),
         {"running": send(messages.TrainingComplete())},
     ),
     "run_ended": (
@@ -437,7 +438,7 @@ def test_a_job_without_a_client_runs_to_its_end_and_sends_nothing() -> None:
     job.queue_moved(0)
     job.slot_granted()
     for line in range(1000):
-        job.output(line, "epoch")
+        job.progressed(LineEvent(line, "epoch"))
     job.run_ended(None, RESULTS)
     assert job.has_ended
     assert drain(job) == [Remember(), Remember()]
@@ -448,10 +449,10 @@ def test_a_job_without_a_client_runs_to_its_end_and_sends_nothing() -> None:
 
 def test_a_failed_job_names_its_results_before_the_reason() -> None:
     job = job_at("channel", "running")
-    job.output(0, "epoch 1")
-    job.output(0, "epoch 2")
-    job.stage_complete("training")
-    job.stage_complete("inference")
+    job.progressed(LineEvent(0, "epoch 1"))
+    job.progressed(LineEvent(0, "epoch 2"))
+    job.progressed(StageSucceeded("training"))
+    job.progressed(StageSucceeded("inference"))
     job.run_ended("exit status 1", RESULTS)
     assert sent(drain(job)) == [
         messages.JobLog(JOB, 0, 0, "epoch 1"),
@@ -538,7 +539,7 @@ def test_any_text_of_the_owner_fits_into_its_message(place: str, name: str) -> N
     call: dict[str, Input] = {
         "probe_failed": lambda job: job.probe_failed(BAD_TEXT),
         "path_refused": lambda job: job.path_refused(BAD_TEXT),
-        "output": lambda job: job.output(0, BAD_TEXT),
+        "output": lambda job: job.progressed(LineEvent(0, BAD_TEXT)),
         "run_ended": lambda job: job.run_ended(BAD_TEXT, {}),
     }
     call[name](job)

@@ -7,7 +7,8 @@ import pytest
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import LocalProtocolError
 from sleap_rtc.proto.job.client_outputs import JobEnded, Outcome
-from sleap_rtc.proto.job.worker import WorkerJob
+from sleap_rtc.proto.job.lines import LineEvent
+from sleap_rtc.proto.job.worker import StageSucceeded, WorkerJob
 from sleap_rtc.proto.job.worker_outputs import (
     Discard,
     Enqueue,
@@ -135,11 +136,11 @@ def test_a_client_that_comes_back_gets_a_refusal() -> None:
 
 def test_missed_lines_come_first_and_then_the_stages() -> None:
     job = workers.job_at("channel", "running")
-    job.output(0, "10%")
+    job.progressed(LineEvent(0, "10%"))
     job.connection_lost("no answer", 0.0)
-    job.output(0, "20%")
-    job.output(1, "saved")
-    job.stage_complete("training")
+    job.progressed(LineEvent(0, "20%"))
+    job.progressed(LineEvent(1, "saved"))
+    job.progressed(StageSucceeded("training"))
     drain(job)
     assert workers.sent(resume(job, next_sequence=1)) == [
         messages.ResumeAccepted(JOB, messages.JobProgress("RUNNING")),

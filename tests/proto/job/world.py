@@ -17,9 +17,10 @@ from sleap_rtc.proto import messages
 from sleap_rtc.proto.job import client_outputs, worker_outputs
 from sleap_rtc.proto.job.client import ClientJob
 from sleap_rtc.proto.job.client_table import ClientState
+from sleap_rtc.proto.job.lines import LineEvent
 from sleap_rtc.proto.job.reports import LinePrinted, StageComplete, StateChanged
 from sleap_rtc.proto.job.route_plan import RoutePlan
-from sleap_rtc.proto.job.worker import WorkerJob
+from sleap_rtc.proto.job.worker import StageSucceeded, WorkerJob
 from sleap_rtc.proto.job.worker_table import WorkerState
 from sleap_rtc.proto.route.routes import RoutePreference
 from tests.proto.job.examples import JOB, NAME, SIZE
@@ -579,8 +580,11 @@ class World:
         reports: list[Callable[[], None]] = [
             lambda: job.queue_moved(1),
             lambda: self._run(job),
-            *[functools.partial(job.output, line, text) for line, text in LINES],
-            lambda: job.stage_complete("training"),
+            *[
+                functools.partial(job.progressed, LineEvent(line, text))
+                for line, text in LINES
+            ],
+            lambda: job.progressed(StageSucceeded("training")),
             lambda: job.run_ended(failure, made),
         ]
         when = self.now

@@ -106,14 +106,14 @@ class CongestionControl:
     The transport reports each packet that counts as in flight: first `packet_sent`,
     then one of `packet_acknowledged`, `packet_lost` and `packet_expired`. It calls
     `rtt_measured` once for each acknowledgement, after the packets of it, and
-    `application_limited` when it has nothing more to send. Then `congestion_window`,
-    `bytes_in_flight` and `pacing_rate` say what it may send.
+    `application_limited` when it has nothing more to send. It may send while
+    `bytes_in_flight` is below `congestion_window`, at the `pacing_rate`.
 
     Args:
         max_datagram_size: The UDP payload of a full packet, in bytes.
 
     Attributes:
-        max_datagram_size: The same; the transport may change it.
+        max_datagram_size: As above; the transport may change it.
         phase: The state.
         bytes_in_flight: Bytes that were sent and are neither acknowledged nor lost.
         congestion_window: Bytes that may be in flight.

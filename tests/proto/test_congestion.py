@@ -12,6 +12,7 @@ from sleap_rtc.proto.congestion import (
     MIN_RTT_SECONDS,
     MINIMUM_WINDOW,
     REFILL_PACKETS,
+    SCHEDULING_DELAY,
     WINDOW_PACING_GAIN,
     CongestionControl,
     Pacer,
@@ -48,6 +49,27 @@ def run_rounds(
     return now
 
 
+def run_steadily(
+    control: CongestionControl, now: float, seconds: float, rate: float, clump: float
+) -> float:
+    """Send at a steady rate, and acknowledge in clumps; return the time."""
+    interval, end, sent_at = SIZE / rate, now + seconds, now
+    unacknowledged: list[float] = []
+    while now < end:
+        now += clump
+        while sent_at < now:
+            control.packet_sent(SIZE, sent_at)
+            unacknowledged.append(sent_at)
+            sent_at += interval
+        arrived = [at for at in unacknowledged if at <= now - RTT]
+        unacknowledged = unacknowledged[len(arrived) :]
+        for at in arrived:
+            control.packet_acknowledged(SIZE, at)
+        if arrived:
+            control.rtt_measured(now - arrived[-1], now)
+    return now
+
+
 def phase_of(control: CongestionControl) -> Phase:
     return control.phase
 
@@ -70,6 +92,14 @@ def test_a_path_that_becomes_slower_is_followed(control: CongestionControl) -> N
     assert control.bandwidth == pytest.approx(RATE / 4, rel=0.1)
 
 
+@pytest.mark.parametrize("clump", [0.001, 0.01, 0.04])
+def test_acknowledgements_that_come_together_do_not_raise_the_bandwidth(
+    control: CongestionControl, clump: float
+) -> None:
+    run_steadily(control, 1.0, 3.0, RATE, clump)
+    assert control.bandwidth == pytest.approx(RATE, rel=0.15)
+
+
 def test_startup_is_followed_by_drain_and_then_by_the_gain_cycle(
     control: CongestionControl,
 ) -> None:
@@ -78,7 +108,11 @@ def test_startup_is_followed_by_drain_and_then_by_the_gain_cycle(
         now = run_round(control, now, RATE)
         if control.phase is not phases[-1]:
             phases.append(control.phase)
+        if phases[-1] is Phase.PROBE_BW:
+            break
     assert phases == [Phase.STARTUP, Phase.DRAIN, Phase.PROBE_BW]
+    # The cycle begins with the gain that drains the rest of the queue.
+    assert control.pacing_rate == pytest.approx(GAIN_CYCLE[1] * control.bandwidth)
 
 
 def test_each_round_has_the_next_gain_of_the_cycle(control: CongestionControl) -> None:
@@ -92,6 +126,20 @@ def test_each_round_has_the_next_gain_of_the_cycle(control: CongestionControl) -
     assert gains[: len(GAIN_CYCLE)] == gains[len(GAIN_CYCLE) :]
 
 
+def test_a_round_is_not_shorter_than_the_accuracy_of_timers(
+    control: CongestionControl,
+) -> None:
+    now, step, changes = run_rounds(control, 1.0, 30, RATE), 0.001, 0
+    for _ in range(100):
+        before = control.pacing_rate / control.bandwidth
+        control.packet_sent(SIZE, now)
+        now += step
+        control.packet_acknowledged(SIZE, now - step)
+        control.rtt_measured(step, now)
+        changes += round(control.pacing_rate / control.bandwidth - before, 3) != 0
+    assert 0 < changes <= 100 * step / SCHEDULING_DELAY
+
+
 def test_few_losses_leave_the_window_alone_and_many_do_not(
     control: CongestionControl,
 ) -> None:
@@ -102,6 +150,7 @@ def test_few_losses_leave_the_window_alone_and_many_do_not(
     run_rounds(control, now, 5, RATE, lost=0.1)
     assert control.congestion_window < before / 2
     assert control.packets_lost > 0
+    assert control.bytes_in_flight == 0
 
 
 def test_the_window_recovers_after_congestion(control: CongestionControl) -> None:
@@ -119,6 +168,7 @@ def test_persistent_congestion_starts_again_with_the_minimum_window(
     control.persistent_congestion()
     assert control.congestion_window == MINIMUM_WINDOW * SIZE
     assert control.phase is Phase.STARTUP
+    assert control.bandwidth == 0
     run_rounds(control, now, 40, RATE)
     assert control.bandwidth == pytest.approx(RATE, rel=0.1)
 

@@ -28,7 +28,7 @@ from sleap_rtc.proto.machine import (
 )
 from sleap_rtc.proto.rendezvous.member import RoomMember
 from sleap_rtc.proto.rendezvous.member_outputs import MemberOutput
-from sleap_rtc.proto.rendezvous.messages import Signal
+from sleap_rtc.proto.rendezvous.messages import PeerSignal, ServerSignal
 from sleap_rtc.proto.rendezvous.server import RoomServer, ServerOutput
 from sleap_rtc.proto.route.routes import LinkRace, RaceOutput
 from sleap_rtc.proto.transfer.machine import (
@@ -50,8 +50,8 @@ def check_types(
     sender: Sender,
 ) -> None:
     """Check each machine against its protocol, in mypy. This function never runs."""
-    _member: ReconnectingMachine[Signal, MemberOutput] = member
-    _server: ServerMachine[Signal, ServerOutput] = server
+    _member: ReconnectingMachine[ServerSignal, MemberOutput] = member
+    _server: ServerMachine[PeerSignal, ServerOutput] = server
     _race: TimedPolicy[RaceOutput] = race
     _receiver: Machine[TransferMessage, ReceiverOutput] = receiver
     _sender: Machine[TransferMessage, SenderOutput] = sender

@@ -50,7 +50,7 @@ from sleap_rtc.proto.rendezvous.messages import (
     Metadata,
     PeerInfo,
     Property,
-    decode_signal_untrusted,
+    decode_server_signal_untrusted,
 )
 
 MAX_WAITING_OFFERS = 64
@@ -214,7 +214,7 @@ class RoomConnection:
     def received_text(self, text: str) -> None:
         """Handle a message of the server (for the socket)."""
         try:
-            signal = decode_signal_untrusted(text, MAX_LIST_BYTES)
+            signal = decode_server_signal_untrusted(text)
             self._member.receive_message(signal, trio.current_time())
         except RemoteProtocolError as error:
             if self._socket is not None:

@@ -18,7 +18,7 @@ from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.rendezvous.envelope import NONCE_BYTES
 from sleap_rtc.proto.rendezvous.messages import (
     MAX_SIGNAL_BYTES,
-    decode_signal_untrusted,
+    decode_peer_signal_untrusted,
 )
 from sleap_rtc.proto.rendezvous.server import (
     Deliver,
@@ -87,7 +87,7 @@ class _Server:
         """Decode a message and pass it to the machine."""
         now = trio.current_time()
         try:
-            signal = decode_signal_untrusted(text)
+            signal = decode_peer_signal_untrusted(text)
         except RemoteProtocolError as error:
             self._machine.reject_message(number, error.reason, now)
         else:

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Mapping
 from enum import Enum, auto
-from typing import Protocol
+from typing import Protocol, assert_never
 
 import msgspec
 
@@ -35,12 +35,16 @@ from sleap_rtc.proto.rendezvous.messages import (
     Filters,
     Metadata,
     MetadataChange,
+    MetadataUpdated,
     OfferSignal,
     PeerList,
+    PeerMessage,
     Property,
     Register,
     RegisteredAuth,
+    ServerSignal,
     Signal,
+    UnknownSignal,
     UpdateMetadata,
     encode_signal,
     metadata_fits,
@@ -248,7 +252,7 @@ class RoomMember:
         if self._state is MemberState.REGISTERED:
             self._deadline = now + self._limits.silence_timeout
 
-    def receive_message(self, message: Signal, now: float) -> None:
+    def receive_message(self, message: ServerSignal, now: float) -> None:
         """Handle a message of the server.
 
         A message of a connection that the machine has given up is ignored.
@@ -277,9 +281,10 @@ class RoomMember:
                 self._outputs.append(AnswerReceived(sender, sealed))
             case ErrorSignal():
                 self._receive_error(message)
-            case _:
-                # A message of a newer version, or one that this peer does not need.
+            case MetadataUpdated() | PeerMessage() | UnknownSignal():
                 pass
+            case _:
+                assert_never(message)
 
     def handle_timeout(self, now: float) -> None:
         """Handle everything due at `now`; nothing happens before `deadline`."""

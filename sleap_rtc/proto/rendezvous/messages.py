@@ -185,7 +185,7 @@ class ErrorSignal(Signal, frozen=True, tag="error"):
 
 
 class UnknownSignal(Signal, frozen=True):
-    """A message of a newer peer: ignored, never sent."""
+    """A message that its receiver ignores, such as one of a newer version."""
 
     name: str
 
@@ -202,6 +202,31 @@ class ErrorCode(StrEnum):
     SERVER_FULL = "SERVER_FULL"
     PEER_NOT_FOUND = "PEER_NOT_FOUND"
     TOO_MANY_MESSAGES = "TOO_MANY_MESSAGES"
+
+
+PeerSignal = (
+    Register
+    | DiscoverPeers
+    | OfferSignal
+    | AnswerSignal
+    | PeerMessage
+    | UpdateMetadata
+    | UnknownSignal
+)
+"""Messages that a peer sends to the server."""
+
+ServerSignal = (
+    Challenge
+    | RegisteredAuth
+    | PeerList
+    | OfferSignal
+    | AnswerSignal
+    | PeerMessage
+    | MetadataUpdated
+    | ErrorSignal
+    | UnknownSignal
+)
+"""Messages that the server sends to a peer, those of other peers included."""
 
 
 # -------------------------------------------------------------------------- codec
@@ -241,8 +266,38 @@ def encode_signal(signal: Signal) -> str:
         raise LocalProtocolError(f"{type(signal).__name__}: {error}") from None
 
 
+def decode_peer_signal_untrusted(text: str) -> PeerSignal:
+    """Decode a message that a peer sent to the server.
+
+    Returns:
+        The message; `UnknownSignal` if it is not one that peers send.
+
+    Raises:
+        RemoteProtocolError: For all other texts; it names the message and the field.
+    """
+    signal = decode_signal_untrusted(text)
+    return signal if isinstance(signal, PeerSignal) else _ignored(signal)
+
+
+def decode_server_signal_untrusted(text: str) -> ServerSignal:
+    """Decode a message that the server sent to a peer.
+
+    Returns:
+        The message; `UnknownSignal` if it is not one that servers send.
+
+    Raises:
+        RemoteProtocolError: For all other texts; it names the message and the field.
+    """
+    signal = decode_signal_untrusted(text, MAX_LIST_BYTES)
+    return signal if isinstance(signal, ServerSignal) else _ignored(signal)
+
+
+def _ignored(signal: Signal) -> UnknownSignal:
+    return UnknownSignal(str(signal.__struct_config__.tag))
+
+
 def decode_signal_untrusted(text: str, limit: int = MAX_SIGNAL_BYTES) -> Signal:
-    """Decode a message from the network.
+    """Decode a message whose sender may be a peer or a server.
 
     Args:
         text: The text that arrived.

@@ -5,6 +5,7 @@ with the key that a room is named after may enter that room.
 """
 
 from collections import deque
+from typing import assert_never
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -28,9 +29,11 @@ from sleap_rtc.proto.rendezvous.messages import (
     PeerInfo,
     PeerList,
     PeerMessage,
+    PeerSignal,
     Register,
     RegisteredAuth,
     Signal,
+    UnknownSignal,
     UpdateMetadata,
     encode_signal,
     metadata_fits,
@@ -212,7 +215,7 @@ class RoomServer:
             return
         self._deliver(connection, Challenge(nonce))
 
-    def receive_message(self, connection: int, message: Signal, now: float) -> None:
+    def receive_message(self, connection: int, message: PeerSignal, now: float) -> None:
         """Handle a message; a fault in it becomes a reply to the peer."""
         if not self.heard_from(connection, now):
             return
@@ -277,7 +280,7 @@ class RoomServer:
 
     # ------------------------------------------------------------------- messages
 
-    def _receive(self, connection: int, signal: Signal, now: float) -> None:
+    def _receive(self, connection: int, signal: PeerSignal, now: float) -> None:
         if isinstance(signal, Register):
             self._register(connection, signal, now)
             return
@@ -300,9 +303,10 @@ class RoomServer:
             case PeerMessage(from_peer_id=claimed, to_peer_id=target):
                 _check_sender(peer, claimed)
                 self._forward(peer, target, signal)
-            case _:
-                # A message of a newer version, or one that only a server sends.
+            case UnknownSignal():
                 pass
+            case _:
+                assert_never(signal)
 
     def _register(self, connection: int, register: Register, now: float) -> None:
         state = self._connections[connection]

@@ -29,7 +29,6 @@ from sleap_rtc.proto.rendezvous.member_outputs import (
     ServerComplained,
 )
 from sleap_rtc.proto.rendezvous.messages import (
-    MAX_LIST_BYTES,
     MAX_METADATA_BYTES,
     AnswerSignal,
     Challenge,
@@ -47,6 +46,8 @@ from sleap_rtc.proto.rendezvous.messages import (
     Signal,
     UnknownSignal,
     UpdateMetadata,
+    decode_peer_signal_untrusted,
+    decode_server_signal_untrusted,
     decode_signal_untrusted,
     encode_signal,
 )
@@ -86,7 +87,7 @@ def receive(
 ) -> list[MemberOutput]:
     """Pass a signal to the machine as its driver does, and drain it."""
     text = encode_signal(signal)
-    machine.receive_message(decode_signal_untrusted(text, MAX_LIST_BYTES), now)
+    machine.receive_message(decode_server_signal_untrusted(text), now)
     return drain(machine)
 
 
@@ -150,11 +151,11 @@ def test_it_and_the_server_understand_each_other() -> None:
     for _ in range(4):
         while (output := server.next_output()) is not None:
             if isinstance(output, Deliver):
-                signal = decode_signal_untrusted(output.text)
+                signal = decode_server_signal_untrusted(output.text)
                 machine.receive_message(signal, NOW)
         for event in drain(machine):
             if isinstance(event, SendText):
-                sent_signal = decode_signal_untrusted(event.text)
+                sent_signal = decode_peer_signal_untrusted(event.text)
                 server.receive_message(1, sent_signal, NOW)
             elif event == Registered():
                 machine.discover(Filters())

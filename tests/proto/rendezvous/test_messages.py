@@ -30,6 +30,8 @@ from sleap_rtc.proto.rendezvous.messages import (
     Signal,
     UnknownSignal,
     UpdateMetadata,
+    decode_peer_signal_untrusted,
+    decode_server_signal_untrusted,
     decode_signal_untrusted,
     encode_signal,
     metadata_fits,
@@ -109,6 +111,20 @@ def test_a_missing_field_is_named(signal: Signal, fields: dict[str, object]) -> 
         rest = json.dumps({k: v for k, v in content.items() if k != key})
         with pytest.raises(RemoteProtocolError, match=key):
             decode_signal_untrusted(rest)
+
+
+def test_each_direction_has_its_messages() -> None:
+    for signal, _ in EXAMPLES:
+        text = encode_signal(signal)
+        ignored = UnknownSignal(json.loads(text)["type"])
+        received: list[Signal] = [
+            decode_peer_signal_untrusted(text),
+            decode_server_signal_untrusted(text),
+        ]
+        if isinstance(signal, OfferSignal | AnswerSignal | PeerMessage):
+            assert received == [signal, signal]
+        else:
+            assert received in ([signal, ignored], [ignored, signal])
 
 
 def test_a_message_of_tomorrow_is_unknown() -> None:

@@ -26,6 +26,7 @@ from sleap_rtc.proto.rendezvous.messages import (
     Signal,
     UnknownSignal,
     UpdateMetadata,
+    decode_peer_signal_untrusted,
     decode_signal_untrusted,
     encode_signal,
 )
@@ -68,8 +69,8 @@ class World:
         return self.drain()
 
     def send(self, connection: int, signal: Signal, now: float = NOW) -> Outputs:
-        signal = decode_signal_untrusted(encode_signal(signal))
-        self.server.receive_message(connection, signal, now)
+        message = decode_peer_signal_untrusted(encode_signal(signal))
+        self.server.receive_message(connection, message, now)
         return self.drain()
 
     def join(

@@ -30,13 +30,6 @@ NOT_YET = {
     # worker
     "sleap_rtc/worker",
     "tests/worker",
-    # links
-    "sleap_rtc/io/link",
-    "sleap_rtc/io/tcp",
-    "sleap_rtc/io/connect",
-    "tests/io/link",
-    "tests/io/tcp",
-    "tests/io/connect",
     # QUIC
     "sleap_rtc/io/quic",
     "tests/io/quic",

@@ -1,1 +1,1 @@
-"""Dial, listen, and bundle the connections of one link, whatever their kind."""
+"""Dial a peer, and listen for peers, over all kinds of link at once."""

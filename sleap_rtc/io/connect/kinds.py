@@ -19,11 +19,11 @@ from sleap_rtc.proto.route.kinds import LinkKindName
 
 
 class LinkKind(Protocol):
-    """How links of one kind come about.
+    """One kind of link: how to listen for it, and how to dial.
 
     Attributes:
         name: Its name in offers, answers and options.
-        transport: Whose port numbers it uses, ``TCP`` or ``UDP``, for people.
+        transport: The owner of its port numbers, ``TCP`` or ``UDP``, for people.
     """
 
     name: LinkKindName
@@ -47,7 +47,7 @@ class LinkKind(Protocol):
         acceptor: Acceptor,
         limits: LinkLimits,
     ) -> AbstractAsyncContextManager[LinkServer[Any]]:
-        """Take links during the body.
+        """Accept links during the body.
 
         Args:
             bound: A socket of `bind`; the caller closes it.

@@ -1,1 +1,1 @@
-"""What every kind of link is made of."""
+"""The parts that all kinds of link share, and the interface of a link."""

@@ -1,4 +1,4 @@
-"""What the two ends of a link have to do, whichever kind it is."""
+"""The two ends of a link, the same for all kinds."""
 
 import math
 from abc import ABC, abstractmethod
@@ -27,7 +27,7 @@ ServerT = TypeVar("ServerT", bound="LinkServer[Any]")
 
 
 class Acceptor:
-    """The clients of a listener, from their proofs on; all kinds of link share it.
+    """The admission of clients to a listener; all kinds of link share it.
 
     Args:
         authenticate: Checks the proofs.
@@ -74,7 +74,7 @@ class LinkServer(ABC, Generic[LinkT]):
 
     @abstractmethod
     async def run(self) -> None:
-        """Take connections until cancelled."""
+        """Accept connections until cancelled."""
 
     def close_all(self, reason: str) -> None:
         """End all links at once."""
@@ -82,7 +82,7 @@ class LinkServer(ABC, Generic[LinkT]):
             link.close_now(reason)
 
     def drop_all(self) -> None:
-        """Close what the links have for themselves, after their tasks have ended."""
+        """Close the sockets that the links own, after their tasks have ended."""
         for link in self._links:
             link.drop()
 
@@ -136,7 +136,7 @@ async def run_client(link: AnyLink, kind: LinkKindName) -> AsyncIterator[Link]:
 
 @contextmanager
 def dial_errors(kind: LinkKindName, address: str, limits: LinkLimits) -> Iterator[None]:
-    """Convert what goes wrong before a link exists.
+    """Convert the errors that occur before a link exists.
 
     Raises:
         DialError: Instead of `OSError`, `trio.TooSlowError`, `InvalidInput` and

@@ -8,7 +8,7 @@ _MEBIBYTE = 1024 * 1024
 
 
 class LinkLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What a link may take; `LIMITS` are those of the product."""
+    """Limits of one link; the product uses `LIMITS`."""
 
     handshake_timeout: float = 10.0
     """Seconds for the handshake and the proof together, ten round trips of a bad

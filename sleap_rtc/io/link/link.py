@@ -11,10 +11,10 @@ from sleap_rtc.proto.transfer.frames import Frame
 
 
 class LinkClosedError(Exception):
-    """The link is gone, and with it whatever was on its way.
+    """The link is gone, and everything on its way is lost.
 
     Args:
-        reason: What happened, for people.
+        reason: The cause, for people.
         silent_for: Seconds without traffic, if the silence was the reason.
     """
 
@@ -30,7 +30,7 @@ class DialFailure(msgspec.Struct, frozen=True):
     Args:
         kind: The transport.
         address: The peer's ``host:port``.
-        reason: What happened, for people.
+        reason: The cause, for people.
     """
 
     kind: LinkKindName

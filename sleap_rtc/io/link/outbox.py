@@ -1,4 +1,4 @@
-"""What waits to be sent on a link: order kept, memory bounded, nobody blocked."""
+"""The send queue of a link: ordered, bounded in memory, never blocking."""
 
 import trio
 
@@ -6,18 +6,17 @@ from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.proto.messages import JobLog, Message
 
 MAX_WAITING_LINES = 5000
-"""Messages that wait for a slow peer, a megabyte or so of output. When more would wait,
-the older half of the lines is left out of the live view; the job's log file has it."""
+"""Messages in the queue for a slow peer, about a megabyte of output. Beyond that the
+older half of the lines is left out of the live view; the job's log file has it."""
 
 
 class Outbox:
     """Messages for one peer, sent by one task.
 
-    Whoever produces messages never waits: a job must not stand still because the
-    laptop that watches it sleeps.
+    `put` never waits: a job must not stop because the laptop that watches it sleeps.
 
     Args:
-        link: Where they go.
+        link: The link to send them on.
     """
 
     def __init__(self, link: Link) -> None:
@@ -28,7 +27,7 @@ class Outbox:
         self._idle.set()
 
     def put(self, message: Message) -> None:
-        """Send this after everything that was put before."""
+        """Queue a message after all earlier ones."""
         if isinstance(message, JobLog) and len(self._waiting) >= MAX_WAITING_LINES:
             self._leave_lines_out()
         self._waiting.append(message)
@@ -36,17 +35,17 @@ class Outbox:
         self._changed.set()
 
     def _leave_lines_out(self) -> None:
-        """Drop the older half of the lines: a peer that catches up sees the newest."""
+        """Remove the older half of the lines, so that a slow peer sees the newest."""
         half = len(self._waiting) // 2
         older = [m for m in self._waiting[:half] if not isinstance(m, JobLog)]
         self._waiting[:half] = older
 
     async def flush(self) -> None:
-        """Wait until everything that was put has been handed to the link."""
+        """Wait until every queued message has been handed to the link."""
         await self._idle.wait()
 
     async def run(self) -> None:
-        """Send, until cancelled or until the link is gone."""
+        """Send queued messages until cancelled, or until the link is gone."""
         try:
             while True:
                 await self._changed.wait()
@@ -57,6 +56,6 @@ class Outbox:
                 if not self._waiting:
                     self._idle.set()
         except LinkClosedError:
-            return  # whoever receives from the link notices, and ends what is due
+            return  # the task that receives from the link handles its end
         finally:
             self._idle.set()

@@ -1,4 +1,4 @@
-"""What the sessions of all kinds of link have in common, without sockets.
+"""The common part of the sessions of all kinds of link, without sockets.
 
 A session is one connection as a link sees it: who may talk, what has arrived, and how
 it ends. How its bytes travel depends on the kind.
@@ -51,7 +51,7 @@ Role = Client | Server
 
 
 class Phase(enum.Enum):
-    """How far an open session has come."""
+    """Phase of an open session."""
 
     HANDSHAKE = "handshake"
     UNPROVEN = "unproven"
@@ -81,7 +81,7 @@ class Ended(msgspec.Struct, frozen=True):
 
 
 class Step(enum.Enum):
-    """What leads from one phase to the next."""
+    """Trigger of a transition between phases."""
 
     SECURED = enum.auto()
     PROVEN = enum.auto()
@@ -115,10 +115,10 @@ class Session(ABC, Generic[OutputT]):
     """The messages and frames of one connection.
 
     After each input and command the driver sends what is to be sent, drains
-    `next_output`, and arms a timer for `deadline`. What arrived waits in `next_message`
-    and `next_frame`; taking it may let the peer send more, and `has_news` then asks for
-    another turn of the driver. An ended session still informs the peer: serve it until
-    `finished` is true.
+    `next_output`, and arms a timer for `deadline`. Received messages and frames wait in
+    `next_message` and `next_frame`. Taking one may allow the peer to send more;
+    `has_news` then asks for another turn of the driver. An ended session still informs
+    the peer: serve it until `finished` is true.
 
     Args:
         address: The peer's ``host:port``, for people.
@@ -161,7 +161,7 @@ class Session(ABC, Generic[OutputT]):
 
     @abstractmethod
     def handle_timeout(self, now: float) -> None:
-        """Do what is due; nothing if nothing is."""
+        """Handle every deadline that has passed."""
 
     @abstractmethod
     def deadline(self) -> float | None:
@@ -221,7 +221,7 @@ class Session(ABC, Generic[OutputT]):
             self._end(Ended(why))
             self._send_close(_shortened(reason), now, orderly=True)
 
-    # -------------------------------------------------------------- what is there
+    # -------------------------------------------------------------------- queries
 
     @property
     def has_message(self) -> bool:

@@ -1,4 +1,4 @@
-"""A link over a session: what its users wait for, and what wakes them."""
+"""A link over a session: the calls of its users, and what wakes them."""
 
 import math
 from abc import abstractmethod
@@ -46,10 +46,10 @@ class SessionLink(Link, Generic[SessionT]):
         self._waiting: dict[trio.Event, Callable[[], bool]] = {}
         self._alarm = Alarm()
 
-    # ------------------------------------------------------------ what users call
+    # ------------------------------------------------------------- for its users
 
     async def send_message(self, message: Message) -> None:
-        """See `Link`."""
+        """Send a control message, whole or not at all."""
         session = self.session
         await trio.lowlevel.checkpoint()
         await self._until(lambda: session.has_room_for_message)
@@ -57,7 +57,7 @@ class SessionLink(Link, Generic[SessionT]):
         self.pump()
 
     async def receive_message(self) -> Message:
-        """See `Link`."""
+        """Wait for the next control message of a known name."""
         session = self.session
         await trio.lowlevel.checkpoint()
         while (message := session.next_message()) is None:
@@ -67,7 +67,7 @@ class SessionLink(Link, Generic[SessionT]):
         return message
 
     async def send_frame(self, frame: Frame) -> None:
-        """See `Link`."""
+        """Send a bulk frame; wait while the transport has enough to send."""
         session = self.session
         await trio.lowlevel.checkpoint()
         await self._until(lambda: session.has_room_for_frame)
@@ -75,7 +75,7 @@ class SessionLink(Link, Generic[SessionT]):
         self.pump()
 
     async def receive_frame(self) -> Frame:
-        """See `Link`."""
+        """Wait for the next bulk frame of any transfer."""
         session = self.session
         await trio.lowlevel.checkpoint()
         while (frame := session.next_frame()) is None:
@@ -85,7 +85,7 @@ class SessionLink(Link, Generic[SessionT]):
         return frame
 
     def statistics(self) -> LinkStatistics:
-        """See `Link`."""
+        """Return the traffic so far."""
         return LinkStatistics(
             kind=self._kind,
             address=self.session.address,
@@ -97,7 +97,7 @@ class SessionLink(Link, Generic[SessionT]):
         )
 
     async def aclose(self, reason: str = "") -> None:
-        """See `Link`."""
+        """Send what was accepted for sending, then end with a reason for the peer."""
         session = self.session
         try:
             with trio.move_on_after(self._limits.flush_timeout):
@@ -108,15 +108,15 @@ class SessionLink(Link, Generic[SessionT]):
             self.close_now(reason)
 
     def close_now(self, reason: str = "") -> None:
-        """See `Link`."""
+        """End the link without waiting for what is on its way."""
         self.session.close(reason, trio.current_time())
         self.pump()
 
-    # --------------------------------------------------------- what endpoints call
+    # --------------------------------------------------------- for its endpoint
 
     @abstractmethod
     async def run(self) -> None:
-        """Serve a link that has its socket for itself, until its session is finished.
+        """Serve a link that owns its socket until its session is finished.
 
         When cancelled, the socket stays open: `close_now` can still send a reason.
         """
@@ -126,7 +126,7 @@ class SessionLink(Link, Generic[SessionT]):
         """Wait, after a close, until its reason can no longer get lost."""
 
     def drop(self) -> None:
-        """Close what the link has for itself, after its tasks have ended."""
+        """Close a socket that the link owns, after its tasks have ended."""
 
     def pump(self) -> None:
         """Send what is to be sent, carry out the outputs, and wake the waiting calls.
@@ -158,7 +158,7 @@ class SessionLink(Link, Generic[SessionT]):
 
     @abstractmethod
     def _send(self) -> None:
-        """Hand to the network what the session wants to send, as far as it takes it."""
+        """Send what the session has to send, as far as the socket takes it."""
 
     @abstractmethod
     def _packets_lost(self) -> int:

@@ -84,7 +84,7 @@ class QuicServer(LinkServer[QuicLink]):
         self._unproven: set[QuicLink] = set()
 
     async def run(self) -> None:
-        """Take datagrams until cancelled."""
+        """Receive datagrams until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(receive_datagrams, self._udp, self._receive)
             nursery.start_soon(resume_sending, self._udp, self._pump)
@@ -210,7 +210,7 @@ class QuicKind:
         acceptor: Acceptor,
         limits: LinkLimits,
     ) -> AsyncIterator[QuicServer]:
-        """Take links on a socket of `bind` during the body."""
+        """Accept links on a socket of `bind` during the body."""
         udp = UdpSocket(bound)
         async with run_server(
             lambda nursery: QuicServer(udp, certificate, nursery, acceptor, limits)

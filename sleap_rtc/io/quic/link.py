@@ -38,7 +38,7 @@ class QuicLink(SessionLink[QuicSession]):
 
     @property
     def unused(self) -> bool:
-        """True if nothing that arrived was worth an answer."""
+        """True if nothing that arrived deserved an answer."""
         return self.session.bytes_sent == 0
 
     def receive(self, datagrams: list[Datagram]) -> None:
@@ -47,7 +47,7 @@ class QuicLink(SessionLink[QuicSession]):
         self.pump()
 
     async def run(self) -> None:
-        """See `SessionLink`."""
+        """Serve a link that owns its socket until its session is finished."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(receive_datagrams, self._udp, self.receive)
             nursery.start_soon(resume_sending, self._udp, self.pump)

@@ -73,24 +73,24 @@ Output = ProofShown | RouteChange
 
 
 class MessageDecoder:
-    """Cut a control stream into messages.
+    """Splits a control stream into messages.
 
-    Call `receive_data` with whatever arrives, then `next_message_untrusted` until it
-    returns None. At most one incomplete message is held.
+    Call `receive_data` with the bytes that arrive, then `next_message_untrusted` until
+    it returns None. At most one incomplete message is held.
     """
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def receive_data(self, data: bytes) -> None:
-        """Take bytes of the stream."""
+        """Add bytes of the stream."""
         self._buffer += data
 
     def next_message_untrusted(self) -> tuple[Message, int] | None:
-        """Take the next whole message, and how many bytes it was.
+        """Remove and return the next whole message, and its size in bytes.
 
         Raises:
-            RemoteProtocolError: If it is no message, or too long to be one.
+            RemoteProtocolError: If it is not a message, or too long to be one.
         """
         if len(self._buffer) < _LENGTH_SIZE:
             return None
@@ -156,12 +156,12 @@ class QuicSession(Session[RouteChange]):
         self._drain_engine(now)
 
     def handle_timeout(self, now: float) -> None:
-        """Do what is due; nothing if nothing is."""
+        """Handle every deadline that has passed."""
         if self._engine_deadline is not None and now >= self._engine_deadline:
             was_open = self._engine.close_event is None
             self._engine.handle_timer(now)
             closing = self._engine.close_event
-            # What makes a timer close a connection is a silence, or a lost path.
+            # A timer closes a connection after a silence or for want of a path.
             if was_open and closing and closing.error_code == _SILENCE:
                 self._end(self._silence())
             self._drain_engine(now)
@@ -205,7 +205,7 @@ class QuicSession(Session[RouteChange]):
         super().admit(peer, now)
         self._drain_engine(now)
 
-    # -------------------------------------------------------------- what is there
+    # -------------------------------------------------------------------- queries
 
     @property
     def has_room_for_message(self) -> bool:

@@ -56,7 +56,7 @@ class TcpServer(LinkServer[TcpLink]):
         self._places = trio.Semaphore(limits.max_unproven)
 
     async def run(self) -> None:
-        """Take connections until cancelled; further ones wait for a free place."""
+        """Accept connections until cancelled; further ones wait for a free place."""
         while True:
             await self._places.acquire()
             tcp, address = await accept_tcp(self._listening)
@@ -105,7 +105,7 @@ class TcpKind:
         acceptor: Acceptor,
         limits: LinkLimits,
     ) -> AsyncIterator[TcpServer]:
-        """Take links on a socket of `bind` during the body."""
+        """Accept links on a socket of `bind` during the body."""
         context = await trio.to_thread.run_sync(server_context, certificate)
         async with run_server(
             lambda nursery: TcpServer(bound, context, nursery, acceptor, limits)

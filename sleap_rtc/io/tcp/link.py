@@ -63,7 +63,7 @@ class TcpLink(SessionLink[TcpSession]):
                 if not data:
                     break
                 session.data_sent(self._tcp.send(data))
-                # A close cannot wait: there may be no later turn to send the rest.
+                # A close is sent at once: a later turn may never come.
                 if session.bytes_sent >= enough and session.ended is None:
                     self._tcp.pause()
                     break

@@ -98,13 +98,13 @@ class TcpSession(Session[Never]):
         """Handle the end of the stream, or of the peer's direction of it.
 
         Args:
-            reason: What happened, for people.
+            reason: The cause, for people.
         """
         self._end(Ended(reason, is_fault=True))
         self._finish()
 
     def handle_timeout(self, now: float) -> None:
-        """Do what is due; nothing if nothing is."""
+        """Handle every deadline that has passed."""
         if not self.wants_data:
             # While this side does not read, the silence proves nothing.
             self._silent_at = now + self._limits.idle_timeout
@@ -144,7 +144,7 @@ class TcpSession(Session[Never]):
         self.bytes_sent += count
         self._encrypted = self._encrypted[count:]
 
-    # -------------------------------------------------------------- what is there
+    # -------------------------------------------------------------------- queries
 
     @property
     def wants_data(self) -> bool:

@@ -127,8 +127,8 @@ class TlsEngine:
             The plain bytes. A piece is overwritten when the next one is requested.
 
         Raises:
-            RemoteProtocolError: If they are damaged, or the peer ended TLS. What came
-                before has been yielded.
+            RemoteProtocolError: If they are damaged, or the peer ended TLS. The bytes
+                before the fault have been yielded.
         """
         self._incoming.write(data)
         if not self._plain:

@@ -22,14 +22,14 @@ from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 from sleap_rtc.proto.messages import MAX_MESSAGE_BYTES
 
 MAX_BULK = 64 * 1024
-"""So that a message waits for no more than this much bulk before it."""
+"""Bytes of bulk in a record: a message never waits for more than that."""
 
 _HEADER = struct.Struct(">BI")
 RECORD_HEADER_SIZE = _HEADER.size
 
 
 class RecordType(enum.IntEnum):
-    """What a record holds."""
+    """Type of a record."""
 
     MESSAGE = 1
     BULK = 2
@@ -45,11 +45,11 @@ LIMITS = {
     RecordType.PONG: 8,
     RecordType.CLOSE: 512,
 }
-"""Bytes of content, at most."""
+"""Bytes of content that a record of each type holds at most."""
 
 
 def encode_record_header(kind: RecordType, length: int) -> bytes:
-    """Write what goes before the content of a record.
+    """Encode the header of a record.
 
     Raises:
         LocalProtocolError: If the content is too long.
@@ -60,10 +60,10 @@ def encode_record_header(kind: RecordType, length: int) -> bytes:
 
 
 class RecordDecoder:
-    """Cut a stream into records.
+    """Splits a stream into records.
 
-    It holds at most one incomplete record. Bulk is not held at all: its content comes
-    in pieces, as it arrives.
+    It holds at most one incomplete record. Bulk is not held: its content is yielded in
+    pieces as it arrives.
     """
 
     def __init__(self) -> None:
@@ -75,17 +75,16 @@ class RecordDecoder:
     def records_untrusted(
         self, data: bytes | memoryview
     ) -> Iterator[tuple[RecordType, bytes | memoryview]]:
-        """Take bytes of the stream; the iterator has to be followed to its end.
+        """Parse bytes of the stream; exhaust the iterator.
 
         Args:
-            data: Any number of bytes, with borders anywhere.
+            data: Any number of bytes, cut anywhere.
 
         Yields:
-            Each record that became whole, and each piece of bulk. A piece of bulk is
-            part of `data`.
+            Each complete record, and each piece of bulk, which is a part of `data`.
 
         Raises:
-            RemoteProtocolError: If the bytes are no record. The stream is lost then.
+            RemoteProtocolError: If the bytes are not a record. The stream is lost then.
         """
         view = memoryview(data)
         while view or (self._kind is not None and not self._missing):
@@ -114,7 +113,9 @@ class RecordDecoder:
             try:
                 kind = RecordType(number)
             except ValueError:
-                raise RemoteProtocolError(f"there is no record type {number}") from None
+                raise RemoteProtocolError(
+                    f"record type {number} does not exist"
+                ) from None
             if length > LIMITS[kind]:
                 raise RemoteProtocolError(
                     f"a {kind.name} of {length} bytes is too long"

@@ -195,7 +195,7 @@ async def test_a_peer_without_addresses_cannot_be_dialed() -> None:
             pytest.fail("it must not open")
 
 
-async def test_what_the_body_raises_leaves_as_it_is(listener: Listener) -> None:
+async def test_an_exception_of_the_body_is_not_wrapped(listener: Listener) -> None:
     async def fail() -> None:
         async with dial([("127.0.0.1", listener.port)], certificate_der=DER, auth=AUTH):
             raise KeyError

@@ -83,7 +83,7 @@ async def test_connections_of_an_earlier_listener_do_not_block_its_port() -> Non
 
 
 @linux_only
-async def test_a_free_port_is_sought_until_all_kinds_can_have_it(
+async def test_a_free_port_is_searched_until_all_kinds_can_have_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with one_number() as (_, udp):
@@ -92,7 +92,7 @@ async def test_a_free_port_is_sought_until_all_kinds_can_have_it(
         asked: list[int] = []
 
         def bind(self: socket.socket, address: tuple[str, int]) -> None:
-            """Give the first socket a number that the second one cannot have."""
+            """Bind the first socket to a number that the second one cannot have."""
             if not asked:
                 address = (address[0], taken)
             asked.append(address[1])

@@ -1,4 +1,4 @@
-"""What the tests of links share."""
+"""Helpers of the tests of links."""
 
 import socket
 from collections.abc import AsyncIterator, Iterator

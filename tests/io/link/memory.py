@@ -39,7 +39,7 @@ class MemoryLink(Link):
         return self._cut
 
     def cut(self, reason: str) -> None:
-        """Lose the link at this end, and tell the other."""
+        """Lose the link at both ends."""
         for end in (self, self._peer):
             if not end._cut:
                 end._reason = reason

@@ -95,7 +95,7 @@ async def test_frames_go_both_ways_at_once_to_a_slow_reader(
             nursery.start_soon(receive, link)
 
 
-async def test_a_transfer_lets_others_have_their_turn(
+async def test_a_transfer_lets_other_tasks_run(
     kind: LinkKindName, listener: Listener
 ) -> None:
     count = 24
@@ -149,7 +149,7 @@ async def test_sending_frames_waits_for_a_reader(kind: LinkKindName) -> None:
             assert (await worker.receive_frame()).header.index == index
 
 
-async def test_statistics_tell_what_happened(
+async def test_statistics_count_the_traffic(
     kind: LinkKindName, listener: Listener
 ) -> None:
     async with pair(kind, listener) as (client, worker):
@@ -234,7 +234,9 @@ async def test_what_comes_together_with_the_end_is_received(
     assert received == [CANCEL]
 
 
-async def test_a_worker_can_close_too(kind: LinkKindName, listener: Listener) -> None:
+async def test_a_worker_can_close_as_well(
+    kind: LinkKindName, listener: Listener
+) -> None:
     async with pair(kind, listener) as (client, worker):
         await worker.aclose("no room left")
         await worker.aclose("again")
@@ -242,7 +244,7 @@ async def test_a_worker_can_close_too(kind: LinkKindName, listener: Listener) ->
             await client.receive_frame()
 
 
-async def test_every_waiting_call_is_told_of_the_end(kind: LinkKindName) -> None:
+async def test_every_waiting_call_raises_at_the_end(kind: LinkKindName) -> None:
     reasons: list[str] = []
 
     async def expect_end(wait: Callable[[], Awaitable[object]]) -> None:
@@ -282,7 +284,7 @@ async def test_a_link_ends_with_its_listener(kind: LinkKindName) -> None:
                 await client.receive_message()
 
 
-async def test_a_last_word_can_be_said_when_everything_is_cancelled(
+async def test_a_reason_can_be_sent_when_everything_is_cancelled(
     kind: LinkKindName,
 ) -> None:
     async def serve(task_status: trio.TaskStatus[Listener]) -> None:
@@ -300,19 +302,19 @@ async def test_a_last_word_can_be_said_when_everything_is_cancelled(
         listener: Listener = await servers.start(serve)
         opened = trio.Event()
 
-        async def hear() -> None:
+        async def expect_reason() -> None:
             async with dialed(kind, listener.port) as link:
                 opened.set()
                 with pytest.raises(LinkClosedError, match="the power went away"):
                     await link.receive_message()
 
-        clients.start_soon(hear)
+        clients.start_soon(expect_reason)
         await opened.wait()
         await trio.testing.wait_all_tasks_blocked(0.05)
         servers.cancel_scope.cancel()
 
 
-async def test_what_the_body_raises_leaves_as_it_is(
+async def test_an_exception_of_the_body_is_not_wrapped(
     kind: LinkKindName, listener: Listener
 ) -> None:
     with pytest.raises(KeyError):
@@ -339,7 +341,7 @@ trio.run(main)
 async def vanished_client(
     kind: LinkKindName, listener: Listener
 ) -> AsyncIterator[SessionLink[Any]]:
-    """The worker's end of a link whose client has stopped to do anything."""
+    """The worker's end of a link whose client has stopped running."""
     command = [sys.executable, "-c", SILENT, kind, str(listener.port), DER.hex()]
     async with trio.open_nursery() as nursery:
         process: trio.Process = await nursery.start(
@@ -354,7 +356,7 @@ async def vanished_client(
             process.kill()
 
 
-async def test_a_peer_that_vanishes_is_noticed(kind: LinkKindName) -> None:
+async def test_a_peer_that_vanishes_is_detected(kind: LinkKindName) -> None:
     async with (
         listening(replace(LIMITS, idle_timeout=1.0)) as listener,
         vanished_client(kind, listener) as worker,
@@ -400,7 +402,7 @@ async def test_a_wrong_certificate_is_refused(
             pytest.fail("it must not open")
 
 
-async def test_what_is_no_certificate_is_refused(
+async def test_garbage_instead_of_a_certificate_is_refused(
     kind: LinkKindName, listener: Listener
 ) -> None:
     with pytest.raises(DialError, match="not a certificate"):

@@ -1,4 +1,4 @@
-"""What only QUIC links do, over real UDP sockets on loopback."""
+"""Behaviour of QUIC links alone, over real UDP sockets on loopback."""
 
 import os
 import socket

@@ -63,7 +63,7 @@ class Network:
         delay: Seconds that a datagram takes.
         jitter: Seconds more that it takes at most; datagrams overtake each other.
         mtu: The longest datagram that arrives, in bytes.
-        largest_datagram: What the size of datagrams may grow to.
+        largest_datagram: The size that datagrams may grow to, in bytes.
         shown: The certificate of the server.
         limits: The limits of both sides.
     """
@@ -144,7 +144,7 @@ class Network:
         self.flush(self.server)
 
     def step(self) -> bool:
-        """Go to the next thing that happens; False if nothing ever will."""
+        """Process the next event; return False if none is left."""
         sessions = (self.client, self.server)
         times = [self._wire[0][0]] if self._wire else []
         times += [d for s in sessions if (d := s.deadline()) is not None]
@@ -164,7 +164,7 @@ class Network:
         return True
 
     def run_until(self, done: Callable[[], bool], steps: int = 200_000) -> None:
-        """Let time pass until something is true; fail if it never is."""
+        """Process events until something is true; fail if it never is."""
         for _ in range(steps):
             if done():
                 return
@@ -421,7 +421,7 @@ class Flow:
         self._network.step()
 
 
-def test_what_is_granted_to_a_sender_leaves_room_for_messages(
+def test_the_grants_of_a_sender_leave_room_for_messages(
     network: Network,
 ) -> None:
     flow = Flow(network, 8)
@@ -456,7 +456,7 @@ def test_unread_frames_hold_the_sender_back_until_they_are_read(
         (replace(LIMITS, max_unacknowledged_frames=2 * MEGABYTE), 2 * MEGABYTE),
     ],
 )
-def test_room_for_frames_ends_with_what_is_unsent_or_unacknowledged(
+def test_unsent_and_unacknowledged_frames_leave_no_room(
     limits: LinkLimits, value: int
 ) -> None:
     network = Network(limits=limits)
@@ -474,7 +474,7 @@ def test_room_for_frames_ends_with_what_is_unsent_or_unacknowledged(
     assert network.client.has_room_for_frame
 
 
-def test_what_is_on_the_way_takes_no_room_of_what_waits(network: Network) -> None:
+def test_frames_on_the_way_take_no_room_in_the_queue(network: Network) -> None:
     flow = Flow(network, 24)
     most = 0
     while not (network.client.all_sent and flow.sent == 24):
@@ -503,7 +503,7 @@ def test_pings_measure_the_round_trip(network: Network) -> None:
 # ------------------------------------------------------------------- ending a session
 
 
-def test_an_idle_session_lives_on(network: Network) -> None:
+def test_an_idle_session_stays_open(network: Network) -> None:
     network.run_until(lambda: network.now > 1000 + 3600)
     assert network.client.ended is None
     assert network.server.ended is None
@@ -511,7 +511,7 @@ def test_an_idle_session_lives_on(network: Network) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_dead_peer_is_noticed_in_time(seed: int) -> None:
+def test_a_dead_peer_is_detected_in_time(seed: int) -> None:
     network = Network(seed)
     network.prove()
     death = network.now + 3 + random.Random(seed).random() * 3
@@ -538,7 +538,7 @@ def test_a_close_carries_its_reason(network: Network) -> None:
     assert network.client.deadline() is None
 
 
-def test_a_peer_that_missed_the_close_is_told_again(network: Network) -> None:
+def test_a_peer_that_missed_the_close_gets_it_again(network: Network) -> None:
     network.loss = 1.0
     network.server.close("time for tea", network.now)
     network.flush(network.server)
@@ -551,15 +551,15 @@ def test_a_peer_that_missed_the_close_is_told_again(network: Network) -> None:
 
 
 @pytest.mark.parametrize("reason", ["x" * 5000, "\N{SNOWMAN}" * 5000, "a\x1b[2Jb\n"])
-def test_any_reason_can_be_told(network: Network, reason: str) -> None:
+def test_any_reason_can_be_sent(network: Network, reason: str) -> None:
     network.client.close(reason, network.now)
     network.flush(network.client)
     network.run_until(lambda: network.server.ended is not None)
     assert network.server.ended is not None
-    told = network.server.ended.reason
-    assert told.isprintable()
-    assert 0 < len(told.encode()) <= MAX_REASON_BYTES
-    assert told[0] == reason[0]
+    arrived = network.server.ended.reason
+    assert arrived.isprintable()
+    assert 0 < len(arrived.encode()) <= MAX_REASON_BYTES
+    assert arrived[0] == reason[0]
 
 
 def test_what_arrived_before_the_close_can_still_be_read(network: Network) -> None:
@@ -577,7 +577,7 @@ def test_what_arrived_before_the_close_can_still_be_read(network: Network) -> No
 # ------------------------------------------------------------------------ bad peers
 
 
-def told_to(network: Network) -> str:
+def reason_for_client(network: Network) -> str:
     """Return the reason that the client is given."""
     network.flush(network.client)
     network.run_until(lambda: network.client.ended is not None)
@@ -603,29 +603,29 @@ def test_garbage_among_the_messages_ends_the_session(
     network: Network, data: bytes, why: str
 ) -> None:
     network.client_engine.send(0, data)
-    assert why in told_to(network)
+    assert why in reason_for_client(network)
 
 
 def test_garbage_among_the_frames_ends_the_session(network: Network) -> None:
     network.client_engine.send(2, bytes(100))
-    assert "frames" in told_to(network)
+    assert "frames" in reason_for_client(network)
 
 
 @pytest.mark.parametrize("stream", [4, 6])
 def test_another_stream_ends_the_session(network: Network, stream: int) -> None:
     network.client_engine.send(stream, b"hello")
-    assert f"no stream {stream}" in told_to(network)
+    assert f"no stream {stream}" in reason_for_client(network)
 
 
 @pytest.mark.parametrize("stream", [0, 2])
 def test_the_end_of_a_stream_ends_the_session(network: Network, stream: int) -> None:
     network.client_engine.connection.send_stream_data(stream, b"", end_stream=True)
-    assert "broken off" in told_to(network)
+    assert "broken off" in reason_for_client(network)
 
 
 def test_a_reset_stream_ends_the_session(network: Network) -> None:
     network.client_engine.connection.reset_stream(0, 7)
-    assert "broken off" in told_to(network)
+    assert "broken off" in reason_for_client(network)
 
 
 def test_a_refused_stream_ends_the_session(network: Network) -> None:
@@ -633,7 +633,7 @@ def test_a_refused_stream_ends_the_session(network: Network) -> None:
     network.flush(network.server)
     network.run_until(lambda: network.client.has_frame)
     network.client_engine.connection.stop_stream(3, 7)
-    assert "broken off" in told_to(network)
+    assert "broken off" in reason_for_client(network)
 
 
 def test_a_gap_that_would_take_much_memory_ends_the_session(network: Network) -> None:
@@ -751,7 +751,9 @@ def test_a_timeout_that_is_not_due_changes_nothing() -> None:
 
 
 @given(st.binary(max_size=200), st.integers(1, 50))
-def test_a_message_decoder_raises_only_what_it_says(data: bytes, step: int) -> None:
+def test_a_message_decoder_raises_only_what_is_documented(
+    data: bytes, step: int
+) -> None:
     decoder = MessageDecoder()
     for start in range(0, len(data), step):
         decoder.receive_data(data[start : start + step])
@@ -763,7 +765,7 @@ def test_a_message_decoder_raises_only_what_it_says(data: bytes, step: int) -> N
 
 
 @pytest.mark.parametrize("step", [1, 3, 1000])
-def test_a_message_decoder_takes_any_borders(step: int) -> None:
+def test_a_message_decoder_accepts_any_cuts(step: int) -> None:
     sent = [JobCancel("job_0123abcd"), Error("x" * (MAX_MESSAGE_BYTES - 7))]
     texts = [encode_message(message).encode() for message in sent]
     data = b"".join(len(text).to_bytes(4) + text for text in texts)
@@ -781,7 +783,7 @@ def test_an_engine_needs_a_certificate() -> None:
         client_engine_untrusted(b"garbage", idle_timeout=1, datagram_size=1200)
 
 
-def test_an_engine_knows_no_certificate_before_the_handshake() -> None:
+def test_an_engine_has_no_certificate_before_the_handshake() -> None:
     engine: QuicEngine = Network().client_engine
     assert engine.peer_certificate == b""
     assert engine.unacknowledged(0) == 0

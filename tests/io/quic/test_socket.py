@@ -21,7 +21,7 @@ from sleap_rtc.io.quic.socket import (
 )
 
 _SO_NO_CHECK = 11
-"""From the headers of Linux."""
+"""Number of the socket option, from the headers of Linux."""
 
 
 def open_udp() -> closing[UdpSocket]:
@@ -91,7 +91,7 @@ async def test_datagrams_of_one_size_arrive_apart(size: int) -> None:
         assert arrived == sent
 
 
-async def test_a_train_holds_only_what_one_receiver_gets() -> None:
+async def test_a_batch_has_one_receiver() -> None:
     with (
         open_udp() as one,
         open_udp() as other,
@@ -104,7 +104,7 @@ async def test_a_train_holds_only_what_one_receiver_gets() -> None:
             assert [data[0] for data, _ in batch] == list(range(parity, 10, 2))
 
 
-async def test_a_system_without_trains_sends_and_takes_one_at_a_time() -> None:
+async def test_a_system_without_offload_handles_one_datagram_at_a_time() -> None:
     with (
         open_udp() as receiver,
         open_udp() as sender,
@@ -119,8 +119,8 @@ async def test_a_system_without_trains_sends_and_takes_one_at_a_time() -> None:
         assert [data for data, _ in batch] == sent
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux takes trains")
-async def test_trains_that_cannot_be_cut_go_out_one_at_a_time() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the offload")
+async def test_batches_that_cannot_be_cut_are_sent_one_at_a_time() -> None:
     with (
         open_udp() as receiver,
         open_udp() as sender,
@@ -136,7 +136,7 @@ async def test_trains_that_cannot_be_cut_go_out_one_at_a_time() -> None:
         assert [data for data, _ in batch] == sent
 
 
-async def test_the_buffers_are_larger_than_the_system_gives_by_itself() -> None:
+async def test_the_buffers_are_larger_than_the_default() -> None:
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as plain,
         open_udp() as large,
@@ -155,7 +155,7 @@ async def test_an_error_of_the_network_is_not_an_error_of_the_socket() -> None:
         dead.bind(("127.0.0.1", 0))
         dead.connect(("127.0.0.1", 9))
         target = dead.getsockname()
-        # Only a connected socket is told that its datagrams were refused.
+        # Only a connected socket learns that its datagrams were refused.
         bound.connect(target)
         bound.setblocking(False)
         udp = UdpSocket(bound)

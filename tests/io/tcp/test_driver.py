@@ -1,4 +1,4 @@
-"""What only TCP links do, over real sockets on loopback."""
+"""Behaviour of TCP links alone, over real sockets on loopback."""
 
 import socket
 import ssl
@@ -78,7 +78,7 @@ async def read_to_end(stream: trio.abc.ReceiveStream) -> bytes:
     ],
     ids=["http", "ssh", "nearly tls", "nothing"],
 )
-async def test_a_stranger_is_sent_away_and_disturbs_nobody(
+async def test_a_stranger_is_sent_away_and_disturbs_no_other_link(
     listener: Listener, words: bytes
 ) -> None:
     async with pair("tcp", listener) as (client, worker):
@@ -120,7 +120,7 @@ def other_protocol(context: ssl.SSLContext) -> None:
 
 
 @pytest.mark.parametrize("change", [old_version, other_protocol])
-async def test_another_way_to_speak_tls_is_refused(
+async def test_other_versions_and_protocols_of_tls_are_refused(
     listener: Listener, change: Callable[[ssl.SSLContext], None]
 ) -> None:
     context = client_context_untrusted(DER)
@@ -130,7 +130,7 @@ async def test_another_way_to_speak_tls_is_refused(
         context,
         server_hostname=SERVER_NAME,
     )
-    # TLS 1.3 may let the client finish its handshake before it hears of the refusal.
+    # TLS 1.3 may let the client finish its handshake before the refusal arrives.
     with pytest.raises(trio.BrokenResourceError):
         await talk_until_the_end(stream)
     await trio.aclose_forcefully(stream)
@@ -146,7 +146,7 @@ async def test_a_client_of_tls_alone_gets_no_further(listener: Listener) -> None
     )
     async with stream:
         await stream.send_all(b"GET / HTTP/1.1\r\n\r\n")
-        assert b"there is no record type 71" in await read_to_end(stream)
+        assert b"record type 71 does not exist" in await read_to_end(stream)
         assert stream.selected_alpn_protocol() == ALPN
 
 
@@ -176,7 +176,7 @@ async def test_a_listener_that_hangs_up_is_described() -> None:
 
 
 class Relay:
-    """A line between a client and a listener that carries byte after byte."""
+    """A line between a client and a listener that carries single bytes."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -201,7 +201,7 @@ class Relay:
             pass  # it was reset
 
     def reset(self) -> None:
-        """Break both connections off."""
+        """Reset both connections."""
         for end in self._ends:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             end.socket.close()
@@ -217,7 +217,7 @@ async def through_a_relay(port: int) -> AsyncIterator[tuple[int, Relay]]:
         nursery.cancel_scope.cancel()
 
 
-async def test_a_link_survives_a_line_that_carries_byte_after_byte(
+async def test_a_link_survives_a_line_that_carries_single_bytes(
     listener: Listener,
 ) -> None:
     async with (
@@ -249,7 +249,7 @@ async def test_messages_overtake_the_bulk_of_a_slow_reader(
                 await client.send_message(line(index))
 
         nursery.start_soon(send)
-        # Nobody reads frames: 16 MiB and what the kernels take are on the way.
+        # The frames are not read: 16 MiB and what the kernels take are on the way.
         for index in range(12):
             assert await worker.receive_message() == line(index)
         for index in range(frames):
@@ -320,7 +320,7 @@ async def test_a_message_right_before_the_end_arrives_with_the_proof(
 # -------------------------------------------------------------------------- sockets
 
 
-async def test_a_socket_says_when_it_is_full_and_when_it_is_not() -> None:
+async def test_a_socket_reports_whether_it_is_full() -> None:
     with bound_listener() as bound:
         near = await open_tcp_socket(*bound.getsockname())
         far, _ = await accept_tcp(bound)
@@ -331,7 +331,7 @@ async def test_a_socket_says_when_it_is_full_and_when_it_is_not() -> None:
                 sent += near.send(data)
             with trio.move_on_after(0.05):
                 await near.wait_until_writable()
-                pytest.fail("nobody has read")
+                pytest.fail("the peer has not read")
             received = 0
             while received < sent:
                 received += len(await far.receive())
@@ -340,7 +340,7 @@ async def test_a_socket_says_when_it_is_full_and_when_it_is_not() -> None:
             assert near.send(data) > 0
 
 
-async def test_a_pause_ends_as_soon_as_others_had_their_turn() -> None:
+async def test_a_pause_ends_after_the_other_tasks_have_run() -> None:
     with bound_listener() as bound:
         near = await open_tcp_socket(*bound.getsockname())
         far, _ = await accept_tcp(bound)
@@ -369,7 +369,7 @@ async def test_a_link_that_ends_with_its_turn_still_sends_the_reason() -> None:
             await worker.receive_message()
 
 
-async def test_the_end_of_a_stream_is_told_once() -> None:
+async def test_the_end_of_a_stream_is_sent_once() -> None:
     with bound_listener() as bound:
         near = await open_tcp_socket(*bound.getsockname())
         far, _ = await accept_tcp(bound)
@@ -385,12 +385,12 @@ async def test_the_end_of_a_stream_is_told_once() -> None:
             assert len(found) == 0
 
 
-async def test_a_name_that_nobody_has_is_an_error() -> None:
+async def test_a_name_that_does_not_exist_is_an_error() -> None:
     with pytest.raises(OSError):  # noqa: PT011 - the text differs between systems
         await open_tcp_socket("no.such.invalid", 1)
 
 
-async def test_a_connection_that_is_gone_before_it_is_taken_is_no_error() -> None:
+async def test_a_connection_that_is_gone_before_it_is_accepted_is_skipped() -> None:
     with bound_listener() as bound:
         with socket.create_connection(bound.getsockname()) as gone:
             gone.setsockopt(

@@ -73,7 +73,7 @@ class Wire:
         self.judges = True
 
     def flush(self) -> int:
-        """Carry everything to the other side, and what that answers back."""
+        """Carry everything to the other side, and its answers back."""
         carried = 0
         while not self.cut:
             moved = self.carry(self.client) + self.carry(self.server)
@@ -112,7 +112,7 @@ class Wire:
         assert self.server.state is Phase.READY
 
     def wait(self, seconds: float) -> None:
-        """Let time pass, and serve the deadlines."""
+        """Advance the clock, and serve the deadlines."""
         end = self.now + seconds
         while True:
             due = [
@@ -129,7 +129,7 @@ class Wire:
         self.now = end
 
     def say(self, data: bytes) -> None:
-        """Let the client write bytes of its own past its session."""
+        """Send bytes from the client, bypassing its session."""
         self.client_engine.encrypt(data)
         self.flush()
 
@@ -286,7 +286,7 @@ def old_version() -> ssl.SSLContext:
 def test_a_client_refuses_another_server(
     server: Callable[[], ssl.SSLContext], words: str
 ) -> None:
-    # The engine of the server is told to take what the client would refuse.
+    # The engine of the server accepts what the client has to refuse.
     wire = Wire(server=server())
     wire.flush()
     assert words in end_of(wire.client)
@@ -413,7 +413,7 @@ def test_pings_measure_the_round_trip() -> None:
         assert 0.005 < session.rtt < 0.05
 
 
-def test_pings_that_nobody_takes_do_not_pile_up_answers(wire: Wire) -> None:
+def test_pings_of_a_peer_that_does_not_read_get_one_answer(wire: Wire) -> None:
     for n in range(1000):
         wire.client_engine.encrypt(record(RecordType.PING, bytes([n % 256])))
     wire.carry(wire.client)
@@ -428,7 +428,7 @@ def test_a_wrong_pong_changes_nothing(wire: Wire) -> None:
     assert wire.server.ended is None
 
 
-def test_a_silent_peer_is_noticed_in_time(wire: Wire) -> None:
+def test_a_silent_peer_is_detected_in_time(wire: Wire) -> None:
     wire.cut = True
     wire.wait(LIMITS.idle_timeout - 0.1)
     assert wire.server.ended is None
@@ -439,7 +439,7 @@ def test_a_silent_peer_is_noticed_in_time(wire: Wire) -> None:
         assert session.ended.silent_for == 10.0
 
 
-def test_who_does_not_listen_does_not_blame_the_peer(wire: Wire) -> None:
+def test_a_side_that_does_not_read_does_not_blame_its_peer(wire: Wire) -> None:
     for index in range(40):
         wire.client.send_frame(make_frame(index, MEGABYTE))
     wire.flush()
@@ -483,7 +483,7 @@ def test_a_close_carries_its_reason(wire: Wire, reason: str, arrives: str) -> No
     assert end_of(wire.server) == (f"closed: {reason}" if reason else "closed")
 
 
-def test_a_side_that_closes_waits_a_little_for_the_other_one(wire: Wire) -> None:
+def test_a_side_that_closes_waits_a_little_for_its_peer(wire: Wire) -> None:
     wire.server.close("bye", wire.now)
     assert not wire.server.finished
     wire.cut = True
@@ -505,7 +505,7 @@ def test_what_arrived_before_the_close_can_still_be_read(wire: Wire) -> None:
     assert wire.server.next_frame() is not None
 
 
-def test_what_comes_after_the_end_is_thrown_away(wire: Wire) -> None:
+def test_data_after_the_end_is_discarded(wire: Wire) -> None:
     wire.server.close("bye", wire.now)
     wire.client.send_message(CANCEL)
     wire.carry(wire.client)
@@ -564,8 +564,8 @@ def test_only_a_ready_session_sends() -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"\x00\x00\x00\x00\x00", "no record type 0"),
-        (b"\x06\x00\x00\x00\x00", "no record type 6"),
+        (b"\x00\x00\x00\x00\x00", "record type 0 does not exist"),
+        (b"\x06\x00\x00\x00\x00", "record type 6 does not exist"),
         (b"\x01\x00\x01\x00\x01", "MESSAGE of 65537 bytes is too long"),
         (b"\x02\xff\xff\xff\xff", "BULK of 4294967295 bytes is too long"),
         (record(RecordType.MESSAGE, b"hello"), "no NAME"),
@@ -575,7 +575,7 @@ def test_only_a_ready_session_sends() -> None:
         (record(RecordType.BULK, b"not a frame" * 9), "does not hold frames"),
     ],
 )
-def test_garbage_ends_the_session_and_both_sides_hear_why(
+def test_garbage_ends_the_session_and_both_sides_get_the_reason(
     wire: Wire, data: bytes, words: str
 ) -> None:
     wire.client.send_message(CANCEL)
@@ -617,13 +617,13 @@ def test_garbage_instead_of_a_handshake_ends_only_the_session(seed: int) -> None
     garbage = random.Random(seed)
     wire = Wire()
     wire.server.receive_data(garbage.randbytes(garbage.randrange(6, 2000)), wire.now)
-    if wire.server.ended is None:  # it looks like the begin of a long record
+    if wire.server.ended is None:  # it looks like the start of a long record
         wire.cut = True
         wire.wait(LIMITS.handshake_timeout + 1)
     assert wire.server.ended is not None
 
 
-def test_a_plain_request_is_no_handshake() -> None:
+def test_a_plain_request_is_not_a_handshake() -> None:
     wire = Wire()
     wire.server.receive_data(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", wire.now)
     assert "TLS failed: http request" in end_of(wire.server)

@@ -27,7 +27,8 @@ from sleap_rtc.io.link.link import Link, LinkClosedError, LinkStatistics
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.quic import engine
 from sleap_rtc.io.quic.congestion import AioquicCongestion
-from sleap_rtc.io.transfer.transfers import Buffer, TransferError, Transfers
+from sleap_rtc.io.storage.files import Buffer
+from sleap_rtc.io.transfer.transfers import TransferError, Transfers
 from sleap_rtc.proto.congestion import WINDOW_PACING_GAIN, CongestionControl, Pacer
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import Auth, FileOffer, OfferedFile

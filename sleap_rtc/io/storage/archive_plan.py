@@ -22,7 +22,7 @@ GIBIBYTE = 1024**3
 
 _END = struct.Struct("<4s4H2LH")
 _END_SIGNATURE = b"PK\5\6"
-_LONGEST_COMMENT = 0x10000
+_MAX_COMMENT_BYTES = 0x10000
 _LOCATOR = struct.Struct("<4sLQL")
 _LOCATOR_SIGNATURE = b"PK\6\7"
 _END_64 = struct.Struct("<4sQ2H2L4Q")
@@ -95,7 +95,7 @@ def check_size_of_directory(file: BinaryIO, limits: ArchiveLimits) -> None:
         ArchiveError: If the list is too long, or the file has none.
     """
     size = file.seek(0, os.SEEK_END)
-    longest_tail = _END_64.size + _LOCATOR.size + _END.size + _LONGEST_COMMENT
+    longest_tail = _END_64.size + _LOCATOR.size + _END.size + _MAX_COMMENT_BYTES
     start = max(0, size - longest_tail)
     file.seek(start)
     tail = file.read()

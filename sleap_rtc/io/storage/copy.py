@@ -29,13 +29,13 @@ from sleap_rtc.io.storage.folder import (
 SPACE_PERCENT = 120
 """Percent of the file that must be free for a copy, because results follow it."""
 
-SLOWEST_RATE = 10 * 1024 * 1024
+MIN_RATE = 10 * 1024 * 1024
 """Bytes per second below which storage counts as hanging."""
 
-SHORTEST_TIMEOUT = 60.0
+MIN_TIMEOUT = 60.0
 """Seconds that even a small copy may take: network mounts fail over in about 30."""
 
-_REPORT_SECONDS = 0.1
+_REPORT_INTERVAL = 0.1
 """Seconds between reports to the event loop: one takes as long as copying a block."""
 
 
@@ -108,7 +108,7 @@ def copy_file(
                 replace=replace,
             )
             try:
-                method = _fill(part, fd, found, progress, check)
+                method = _fill(part, fd, found, progress=progress, check=check)
                 if file_identity(fd) != before:
                     raise StorageError(
                         f"{source.name} changed while it was copied: wait until"
@@ -159,7 +159,9 @@ async def copy_with_deadline(
     """
     limit = default_timeout(size) if timeout is None else timeout
     with trio.move_on_after(limit):
-        return await _copy_in_thread(source, root, relative, size, on_progress)
+        return await _copy_in_thread(
+            source, root, relative, size=size, on_progress=on_progress
+        )
     raise CopyTimeoutError(
         f"File copy timed out after {round(limit, 1):g} seconds:"
         f" {relative}. Check that the shared storage answers"
@@ -168,13 +170,14 @@ async def copy_with_deadline(
 
 def default_timeout(size: int) -> float:
     """Return the seconds that the copy of a file of `size` bytes may take."""
-    return max(SHORTEST_TIMEOUT, size / SLOWEST_RATE + 30)
+    return max(MIN_TIMEOUT, size / MIN_RATE + 30)
 
 
 async def _copy_in_thread(
     source: Path,
     root: Path,
     relative: str,
+    *,
     size: int,
     on_progress: Callable[[int], None],
 ) -> CopyReport:
@@ -189,7 +192,7 @@ async def _copy_in_thread(
     def report(copied: int) -> None:
         nonlocal told
         now = time.monotonic()
-        if copied == size or now - told >= _REPORT_SECONDS:
+        if copied == size or now - told >= _REPORT_INTERVAL:
             told = now
             trio.from_thread.run_sync(tell, copied)
 
@@ -213,6 +216,7 @@ def _fill(
     part: PartFile,
     source: int,
     size: int,
+    *,
     progress: Callable[[int], None],
     check: Callable[[], None],
 ) -> str:

@@ -45,8 +45,8 @@ _BUFFER = _MEBIBYTE // 2
 Writes of 1 MiB and more make Linux look for large pages, which takes longer.
 """
 
-_LARGEST_RANGE = 8 * _MEBIBYTE
-_SMALLEST_RANGE = _MEBIBYTE
+_MAX_RANGE = 8 * _MEBIBYTE
+_MIN_RANGE = _MEBIBYTE
 """Bytes of a range. Even where 10 MiB take a second, the largest range takes less than
 that, so that a copy can stop soon. Larger ranges make no copy faster."""
 
@@ -106,7 +106,7 @@ def copy_in_kernel(source: int, target: int, offset: int, size: int) -> Steps:
     """
     if sys.platform != "linux" or not hasattr(os, "copy_file_range"):
         return
-    length = _LARGEST_RANGE
+    length = _MAX_RANGE
     while offset < size:
         began = time.monotonic()
         wanted = min(length, size - offset)
@@ -123,9 +123,9 @@ def copy_in_kernel(source: int, target: int, offset: int, size: int) -> Steps:
         offset += count
         yield offset
         if took < _SHORT_CALL:
-            length = min(length * 2, _LARGEST_RANGE)
+            length = min(length * 2, _MAX_RANGE)
         elif took > _LONG_CALL:
-            length = max(length // 2, _SMALLEST_RANGE)
+            length = max(length // 2, _MIN_RANGE)
 
 
 def copy_plainly(source: int, target: int, offset: int, size: int) -> Steps:
@@ -139,7 +139,7 @@ def copy_plainly(source: int, target: int, offset: int, size: int) -> Steps:
     while data := _read_block(source, buffer[: size - offset], offset):
         write_at(target, data, offset)
         offset += len(data)
-        if offset - flushed >= _LARGEST_RANGE:
+        if offset - flushed >= _MAX_RANGE:
             _start_flushing(target, flushed, offset - flushed)
             flushed = offset
         yield offset

@@ -40,7 +40,7 @@ from sleap_rtc.proto.transfer.chunk_map import ChunkMap
 SAVE_EVERY = 256 * 1024 * 1024
 """Bytes that a power cut may cost. A crash of the process alone costs none."""
 
-_LONGEST_NAME = 255 - len("..part")
+_MAX_NAME_BYTES = 255 - len("..part")
 _KEPT_OF_NAME = 200
 
 
@@ -93,10 +93,6 @@ class ChunkReader:
         self._file.close()
 
 
-def _ignore_progress(_size: int) -> None:
-    """Ignore the progress of a check."""
-
-
 def _go_on() -> None:
     """Default `check`: never stop."""
 
@@ -139,7 +135,6 @@ class ChunkWriter:
         size: int,
         chunk_size: int,
         origin: str = "",
-        progress: Callable[[int], None] = _ignore_progress,
         check: Callable[[], None] = _go_on,
     ) -> Self:
         """Open the writer of a file, and resume what an earlier writer left.
@@ -156,7 +151,6 @@ class ChunkWriter:
             size: Bytes in the file.
             chunk_size: Bytes in a chunk; the last one may be shorter.
             origin: Source that the file is a copy of, such as the id of a job.
-            progress: Called with the bytes of the file that were checked so far.
             check: Called between chunks; it stops the opening by raising. The files are
                 kept then.
 
@@ -185,7 +179,6 @@ class ChunkWriter:
                     payload = read_at(fd, chunk_map.length(index), offset)
                 if blake3(payload).digest() == digest:
                     chunk_map.set(index, digest)
-                progress(offset + len(payload))
             undo.pop_all()
         return cls(hidden, chunk_map, file, journal)
 
@@ -398,7 +391,7 @@ class _HiddenFiles:
 def _hidden_names(name: str) -> tuple[str, str]:
     """Return the names of a file's part file and of its journal."""
     encoded = name.encode()
-    if len(encoded) > _LONGEST_NAME:
+    if len(encoded) > _MAX_NAME_BYTES:
         # Names that differ only at their end must not share a part file.
         kept = encoded[:_KEPT_OF_NAME].decode(errors="ignore")
         name = f"{kept}.{blake3(encoded).hexdigest(8)}"

@@ -9,6 +9,7 @@ import trio
 
 from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.storage.call import call_storage
+from sleap_rtc.io.storage.files import Buffer
 from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.proto.messages import FileOffer, OfferedFile
 from sleap_rtc.proto.transfer.chunk_map import ChunkMap
@@ -26,7 +27,6 @@ from sleap_rtc.proto.transfer.machine import (
 from sleap_rtc.proto.transfer.receiver import Receiver
 from sleap_rtc.proto.transfer.sender import Sender
 
-Buffer = bytes | bytearray | memoryview
 Progress = Callable[[int], None]
 
 WRITERS = 2

@@ -10,7 +10,6 @@ from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.io.transfer.running import (
-    Buffer,
     ChunkSink,
     ChunkSource,
     Progress,
@@ -31,14 +30,7 @@ from sleap_rtc.proto.transfer.machine import TransferMessage
 from sleap_rtc.proto.transfer.receiver import Receiver
 from sleap_rtc.proto.transfer.sender import Sender
 
-__all__ = [
-    "Buffer",
-    "ChunkSink",
-    "ChunkSource",
-    "Progress",
-    "TransferError",
-    "Transfers",
-]
+__all__ = ["TransferError", "Transfers"]
 
 MAX_REFUSALS = 64
 """Refusals of unknown transfers that may wait to be sent; more are dropped."""

@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from sleap_rtc.io.storage.copy import (
-    SLOWEST_RATE,
+    MIN_RATE,
     CopyReport,
     copy_file,
     copy_with_deadline,
@@ -174,7 +174,7 @@ def test_a_copy_can_stop_soon(tmp_path: Path) -> None:
         steps = [0, *copy_in_kernel(source, target, 0, 40 * MEBIBYTE)]
     # At the rate below which storage counts as hanging, each takes under a second.
     longest = max(end - begin for begin, end in pairwise(steps))
-    assert longest < SLOWEST_RATE
+    assert longest < MIN_RATE
 
 
 @needs_linux

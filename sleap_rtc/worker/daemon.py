@@ -1,10 +1,8 @@
 """The worker role: be found in the room, accept links, own jobs."""
 
 import errno
-import re
 import shutil
-import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -15,16 +13,13 @@ import trio
 import sleap_rtc
 from sleap_rtc.config import (
     ConfigError,
-    Settings,
-    SharedStorageConfig,
-    load_settings,
     make_state_directory,
     state_directory,
 )
 from sleap_rtc.errors import RefusedError, UsageError
 from sleap_rtc.io.connect.listener import Listener, open_listener
 from sleap_rtc.io.hardware import MachineInfo, describe_machine
-from sleap_rtc.io.link.certificates import make_certificate
+from sleap_rtc.io.link.certificates import Certificate, make_certificate
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.signaling.client import (
     RegistrationRefusedError,
@@ -32,7 +27,6 @@ from sleap_rtc.io.signaling.client import (
     open_room,
 )
 from sleap_rtc.io.signals import end_on_signal
-from sleap_rtc.proto.job.script import DEFAULT_PROGRAMS
 from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting
 from sleap_rtc.proto.rendezvous.envelope import Address
 from sleap_rtc.proto.rendezvous.invite import Invite, RoomKeys
@@ -46,132 +40,58 @@ from sleap_rtc.rendezvous.rooms import (
     host_room,
     hosting,
     load_invite,
-    parse_listen_address,
     room_elsewhere,
 )
 from sleap_rtc.rendezvous.server import run_signaling
 from sleap_rtc.worker.identity import take_identity
 from sleap_rtc.worker.jobs import JobSettings, open_jobs
+from sleap_rtc.worker.options import WorkerOptions
 from sleap_rtc.worker.session import serve_link
 from sleap_rtc.worker.slots import SlotQueue
 from sleap_rtc.worker.store import StoreError, open_store_writer
 
 STATUS_INTERVAL = 30.0
-"""Seconds after which the room is told anew how much disk is free."""
+"""Seconds between two updates of the free disk space in the room."""
 
 STORE_NAME = "jobs.sqlite3"
-"""The file in the state directory that remembers the jobs."""
+"""Name of the file in the state directory that stores the jobs."""
 
 TAGS = ("sleap-rtc", "training-worker", "inference-worker")
-"""By which SLEAP peers look for workers."""
+"""Tags by which SLEAP peers find workers."""
 
 OnReady = Callable[[Invite, bool], None]
-
-
-class WorkerOptions(msgspec.Struct, frozen=True):
-    """What a worker needs to know.
-
-    Args:
-        environ: Environment variables; they say where the state directory is.
-        settings: The configuration file and the environment.
-        shared_root: Where this machine mounts the shared storage, if anywhere.
-        slots: Jobs at the same time; None for one per GPU.
-        gpus: Numbers of the GPUs that jobs may use; None for all.
-        programs: Programs that jobs may run.
-        name: What the worker is called in lists.
-        port: Port number of the links, TCP and UDP; 0 takes a free one.
-        listen: Where its own signaling server listens, if the user said so.
-        public_url: How others reach that server, if the user said so.
-        public_address: How others reach the links, where a provider or a router maps
-            their port to another one.
-    """
-
-    environ: Mapping[str, str]
-    settings: Settings
-    shared_root: Path | None
-    slots: int | None
-    gpus: tuple[int, ...] | None
-    programs: frozenset[str]
-    name: str
-    port: int
-    listen: Hosting | None
-    public_url: str | None
-    public_address: Address | None
-
-
-def read_options(
-    environ: Mapping[str, str],
-    *,
-    listen: str | None = None,
-    public_url: str | None = None,
-    public_address: str | None = None,
-    shared_storage_root: Path | None = None,
-    slots: int | None = None,
-    allow: tuple[str, ...] = (),
-    name: str | None = None,
-    port: int | None = None,
-) -> WorkerOptions:
-    """Put the command line over the settings.
-
-    Raises:
-        ConfigError: If the configuration can't be used.
-        UsageError: If an option can't.
-    """
-    settings = load_settings(environ)
-    mine = settings.worker
-    return WorkerOptions(
-        environ=environ,
-        settings=settings,
-        shared_root=SharedStorageConfig.get_shared_storage_root(shared_storage_root),
-        slots=slots or mine.slots,
-        gpus=mine.gpus,
-        programs=DEFAULT_PROGRAMS | frozenset(mine.allow) | frozenset(allow),
-        name=name or mine.name or socket.gethostname(),
-        port=mine.link_port if port is None else port,
-        listen=parse_listen_address(listen) if listen else None,
-        public_url=public_url,
-        public_address=_public_address(public_address or mine.public_address),
-    )
-
-
-def _public_address(text: str | None) -> Address | None:
-    if text is None:
-        return None
-    where = parse_listen_address(text)
-    return Address(where.host, where.port)
 
 
 async def run_worker(
     options: WorkerOptions, *, on_ready: OnReady | None = None
 ) -> None:
-    """Run a worker until it is cancelled or told to end by a signal.
+    """Run a worker until it is cancelled or a signal ends it.
 
     Args:
-        options: What it needs to know.
-        on_ready: Is told once the worker is in its room: the invite, and whether the
-            worker serves the room's signaling itself.
+        options: The options.
+        on_ready: Called once the worker is in its room, with the invite, and True if
+            the worker serves the room's signaling itself.
 
     Raises:
-        ConfigError: If a port or the state directory can't be used.
-        RefusedError: If the signaling server does not let it in.
+        ConfigError: If a port or the state directory cannot be used.
+        RefusedError: If the signaling server does not let the worker in.
     """
-    async with trio.open_nursery() as nursery:
+    async with open_background_nursery() as nursery:
         await nursery.start(end_on_signal, nursery.cancel_scope)
         directory = await trio.to_thread.run_sync(make_state_directory, options.environ)
         machine = await trio.to_thread.run_sync(describe_machine, directory)
         with await trio.to_thread.run_sync(
-            take_identity, directory, _slug(options.name)
+            take_identity, directory, options.slug
         ) as identity:
             await Worker(options, machine, identity.peer_id).run(on_ready)
-        nursery.cancel_scope.cancel(reason="the worker has ended")
 
 
 class Worker:
     """One worker, from its certificate to its last job.
 
     Args:
-        options: What it needs to know.
-        machine: What it runs on.
+        options: The options.
+        machine: The machine that it runs on.
         peer_id: Its name in the room, the same as before a restart.
     """
 
@@ -190,73 +110,100 @@ class Worker:
 
     async def run(self, on_ready: OnReady | None) -> None:
         """Serve until cancelled."""
-        async with open_background_nursery() as servants:
+        async with open_background_nursery() as servants, AsyncExitStack() as stack:
             invite, hosted = await self._find_room(servants)
             certificate = await trio.to_thread.run_sync(make_certificate)
             keys = RoomKeys.from_secret(invite.secret)
             authenticator = Authenticator(
                 keys, self._peer_id, certificate.certificate_der, self._log
             )
-            # The links need to be reachable from no further than the room itself.
-            host = LOOPBACK if invite.is_loopback else ""
-            async with AsyncExitStack() as stack:
-                try:
-                    listener = await stack.enter_async_context(
-                        open_listener(
-                            host,
-                            self._options.port,
-                            certificate,
-                            authenticator.authenticate,
-                        )
-                    )
-                except OSError as error:
-                    raise ConfigError(
-                        f"Links can't be listened for: {error.strerror}. "
-                        "Choose another port with --port."
-                    ) from None
-                room = await stack.enter_async_context(
-                    open_room(
-                        invite.url,
-                        keys,
-                        peer_id=self._peer_id,
-                        role="worker",
-                        metadata=Metadata(
-                            TAGS, msgspec.to_builtins(self._card(authenticator))
-                        ),
-                        log=self._log,
-                    )
+            listener = await self._listen(stack, invite, certificate, authenticator)
+            room = await self._enter_room(stack, invite, keys, authenticator)
+            self._log.info(
+                "worker ready",
+                room=invite.url,
+                port=listener.port,
+                slots=self._queue.slots,
+                gpus=len(self._machine.gpus),
+                sleap_nn=self._machine.sleap_nn or "not found",
+                shared_storage=str(self._options.shared_root or "not configured"),
+            )
+            if on_ready is not None:
+                on_ready(invite, hosted)
+            servants.start_soon(
+                authenticator.answer_offers, room, lambda: self._addresses(listener)
+            )
+            servants.start_soon(self._update_card, room, authenticator)
+            await self._serve_links(listener)
+
+    async def _listen(
+        self,
+        stack: AsyncExitStack,
+        invite: Invite,
+        certificate: Certificate,
+        authenticator: Authenticator,
+    ) -> Listener:
+        """Listen for links as long as the stack is open.
+
+        Raises:
+            ConfigError: If the port cannot be used.
+        """
+        # Only clients that reach the room need to reach the links.
+        host = LOOPBACK if invite.is_loopback else ""
+        try:
+            return await stack.enter_async_context(
+                open_listener(
+                    host,
+                    self._options.port,
+                    certificate,
+                    authenticator.authenticate,
                 )
-                try:
-                    await room.wait_registered()
-                except RegistrationRefusedError as error:
-                    raise RefusedError(
-                        f"The signaling server at {invite.url} refused this worker: "
-                        f"{error.reason}."
-                    ) from None
-                self._log.info(
-                    "worker ready",
-                    room=invite.url,
-                    port=listener.port,
-                    slots=self._queue.slots,
-                    gpus=len(self._machine.gpus),
-                    sleap_nn=self._machine.sleap_nn or "not found",
-                    shared_storage=str(self._options.shared_root or "not configured"),
-                )
-                if on_ready is not None:
-                    on_ready(invite, hosted)
-                servants.start_soon(
-                    authenticator.answer_offers, room, lambda: self._addresses(listener)
-                )
-                servants.start_soon(self._tell_room, room, authenticator)
-                await self._serve_links(listener)
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"Cannot listen for links: {error.strerror}. "
+                "Choose another port with --port."
+            ) from None
 
     # ----------------------------------------------------------------------- the room
 
+    async def _enter_room(
+        self,
+        stack: AsyncExitStack,
+        invite: Invite,
+        keys: RoomKeys,
+        authenticator: Authenticator,
+    ) -> RoomConnection:
+        """Register in the room, and stay there as long as the stack is open.
+
+        Raises:
+            RefusedError: If the signaling server does not let the worker in.
+        """
+        card = msgspec.to_builtins(self._card(authenticator))
+        room = await stack.enter_async_context(
+            open_room(
+                invite.url,
+                keys,
+                peer_id=self._peer_id,
+                role="worker",
+                metadata=Metadata(TAGS, card),
+                log=self._log,
+            )
+        )
+        try:
+            await room.wait_registered()
+        except RegistrationRefusedError as error:
+            raise RefusedError(
+                f"The signaling server at {invite.url} refused this worker: "
+                f"{error.reason}."
+            ) from None
+        return room
+
     async def _find_room(self, servants: trio.Nursery) -> tuple[Invite, bool]:
-        """Find the room, and serve its signaling if nobody else does.
+        """Find the room, and serve its signaling if no other process does.
 
         Returns:
-            The invite, and whether this worker serves the room.
+            The invite, and True if this worker serves the room.
         """
         options = self._options
         elsewhere = await trio.to_thread.run_sync(
@@ -289,7 +236,7 @@ class Worker:
         return invite, True
 
     def _card(self, authenticator: Authenticator) -> WorkerCard:
-        """Describe the worker as it is at present."""
+        """Return the current description of the worker."""
         gpus = self._machine.gpus
         largest = max(gpus, key=lambda gpu: gpu.memory_mb, default=None)
         return WorkerCard(
@@ -308,10 +255,10 @@ class Worker:
             nonce=authenticator.nonce.hex(),
         )
 
-    async def _tell_room(
+    async def _update_card(
         self, room: RoomConnection, authenticator: Authenticator
     ) -> None:
-        """Keep what the room knows of this worker true."""
+        """Update the description of the worker in the room, until cancelled."""
         while True:
             with trio.move_on_after(STATUS_INTERVAL):
                 await self._queue.wait_changed()
@@ -350,7 +297,7 @@ class Worker:
                     nursery.start_soon(serve_link, jobs, self._greet, link)
 
     def _addresses(self, listener: Listener) -> tuple[Address, ...]:
-        """Say where the links can be reached, the likeliest first."""
+        """Return the addresses of the links, the likeliest first."""
         found = [Address(host, port) for host, port in listener.local_addresses()]
         public = self._options.public_address
         return tuple(found if public is None else [public, *found])
@@ -372,8 +319,3 @@ class Worker:
 def _free_bytes(directory: Path) -> int:
     directory = directory if directory.exists() else directory.parent
     return shutil.disk_usage(directory).free
-
-
-def _slug(name: str) -> str:
-    """Make a part of a peer id out of a name."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:32] or "machine"

@@ -30,7 +30,7 @@ from sleap_rtc.proto.rendezvous.member import RoomMember
 from sleap_rtc.proto.rendezvous.member_outputs import MemberOutput
 from sleap_rtc.proto.rendezvous.messages import PeerSignal, ServerSignal
 from sleap_rtc.proto.rendezvous.server import RoomServer, ServerOutput
-from sleap_rtc.proto.route.routes import LinkRace, RaceOutput
+from sleap_rtc.proto.route.race import LinkRace, RaceOutput
 from sleap_rtc.proto.transfer.machine import (
     ReceiverOutput,
     SenderOutput,

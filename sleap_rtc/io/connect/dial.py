@@ -13,7 +13,7 @@ from sleap_rtc.io.link.link import DialError, DialFailure, Link
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.proto.messages import Auth
 from sleap_rtc.proto.route.kinds import LINK_KINDS, LinkKindName
-from sleap_rtc.proto.route.routes import (
+from sleap_rtc.proto.route.race import (
     Attempt,
     KeepLink,
     LinkRace,

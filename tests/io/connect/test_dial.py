@@ -15,7 +15,7 @@ from sleap_rtc.io.link.certificates import make_certificate
 from sleap_rtc.io.link.link import DialError, DialFailure, LinkClosedError
 from sleap_rtc.proto.messages import Auth
 from sleap_rtc.proto.route.kinds import LINK_KINDS, LinkKindName
-from sleap_rtc.proto.route.routes import STAGGER_INTERVAL
+from sleap_rtc.proto.route.race import STAGGER_INTERVAL
 from tests.io.link.kinds import (
     AUTH,
     CANCEL,

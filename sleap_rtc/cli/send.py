@@ -24,14 +24,14 @@ def send_package(request: client.JobRequest, *, as_json: bool) -> None:
 async def _send(request: client.JobRequest, watch: Watch) -> None:
     cancel_asked = trio.Event()
     async with trio.open_nursery() as nursery:
-        await nursery.start(_listen_for_interrupts, cancel_asked)
+        await nursery.start(listen_for_interrupts, cancel_asked)
         with closing(watch):
             result = await client.submit(request, watch, cancel_asked=cancel_asked)
         watch.summarize(result)
         nursery.cancel_scope.cancel(reason="the job has ended")
 
 
-async def _listen_for_interrupts(
+async def listen_for_interrupts(
     cancel_asked: trio.Event,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:

@@ -5,16 +5,21 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import structlog
 
+from sleap_rtc import client
 from sleap_rtc.cli import main
 from sleap_rtc.cli.console import plain
 from sleap_rtc.cli.failures import reported_errors
 from sleap_rtc.cli.watch import JsonWatch, TerminalWatch
 from sleap_rtc.client import LinePrinted, PackageCopied, RouteChosen, TransferProgress
 from sleap_rtc.errors import ExitCode, JobFailedError, NoWorkerError, UserError
+from sleap_rtc.proto import messages as m
+from sleap_rtc.proto.rendezvous.workers import Candidate, WorkerCard
 
 COMMANDS = ("send", "daemon", "invite", "join", "workers", "doctor", "config")
 
@@ -183,3 +188,96 @@ def test_json_has_each_event_on_a_line(capsys: pytest.CaptureFixture[str]) -> No
         {"event": "progress", "what": "Sending x", "done": 1, "total": 2},
         {"event": "copied", "method": "reflink", "size": 2, "seconds": 0.5},
     ]
+
+
+CARD = WorkerCard(hostname="gpu")
+STATE = m.JobProgress("QUEUED", position=2)
+
+EVENTS: list[tuple[client.Event, str, dict[str, object]]] = [
+    (
+        client.WorkerChosen(Candidate("worker-1", CARD), "it is free"),
+        "Worker: worker-1 (it is free)",
+        {"event": "worker", "worker": "worker-1", "reason": "it is free"},
+    ),
+    (
+        client.LinkOpened("tcp", "10.0.0.1:7", "it was first"),
+        "Link: tcp to 10.0.0.1:7 (it was first)",
+        {"event": "link", "kind": "tcp", "address": "10.0.0.1:7"},
+    ),
+    (
+        client.LinkLost("silence"),
+        "Link: lost: silence; opening another one",
+        {"event": "link_lost", "reason": "silence"},
+    ),
+    (
+        client.JobResumed("job_1"),
+        "Job: continuing job_1",
+        {"event": "resumed", "job_id": "job_1"},
+    ),
+    (
+        client.NoteTrouble("the disk is full"),
+        "Note: the disk is full; after a crash the job would start over",
+        {"event": "note_trouble", "reason": "the disk is full"},
+    ),
+    (
+        client.PackageChanged("job_1"),
+        "Package: changed since it was submitted as job_1: this is a new job",
+        {"event": "package_changed", "earlier_job_id": "job_1"},
+    ),
+    (
+        client.RouteChosen("channel", "you asked for it"),
+        "Route: channel (you asked for it)",
+        {"event": "route", "route": "channel", "reason": "you asked for it"},
+    ),
+    (
+        client.StateChanged(STATE),
+        "Job: queued, 2 ahead",
+        {"event": "state", "state": "QUEUED", "position": 2},
+    ),
+    (
+        client.StateChanged(m.JobProgress("RUNNING")),
+        "Job: running",
+        {"event": "state", "state": "RUNNING"},
+    ),
+    (
+        client.StateChanged(m.JobProgress("COMPLETE")),
+        "",
+        {"event": "state", "state": "COMPLETE"},
+    ),
+    (
+        client.StageComplete("training"),
+        "Job: training complete",
+        {"event": "stage_complete", "stage": "training"},
+    ),
+    (
+        client.ResultsChosen(Path("/x")),
+        "",
+        {"event": "results_directory", "directory": "/x"},
+    ),
+    (
+        client.ResultsStored(Path("/x"), 2, 2048),
+        "Results: 2 files, 2.0 KiB, in /x",
+        {"event": "results", "directory": "/x", "files": 2, "size": 2048},
+    ),
+]
+
+
+@pytest.mark.parametrize(("event", "text", "fields"), EVENTS)
+def test_each_event_is_shown_to_people_and_programs(
+    capsys: pytest.CaptureFixture[str],
+    event: client.Event,
+    text: str,
+    fields: dict[str, object],
+) -> None:
+    with closing(TerminalWatch()) as watch:
+        watch(event)
+    assert capsys.readouterr().err.strip() == text
+    with closing(JsonWatch()) as json_watch:
+        json_watch(event)
+    assert json.loads(capsys.readouterr().out).items() >= fields.items()
+
+
+def test_every_kind_of_event_is_tried() -> None:
+    tried = {type(event) for event, _, _ in EVENTS}
+    elsewhere = {client.LinePrinted, client.TransferProgress, client.PackageCopied}
+    assert tried | elsewhere == set(get_args(client.Event))

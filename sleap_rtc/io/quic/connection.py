@@ -184,10 +184,9 @@ class AioquicConnection(QuicConnection):
             host_cid=self.host_cid,
             peer_cid=self._peer_cid.cid,
             version=cast(int, self._version),  # known since the handshake
-            is_client=self._is_client,
+            is_client=self.configuration.is_client,
             max_datagram_size=size,
             packet_number=self._packet_number,
-            spin_bit=self._spin_bit,
         )
         builder.start_packet(QuicPacketType.ONE_RTT, self._cryptos[Epoch.ONE_RTT])
         frames = builder.start_frame(
@@ -218,11 +217,6 @@ class AioquicConnection(QuicConnection):
     def packet_space(self) -> QuicPacketSpace:
         """The numbers of 1-RTT packets that have arrived."""
         return self._spaces[Epoch.ONE_RTT]
-
-    @property
-    def ack_delay(self) -> float:
-        """Seconds after which a packet is acknowledged."""
-        return self._ack_delay
 
     @property
     def receive_window(self) -> Limit:

@@ -24,8 +24,9 @@ from sleap_rtc.io.quic.packets import (
 )
 
 PACKETS_PER_ACK = 32
-"""Packets after which an acknowledgement is due at once. Fewer are acknowledged after a
-millisecond, so that a batch costs one acknowledgement (RFC 9000, 13.2.2)."""
+ACK_DELAY = 0.001
+"""Packets, and seconds, after which an acknowledgement is due. A batch costs one, and not
+one for each two packets (RFC 9000, 13.2.2)."""
 
 _LARGEST_STREAM_ID = 63
 """The largest id of a stream that takes one byte."""
@@ -149,7 +150,7 @@ class FastReceiver:
         if len(space.ack_queue) > MAX_ACK_RANGES:
             space.ack_queue.shift()
         if space.ack_at is None:
-            space.ack_at = now + connection.ack_delay
+            space.ack_at = now + ACK_DELAY
             self._unacknowledged = 0
         self._unacknowledged += self._unregistered
         if self._unacknowledged >= PACKETS_PER_ACK:

@@ -27,7 +27,6 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 Method = type(QuicConnection.close)
 
 STATE: dict[str, type | tuple[type, ...]] = {
-    "_ack_delay": float,
     "_ack_eliciting_sent_since_receipt": bool,
     "_close_at": float,
     "_close_event": (ConnectionTerminated, type(None)),
@@ -38,7 +37,6 @@ STATE: dict[str, type | tuple[type, ...]] = {
     "_get_or_create_stream_for_send": Method,
     "_handshake_confirmed": bool,
     "_idle_timeout": Method,
-    "_is_client": bool,
     "_local_max_data": Limit,
     "_loss": QuicPacketRecovery,
     "_max_datagram_size": int,
@@ -50,7 +48,6 @@ STATE: dict[str, type | tuple[type, ...]] = {
     "_remote_max_data_used": int,
     "_send_probe": Method,
     "_spaces": dict,
-    "_spin_bit": bool,
     "_state": aioquic_connection.QuicConnectionState,
     "_streams": dict,
     "_version": int,

@@ -71,7 +71,7 @@ class QuicEngine:
     """A QUIC connection with one stream for bulk data each way.
 
     After each input and command the driver sends what `datagrams_to_send` returns,
-    drains `next_event`, and calls `handle_timer` at the time that `get_timer` returns.
+    drains `next_event`, and then reads `deadline`.
 
     Args:
         configuration: The settings of the connection.
@@ -109,6 +109,7 @@ class QuicEngine:
         if FastPath.RECEIVE in fast_path:
             self._receiver = FastReceiver(self.connection)
         self._renew_keys_at = PACKETS_PER_KEY
+        self._deadline: float | None = None
 
     # ------------------------------------------------------------------- properties
 
@@ -200,14 +201,32 @@ class QuicEngine:
         for data, address in datagrams:
             self.connection.receive_datagram(data, address, now)
 
-    def handle_timer(self, now: float) -> None:
-        """Run the timers that have expired."""
-        self.connection.handle_timer(now)
+    def handle_timeout(self, now: float) -> None:
+        """Run the timers that have expired; do nothing before `deadline`."""
+        if self._deadline is not None and now >= self._deadline:
+            self.connection.handle_timer(now)
 
     # ----------------------------------------------------------------------- output
 
     def datagrams_to_send(self, now: float) -> list[Datagram]:
-        """Return what to send now: first what aioquic has, then bulk, then a probe."""
+        """Return what to send now."""
+        datagrams = self._packets_to_send(now)
+        # aioquic arms its loss timer in this call. When a timer expires, a rounding
+        # error may still be missing for aioquic, so the time has to go forward.
+        timer = self.connection.get_timer()
+        self._deadline = None if timer is None else max(timer, now + 1e-6)
+        return datagrams
+
+    def deadline(self) -> float | None:
+        """Return when to call `handle_timeout`; None if never."""
+        return self._deadline
+
+    def next_event(self) -> QuicEvent | None:
+        """Remove and return the oldest event; None if there is none."""
+        return self.connection.next_event()
+
+    def _packets_to_send(self, now: float) -> list[Datagram]:
+        """Return what aioquic has to send, then bulk, then a probe."""
         connection, congestion = self.connection, self.congestion
         connection.datagram_size = congestion.max_datagram_size = self._mtu.size
         datagrams = connection.datagrams_to_send(now)
@@ -223,14 +242,6 @@ class QuicEngine:
             self._renew_keys_at = connection.packet_number + PACKETS_PER_KEY
             connection.renew_keys()
         return datagrams
-
-    def get_timer(self) -> float | None:
-        """Return when to call `handle_timer`; ask after each `datagrams_to_send`."""
-        return self.connection.get_timer()
-
-    def next_event(self) -> QuicEvent | None:
-        """Remove and return the oldest event; None if there is none."""
-        return self.connection.next_event()
 
     def _check_application_limit(self) -> None:
         """Report to congestion control if neither window nor pace held data back."""

@@ -25,7 +25,7 @@ from sleap_rtc.io.quic.packets import (
 
 PACKETS_PER_ACK = 32
 ACK_DELAY = 0.001
-"""Packets, and seconds, after which an acknowledgement is due. A batch costs one, and not
+"""Packets, and seconds, after which an acknowledgement is due: a batch costs one, not
 one for each two packets (RFC 9000, 13.2.2)."""
 
 _LARGEST_STREAM_ID = 63

@@ -143,7 +143,6 @@ class QuicSession(Session[RouteChange]):
         self._granted_at = 0
         self._close_datagrams: list[Datagram] = []
         self._close_due = False
-        self._engine_deadline: float | None = None
 
     # ------------------------------------------------------------------ the world
 
@@ -157,14 +156,13 @@ class QuicSession(Session[RouteChange]):
 
     def handle_timeout(self, now: float) -> None:
         """Handle every deadline that has passed."""
-        if self._engine_deadline is not None and now >= self._engine_deadline:
-            was_open = self._engine.close_event is None
-            self._engine.handle_timer(now)
-            closing = self._engine.close_event
-            # A timer closes a connection after a silence or for want of a path.
-            if was_open and closing and closing.error_code == _SILENCE:
-                self._end(self._silence())
-            self._drain_engine(now)
+        was_open = self._engine.close_event is None
+        self._engine.handle_timeout(now)
+        closing = self._engine.close_event
+        # A timer closes a connection after a silence or for want of a path.
+        if was_open and closing and closing.error_code == _SILENCE:
+            self._end(self._silence())
+        self._drain_engine(now)
         match self.state:
             case Phase.READY if now >= self._ping_at:
                 self._ping(now)
@@ -182,17 +180,14 @@ class QuicSession(Session[RouteChange]):
         elif closing and self._close_due and not self.finished:
             datagrams = self._close_datagrams
         self._close_due = False
-        # Asking for the timer also arms it, so ask after every sending.
-        timer = self._engine.get_timer()
-        # The engine may find at its deadline that a rounding error is missing.
-        self._engine_deadline = None if timer is None else max(timer, now + 1e-6)
         self._drain_engine(now)
         self.bytes_sent += sum(len(data) for data, _ in datagrams)
         return datagrams
 
     def deadline(self) -> float | None:
         """Return when `handle_timeout` is due; None once the session is finished."""
-        deadlines = [] if self._engine_deadline is None else [self._engine_deadline]
+        engine_deadline = self._engine.deadline()
+        deadlines = [] if engine_deadline is None else [engine_deadline]
         match self.state:
             case Phase.READY:
                 deadlines.append(self._ping_at)

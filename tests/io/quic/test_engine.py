@@ -88,7 +88,6 @@ class Pair:
         }
         self.pings: list[int] = []
         self.ends: list[ConnectionTerminated] = []
-        self._timers: dict[QuicEngine, float | None] = {}
         self.client.connect(SERVER, self.now)
         self.flush(self.client)
         self.run_until(lambda: self.is_established)
@@ -110,8 +109,6 @@ class Pair:
                 arrival = self.now + self._delay + self._random.random() * self._jitter
                 entry = (arrival, self.datagrams_sent, target, (data, source))
                 heapq.heappush(self._wire, entry)
-        timer = engine.get_timer()
-        self._timers[engine] = None if timer is None else max(timer, self.now + 1e-6)
         while (event := engine.next_event()) is not None:
             match event:
                 case StreamDataReceived():
@@ -125,7 +122,8 @@ class Pair:
     def step(self) -> bool:
         """Advance to the next event; return False if there will be none."""
         times = [self._wire[0][0]] if self._wire else []
-        times += [timer for timer in self._timers.values() if timer is not None]
+        engines = (self.client, self.server)
+        times += [due for engine in engines if (due := engine.deadline()) is not None]
         if not times:
             return False
         self.now = max(self.now, min(times))
@@ -135,11 +133,10 @@ class Pair:
             batches.setdefault(target, []).append(datagram)
         for engine, batch in batches.items():
             engine.receive_datagrams(batch, self.now)
-        for engine in (self.client, self.server):
-            timer = self._timers.get(engine)
-            is_due = timer is not None and timer <= self.now
-            if is_due:
-                engine.handle_timer(self.now)
+        for engine in engines:
+            due = engine.deadline()
+            is_due = due is not None and due <= self.now
+            engine.handle_timeout(self.now)
             if is_due or engine in batches:
                 self.flush(engine)
         return True
@@ -357,9 +354,9 @@ def test_a_turn_makes_a_bounded_number_of_packets(largest: int) -> None:
     datagrams = pair.client.datagrams_to_send(pair.now)
     assert 1 < len(datagrams) <= MAX_PACKETS_PER_TURN + 2
     assert sum(len(data) for data, _ in datagrams) < MAX_BYTES_PER_TURN * 1.1
-    timer = pair.client.get_timer()
-    assert timer is not None
-    assert timer - pair.now < 0.1
+    deadline = pair.client.deadline()
+    assert deadline is not None
+    assert deadline - pair.now < 0.1
 
 
 @pytest.mark.parametrize("payload", [b"", b"\x01", b"\x08\x02", b"\x0c\x02" + bytes(9)])

@@ -321,7 +321,7 @@ class Session(ABC, Generic[OutputT]):
         self._move(Step.SECURED)
         if isinstance(self._role, Client):
             if shown != self._role.certificate_der:
-                raise RemoteProtocolError("not who it should be: another certificate")
+                raise RemoteProtocolError("not the expected peer: another certificate")
             self._move(Step.PROVEN)
             self._open_untrusted(now)
         self._ping(now)

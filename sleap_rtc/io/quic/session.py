@@ -322,7 +322,7 @@ def _explain(event: ConnectionTerminated) -> Ended:
     if event.frame_type is None:
         return Ended(phrase or "the peer closed the link")
     if event.error_code in _TLS_ALERTS:
-        return Ended(f"not who it should be: {phrase}", is_fault=True)
+        return Ended(f"not the expected peer: {phrase}", is_fault=True)
     if event.error_code == QuicErrorCode.FLOW_CONTROL_ERROR:
         return Ended("the peer sends more than it may", is_fault=True)
     return Ended(f"the peer broke the protocol of QUIC: {phrase}", is_fault=True)

@@ -112,7 +112,7 @@ class TlsEngine:
             return
         except ssl.SSLCertVerificationError as error:
             raise RemoteProtocolError(
-                f"not who it should be: {error.verify_message}"
+                f"not the expected peer: {error.verify_message}"
             ) from None
         except ssl.SSLError as error:
             raise RemoteProtocolError(_explain(error)) from None

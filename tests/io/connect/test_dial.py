@@ -166,7 +166,7 @@ async def test_a_failed_dial_reports_what_happened_at_each_address(
     assert len(reasons) == 2 * len(LINK_KINDS)
     for kind in LINK_KINDS:
         assert reasons[kind, f"127.0.0.1:{silent}"] == "no answer for 10 s"
-        assert "not who it should be" in reasons[kind, f"127.0.0.1:{stranger.port}"]
+        assert "not the expected peer" in reasons[kind, f"127.0.0.1:{stranger.port}"]
         assert f"{kind} to 127.0.0.1:{silent}: no answer for 10 s" in str(caught.value)
 
 

@@ -397,7 +397,7 @@ async def test_a_wrong_certificate_is_refused(
     kind: LinkKindName, listener: Listener
 ) -> None:
     other = make_certificate().certificate_der
-    with pytest.raises(DialError, match="not who it should be"):
+    with pytest.raises(DialError, match="not the expected peer"):
         async with dialed(kind, listener.port, certificate_der=other):
             pytest.fail("it must not open")
 

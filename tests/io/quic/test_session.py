@@ -316,7 +316,7 @@ def test_another_certificate_of_the_same_name_is_refused() -> None:
     network = Network(shown=make_certificate())
     network.run_until(lambda: network.client.ended is not None)
     assert network.client.ended is not None
-    assert "not who it should be" in network.client.ended.reason
+    assert "not the expected peer" in network.client.ended.reason
 
 
 def test_another_certificate_with_the_same_key_is_refused() -> None:

@@ -278,7 +278,7 @@ def old_version() -> ssl.SSLContext:
 @pytest.mark.parametrize(
     ("server", "words"),
     [
-        (other_certificate, "not who it should be"),
+        (other_certificate, "not the expected peer"),
         (other_protocol, "does not speak sleap-rtc/1"),
         (old_version, "TLS failed: "),
     ],
@@ -298,7 +298,7 @@ def test_the_certificate_is_compared_after_the_handshake() -> None:
     expected = Client(CERTIFICATE.certificate_der + b"?")
     wire.client = TcpSession(wire.client_engine, "server:2", expected, now=wire.now)
     wire.flush()
-    assert "not who it should be" in end_of(wire.client)
+    assert "not the expected peer" in end_of(wire.client)
 
 
 # ------------------------------------------------------------------- sending things

@@ -7,14 +7,23 @@ it ends. How its bytes travel depends on the kind.
 import enum
 from abc import ABC, abstractmethod
 from collections import deque
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, assert_never
 
 import msgspec
 
 from sleap_rtc.io.link.limits import LinkLimits
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 from sleap_rtc.proto.machine import Table, Trigger, move
-from sleap_rtc.proto.messages import Auth, Message, Unknown, encode_message
+from sleap_rtc.proto.messages import (
+    Auth,
+    ClientMessage,
+    Message,
+    Unknown,
+    WorkerMessage,
+    decode_client_message_untrusted,
+    decode_worker_message_untrusted,
+    encode_message,
+)
 from sleap_rtc.proto.transfer.frames import HEADER_SIZE, Frame, encode_header
 
 ALPN = "sleap-rtc/1"
@@ -325,6 +334,20 @@ class Session(ABC, Generic[OutputT]):
             self._move(Step.PROVEN)
             self._open_untrusted(now)
         self._ping(now)
+
+    def _decode_untrusted(self, text: bytes) -> ClientMessage | WorkerMessage:
+        """Parse a message, which only the role of the peer may send.
+
+        Raises:
+            RemoteProtocolError: If it is not such a message.
+        """
+        match self._role:
+            case Client():
+                return decode_worker_message_untrusted(text)
+            case Server():
+                return decode_client_message_untrusted(text)
+            case _:
+                assert_never(self._role)
 
     def _receive_message_untrusted(self, message: Message, size: int) -> None:
         match self.state, message:

@@ -34,8 +34,6 @@ from sleap_rtc.io.quic.engine import Datagram, QuicEngine
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import (
     MAX_MESSAGE_BYTES,
-    Message,
-    decode_message_untrusted,
 )
 from sleap_rtc.proto.terminal import printable
 from sleap_rtc.proto.transfer.frames import FrameDecoder
@@ -73,10 +71,10 @@ Output = ProofShown | RouteChange
 
 
 class MessageDecoder:
-    """Splits a control stream into messages.
+    """Splits a control stream into the texts of its messages.
 
-    Call `receive_data` with the bytes that arrive, then `next_message_untrusted` until
-    it returns None. At most one incomplete message is held.
+    Call `receive_data` with the bytes that arrive, then `next_text_untrusted` until it
+    returns None. At most one incomplete message is held.
     """
 
     def __init__(self) -> None:
@@ -86,11 +84,11 @@ class MessageDecoder:
         """Add bytes of the stream."""
         self._buffer += data
 
-    def next_message_untrusted(self) -> tuple[Message, int] | None:
-        """Remove and return the next whole message, and its size in bytes.
+    def next_text_untrusted(self) -> tuple[bytes, int] | None:
+        """Remove and return the text of the next whole message, and its size.
 
         Raises:
-            RemoteProtocolError: If it is not a message, or too long to be one.
+            RemoteProtocolError: If it is too long.
         """
         if len(self._buffer) < _LENGTH_SIZE:
             return None
@@ -104,7 +102,7 @@ class MessageDecoder:
             return None
         text = bytes(self._buffer[_LENGTH_SIZE:end])
         del self._buffer[:end]
-        return decode_message_untrusted(text), end
+        return text, end
 
 
 class QuicSession(Session[RouteChange]):
@@ -310,10 +308,11 @@ class QuicSession(Session[RouteChange]):
 
     def _read_messages_untrusted(self) -> None:
         while self.state is not Phase.JUDGING:
-            decoded = self._decoder.next_message_untrusted()
-            if decoded is None:
+            framed = self._decoder.next_text_untrusted()
+            if framed is None:
                 return
-            self._receive_message_untrusted(*decoded)
+            text, size = framed
+            self._receive_message_untrusted(self._decode_untrusted(text), size)
 
 
 def _explain(event: ConnectionTerminated) -> Ended:

@@ -19,7 +19,6 @@ from sleap_rtc.io.link.session import (
 )
 from sleap_rtc.io.tcp.tls import TlsEngine
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.messages import decode_message_untrusted
 from sleap_rtc.proto.terminal import printable
 from sleap_rtc.proto.transfer.frames import HEADER_SIZE, FrameDecoder
 from sleap_rtc.proto.transfer.records import (
@@ -196,7 +195,7 @@ class TcpSession(Session[Never]):
             case RecordType.MESSAGE:
                 size = len(content) + MESSAGE_COST
                 self._unread += size
-                message = decode_message_untrusted(bytes(content))
+                message = self._decode_untrusted(bytes(content))
                 self._receive_message_untrusted(message, size)
             case RecordType.BULK if self.state is not Phase.READY:
                 raise RemoteProtocolError(REFUSED)

@@ -18,9 +18,9 @@ from sleap_rtc.proto.route.kinds import LINK_KINDS, LinkKindName
 from sleap_rtc.proto.route.race import STAGGER_INTERVAL
 from tests.io.link.kinds import (
     AUTH,
-    CANCEL,
     CERTIFICATE,
     DER,
+    VERIFIED,
     dialed,
     judge,
     listening,
@@ -57,8 +57,8 @@ async def test_tcp_is_preferred_when_both_kinds_work(listener: Listener) -> None
         assert reason == "it answered first"
         worker = await listener.accept()
         assert worker.statistics().kind == "tcp"
-        await client.send_message(CANCEL)
-        assert await worker.receive_message() == CANCEL
+        await client.send_message(VERIFIED)
+        assert await worker.receive_message() == VERIFIED
     with pytest.raises(LinkClosedError, match="the peer closed the link"):
         await worker.receive_message()
 
@@ -133,8 +133,8 @@ async def test_the_proof_is_used_once_by_the_link_that_wins() -> None:
         async with dial(addresses, certificate_der=DER, auth=AUTH) as (client, _):
             worker = await listener.accept()
             await trio.testing.wait_all_tasks_blocked(2 * STAGGER_INTERVAL)
-            await client.send_message(CANCEL)
-            assert await worker.receive_message() == CANCEL
+            await client.send_message(VERIFIED)
+            assert await worker.receive_message() == VERIFIED
         assert shown == [AUTH]
 
 

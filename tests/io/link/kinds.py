@@ -18,7 +18,7 @@ from sleap_rtc.io.link.limits import LIMITS, LinkLimits
 from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.link.session_link import SessionLink
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.messages import Auth, JobCancel, JobLog, Message
+from sleap_rtc.proto.messages import Auth, FileError, FileVerified, Message
 from sleap_rtc.proto.route.kinds import LinkKindName
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
 
@@ -26,7 +26,7 @@ AUTH = Auth(session="5" * 32, proof="7" * 64)
 CERTIFICATE = make_certificate()
 DER = CERTIFICATE.certificate_der
 MEGABYTE = 1024 * 1024
-CANCEL = JobCancel("job_0123abcd")
+VERIFIED = FileVerified(7)
 LOOPBACK = "127.0.0.1"
 
 
@@ -142,8 +142,8 @@ def make_frame(index: int, size: int = MEGABYTE) -> Frame:
     return Frame(ChunkHeader(1, index, size, bytes(32)), bytes([index % 256]) * size)
 
 
-def line(number: int) -> Message:
-    return JobLog("job_0123abcd", number, number, "epoch done")
+def numbered(number: int) -> Message:
+    return FileError(number, "epoch done")
 
 
 async def send_until_held_back(link: Link, cushion: float = 0.3) -> int:

@@ -18,18 +18,23 @@ from sleap_rtc.io.link.certificates import make_certificate
 from sleap_rtc.io.link.limits import LIMITS
 from sleap_rtc.io.link.link import DialError, Link, LinkClosedError
 from sleap_rtc.io.link.session_link import SessionLink
-from sleap_rtc.proto.messages import Auth, Message
+from sleap_rtc.proto.messages import (
+    Auth,
+    Message,
+    SharedStorageJob,
+    TrainingComplete,
+)
 from sleap_rtc.proto.route.kinds import LINK_KINDS, LinkKindName
 from tests.io.link.kinds import (
     AUTH,
-    CANCEL,
     DER,
     MEGABYTE,
+    VERIFIED,
     connected,
     dialed,
-    line,
     listening,
     make_frame,
+    numbered,
     open_sockets,
     pair,
     send_until_held_back,
@@ -58,6 +63,20 @@ async def listener() -> AsyncIterator[Listener]:
 # ------------------------------------------------------------------- what links carry
 
 
+async def test_a_message_of_the_wrong_direction_ends_the_link(
+    kind: LinkKindName,
+    listener: Listener,
+) -> None:
+    async with pair(kind, listener) as (client, worker):
+        await client.send_message(TrainingComplete())
+        with pytest.raises(LinkClosedError, match="is not sent by clients"):
+            await worker.receive_message()
+    async with pair(kind, listener) as (client, worker):
+        await worker.send_message(SharedStorageJob())
+        with pytest.raises(LinkClosedError, match="is not sent by workers"):
+            await client.receive_message()
+
+
 async def test_messages_go_both_ways_and_the_client_has_a_name(
     kind: LinkKindName,
     listener: Listener,
@@ -65,11 +84,11 @@ async def test_messages_go_both_ways_and_the_client_has_a_name(
     async with pair(kind, listener) as (client, worker):
         assert worker.peer == "client 5555"
         for number in range(100):
-            await client.send_message(line(number))
-            await worker.send_message(line(1000 + number))
+            await client.send_message(numbered(number))
+            await worker.send_message(numbered(1000 + number))
         for number in range(100):
-            assert await worker.receive_message() == line(number)
-            assert await client.receive_message() == line(1000 + number)
+            assert await worker.receive_message() == numbered(number)
+            assert await client.receive_message() == numbered(1000 + number)
 
 
 async def test_frames_go_both_ways_at_once_to_a_slow_reader(
@@ -130,8 +149,8 @@ async def test_a_message_does_not_wait_for_a_reader_of_frames(
     async with pair(kind, listener) as (client, worker):
         for index in range(8):
             await client.send_frame(make_frame(index))
-        await client.send_message(CANCEL)
-        assert await worker.receive_message() == CANCEL
+        await client.send_message(VERIFIED)
+        assert await worker.receive_message() == VERIFIED
 
 
 SHORT_QUEUES = replace(LIMITS, max_unread=2 * MEGABYTE, max_unsent_frames=MEGABYTE)
@@ -172,15 +191,15 @@ async def test_many_links_share_one_socket(
         nonlocal done
         auth = Auth(session=f"{number:032x}", proof=AUTH.proof)
         async with dialed(kind, listener.port, auth=auth) as link:
-            await link.send_message(line(number))
+            await link.send_message(numbered(number))
             await link.send_frame(make_frame(number, 50_000))
-            assert await link.receive_message() == line(number)
+            assert await link.receive_message() == numbered(number)
             done += 1
 
     async def answer(link: Link) -> None:
         message = await link.receive_message()
         frame = await link.receive_frame()
-        assert message == line(frame.header.index)
+        assert message == numbered(frame.header.index)
         await link.send_message(message)
 
     async with trio.open_nursery() as nursery:
@@ -201,16 +220,16 @@ async def test_a_close_carries_its_reason_and_all_that_was_sent(
     async with pair(kind, listener) as (client, worker):
         for index in range(4):
             await client.send_frame(make_frame(index))
-        await client.send_message(CANCEL)
+        await client.send_message(VERIFIED)
         await client.aclose("enough for today")
-        assert await worker.receive_message() == CANCEL
+        assert await worker.receive_message() == VERIFIED
         for index in range(4):
             assert (await worker.receive_frame()).header.index == index
         with pytest.raises(LinkClosedError) as caught:
             await worker.receive_message()
         assert caught.value.reason == "enough for today"
         with pytest.raises(LinkClosedError) as caught:
-            await client.send_message(CANCEL)
+            await client.send_message(VERIFIED)
         assert caught.value.reason == "closed: enough for today"
 
 
@@ -228,10 +247,10 @@ async def test_what_comes_together_with_the_end_is_received(
 
         nursery.start_soon(receive)
         await trio.testing.wait_all_tasks_blocked()
-        await client.send_message(CANCEL)
+        await client.send_message(VERIFIED)
         client.close_now("bye")
         nursery.cancel_scope.deadline = trio.current_time() + 10
-    assert received == [CANCEL]
+    assert received == [VERIFIED]
 
 
 async def test_a_worker_can_close_as_well(
@@ -386,8 +405,8 @@ async def test_an_idle_link_stays_open(
 ) -> None:
     async with pair(kind, listener) as (client, worker):
         await trio.sleep(3 * LIMITS.idle_timeout)
-        await client.send_message(CANCEL)
-        assert await worker.receive_message() == CANCEL
+        await client.send_message(VERIFIED)
+        assert await worker.receive_message() == VERIFIED
 
 
 # ------------------------------------------------------------------------- bad peers
@@ -432,8 +451,8 @@ async def test_the_number_of_unproven_clients_is_limited(kind: LinkKindName) -> 
 
     async def prove(listener: Listener) -> None:
         async with pair(kind, listener) as (client, worker):
-            await client.send_message(CANCEL)
-            assert await worker.receive_message() == CANCEL
+            await client.send_message(VERIFIED)
+            assert await worker.receive_message() == VERIFIED
             opened.set()
 
     async with (
@@ -462,8 +481,8 @@ async def test_garbage_on_one_link_leaves_the_others_alone(
             await worker.receive_message()
         with pytest.raises(LinkClosedError, match=r"\A(?!127).*no NAME"):
             await bad.receive_message()
-        await good.send_message(CANCEL)
-        assert await other.receive_message() == CANCEL
+        await good.send_message(VERIFIED)
+        assert await other.receive_message() == VERIFIED
 
 
 async def test_unknown_messages_are_skipped(
@@ -472,8 +491,8 @@ async def test_unknown_messages_are_skipped(
     async with pair(kind, listener) as (client, worker):
         client.session._queue_message(b"NEWER::yes")
         client.session._queue_message(b"LANE_REQUEST::3::any")  # of an older client
-        await client.send_message(CANCEL)
-        assert await worker.receive_message() == CANCEL
+        await client.send_message(VERIFIED)
+        assert await worker.receive_message() == VERIFIED
         assert worker.statistics().ignored_messages == 2
 
 
@@ -487,7 +506,7 @@ async def test_cancelled_calls_leave_the_link_usable(
         await link.send_frame(make_frame(1, 1000))
 
     async def send_message(link: Link) -> None:
-        await link.send_message(CANCEL)
+        await link.send_message(VERIFIED)
 
     async def receive_frame(link: Link) -> None:
         await link.receive_frame()
@@ -506,9 +525,9 @@ async def test_cancelled_calls_leave_the_link_usable(
                 await trio.testing.wait_all_tasks_blocked()
                 nursery.cancel_scope.cancel()
         # The ones that were not cancelled too early went out whole.
-        await worker.send_message(line(1))
-        assert await client.receive_message() == line(1)
-        assert await worker.receive_message() == CANCEL
+        await worker.send_message(numbered(1))
+        assert await client.receive_message() == numbered(1)
+        assert await worker.receive_message() == VERIFIED
         assert (await worker.receive_frame()).header.length == 1000
 
 
@@ -520,12 +539,12 @@ async def test_a_sender_cancelled_while_it_waits_sent_nothing(
         pair(kind, listener, SHORT_QUEUES) as (client, worker),
     ):
         sent = await send_until_held_back(client)
-        await client.send_message(line(sent))
+        await client.send_message(numbered(sent))
         for index in range(sent):
             assert (await worker.receive_frame()).header.index == index
         await client.send_frame(make_frame(99))
         assert (await worker.receive_frame()).header.index == 99
-        assert await worker.receive_message() == line(sent)
+        assert await worker.receive_message() == numbered(sent)
 
 
 async def test_a_cancelled_dial_leaves_nothing_behind(kind: LinkKindName) -> None:

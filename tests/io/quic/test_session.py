@@ -35,8 +35,8 @@ from sleap_rtc.proto.messages import (
     MAX_MESSAGE_BYTES,
     Auth,
     Error,
-    JobCancel,
-    JobLog,
+    FileError,
+    FileVerified,
     Message,
     encode_message,
 )
@@ -262,7 +262,7 @@ def refusal(network: Network) -> str:
     [
         Auth(session="5" * 32, proof="8" * 64),
         Auth(session="6" * 32, proof="7" * 64),
-        JobCancel("job_0123abcd"),
+        FileVerified(7),
         Error("let me in"),
     ],
 )
@@ -351,7 +351,7 @@ def test_a_server_that_never_answers_is_given_up() -> None:
 
 
 def test_messages_arrive_in_order_both_ways(network: Network) -> None:
-    sent = [JobLog("job_0123abcd", n, n, "x" * (n % 900)) for n in range(500)]
+    sent = [FileError(n, "x" * (n % 900)) for n in range(500)]
     for message in sent:
         network.client.send_message(message)
         network.server.send_message(message)
@@ -377,7 +377,7 @@ def test_a_bad_network_loses_and_reorders_nothing(seed: int) -> None:
     for n, frame in enumerate(frames):
         for session in (network.client, network.server):
             session.send_frame(frame)
-            session.send_message(JobLog("job_0123abcd", n, n, "line"))
+            session.send_message(FileError(n, "line"))
             network.flush(session)
     got: dict[str, list[bytes]] = {"client": [], "server": []}
     lines: dict[str, list[Message]] = {"client": [], "server": []}
@@ -392,14 +392,14 @@ def test_a_bad_network_loses_and_reorders_nothing(seed: int) -> None:
     network.run_until(done)
     for name in ("client", "server"):
         assert got[name] == [frame.payload for frame in frames]
-        assert lines[name] == [JobLog("job_0123abcd", n, n, "line") for n in range(25)]
+        assert lines[name] == [FileError(n, "line") for n in range(25)]
     assert network.client.packets_lost + network.server.packets_lost > 0
 
 
 def test_a_message_overtakes_the_bulk_that_was_queued_before(network: Network) -> None:
     for index in range(8):
         network.client.send_frame(make_frame(index, MEGABYTE))
-    network.client.send_message(JobCancel("job_0123abcd"))
+    network.client.send_message(FileVerified(7))
     network.flush(network.client)
     network.run_until(lambda: network.server.has_message)
     assert network.server.bytes_received < MEGABYTE
@@ -427,7 +427,7 @@ def test_the_grants_of_a_sender_leave_room_for_messages(
     flow = Flow(network, 8)
     while network.server.bytes_received < 8 * MEGABYTE:
         flow.step()
-    network.client.send_message(JobCancel("job_0123abcd"))
+    network.client.send_message(FileVerified(7))
     network.flush(network.client)
     network.run_until(lambda: network.server.has_message)
 
@@ -543,7 +543,7 @@ def test_a_peer_that_missed_the_close_gets_it_again(network: Network) -> None:
     network.server.close("time for tea", network.now)
     network.flush(network.server)
     network.loss = 0.0
-    network.client.send_message(JobCancel("job_0123abcd"))
+    network.client.send_message(FileVerified(7))
     network.flush(network.client)
     network.run_until(lambda: network.client.ended is not None)
     assert network.client.ended is not None
@@ -563,14 +563,14 @@ def test_any_reason_can_be_sent(network: Network, reason: str) -> None:
 
 
 def test_what_arrived_before_the_close_can_still_be_read(network: Network) -> None:
-    network.client.send_message(JobCancel("job_0123abcd"))
+    network.client.send_message(FileVerified(7))
     network.client.send_frame(make_frame(1))
     network.flush(network.client)
     network.run_until(lambda: network.client.all_sent)
     network.client.close("done", network.now)
     network.flush(network.client)
     network.run_until(lambda: network.server.ended is not None)
-    assert list(messages_of(network.server)) == [JobCancel("job_0123abcd")]
+    assert list(messages_of(network.server)) == [FileVerified(7)]
     assert len(list(frames_of(network.server))) == 1
 
 
@@ -656,10 +656,10 @@ def test_a_gap_that_would_take_much_memory_ends_the_session(network: Network) ->
 def test_unknown_messages_are_counted_and_skipped(network: Network) -> None:
     text = b"NEWER_THAN_US::field::field"
     network.client_engine.send(0, len(text).to_bytes(4) + text)
-    network.client.send_message(JobCancel("job_0123abcd"))
+    network.client.send_message(FileVerified(7))
     network.flush(network.client)
     network.run_until(lambda: network.server.has_message)
-    assert list(messages_of(network.server)) == [JobCancel("job_0123abcd")]
+    assert list(messages_of(network.server)) == [FileVerified(7)]
     assert network.server.ignored_messages == 1
 
 
@@ -671,7 +671,7 @@ def test_garbage_datagrams_change_nothing(garbage: list[bytes]) -> None:
     for data in garbage:
         network.server.receive_datagrams([(data, CLIENT)], network.now)
         network.client.receive_datagrams([(data, SERVER)], network.now)
-    network.client.send_message(JobCancel("job_0123abcd"))
+    network.client.send_message(FileVerified(7))
     network.flush(network.client)
     network.run_until(lambda: network.server.has_message)
     assert network.client.ended is None
@@ -715,13 +715,13 @@ def test_only_a_ready_session_sends() -> None:
         session = network.server
         assert session.ended if state is None else session.state is state
         if state is Phase.READY:
-            session.send_message(JobCancel("job_0123abcd"))
+            session.send_message(FileVerified(7))
             session.send_frame(make_frame(1))
             continue
         name = "ended" if state is None else state.value
         before = session.state
         with pytest.raises(LocalProtocolError, match=name):
-            session.send_message(JobCancel("job_0123abcd"))
+            session.send_message(FileVerified(7))
         with pytest.raises(LocalProtocolError, match=name):
             session.send_frame(make_frame(1))
         assert session.state is before
@@ -758,7 +758,7 @@ def test_a_message_decoder_raises_only_what_is_documented(
     for start in range(0, len(data), step):
         decoder.receive_data(data[start : start + step])
         try:
-            while decoder.next_message_untrusted() is not None:
+            while decoder.next_text_untrusted() is not None:
                 pass
         except RemoteProtocolError:
             return
@@ -766,16 +766,16 @@ def test_a_message_decoder_raises_only_what_is_documented(
 
 @pytest.mark.parametrize("step", [1, 3, 1000])
 def test_a_message_decoder_accepts_any_cuts(step: int) -> None:
-    sent = [JobCancel("job_0123abcd"), Error("x" * (MAX_MESSAGE_BYTES - 7))]
+    sent = [FileVerified(7), Error("x" * (MAX_MESSAGE_BYTES - 7))]
     texts = [encode_message(message).encode() for message in sent]
     data = b"".join(len(text).to_bytes(4) + text for text in texts)
     decoder = MessageDecoder()
-    received: list[Message] = []
+    received: list[bytes] = []
     for start in range(0, len(data), step):
         decoder.receive_data(data[start : start + step])
-        while (decoded := decoder.next_message_untrusted()) is not None:
-            received.append(decoded[0])
-    assert received == sent
+        while (framed := decoder.next_text_untrusted()) is not None:
+            received.append(framed[0])
+    assert received == texts
 
 
 def test_an_engine_needs_a_certificate() -> None:

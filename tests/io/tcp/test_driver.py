@@ -25,15 +25,15 @@ from sleap_rtc.io.tcp.socket import (
 from sleap_rtc.io.tcp.tls import client_context_untrusted
 from sleap_rtc.proto.messages import Error
 from tests.io.link.kinds import (
-    CANCEL,
     DER,
     LOOPBACK,
     MEGABYTE,
+    VERIFIED,
     connected,
     dialed,
-    line,
     listening,
     make_frame,
+    numbered,
     pair,
     send_until_held_back,
 )
@@ -89,8 +89,8 @@ async def test_a_stranger_is_sent_away_and_disturbs_no_other_link(
             answer = await read_to_end(stranger)
         # At most an alert of TLS; nothing of ours.
         assert len(answer) <= 7
-        await client.send_message(CANCEL)
-        assert await worker.receive_message() == CANCEL
+        await client.send_message(VERIFIED)
+        assert await worker.receive_message() == VERIFIED
 
 
 async def test_a_stranger_that_only_connects_is_sent_away(
@@ -226,9 +226,9 @@ async def test_a_link_survives_a_line_that_carries_single_bytes(
     ):
         worker = await listener.accept()
         await client.send_frame(make_frame(1, 3000))
-        await worker.send_message(CANCEL)
+        await worker.send_message(VERIFIED)
         assert (await worker.receive_frame()).payload == make_frame(1, 3000).payload
-        assert await client.receive_message() == CANCEL
+        assert await client.receive_message() == VERIFIED
 
 
 # ------------------------------------------------------------------- under pressure
@@ -246,16 +246,16 @@ async def test_messages_overtake_the_bulk_of_a_slow_reader(
         async def send() -> None:
             for index in range(frames):
                 await client.send_frame(make_frame(index))
-                await client.send_message(line(index))
+                await client.send_message(numbered(index))
 
         nursery.start_soon(send)
         # The frames are not read: 16 MiB and what the kernels take are on the way.
         for index in range(12):
-            assert await worker.receive_message() == line(index)
+            assert await worker.receive_message() == numbered(index)
         for index in range(frames):
             assert (await worker.receive_frame()).header.index == index
         for index in range(12, frames):
-            assert await worker.receive_message() == line(index)
+            assert await worker.receive_message() == numbered(index)
 
 
 async def test_a_link_whose_frames_are_not_read_stays_open(
@@ -267,8 +267,8 @@ async def test_a_link_whose_frames_are_not_read_stays_open(
         await trio.sleep(3 * LIMITS.idle_timeout)
         for index in range(sent):
             assert (await worker.receive_frame()).header.index == index
-        await worker.send_message(CANCEL)
-        assert await client.receive_message() == CANCEL
+        await worker.send_message(VERIFIED)
+        assert await client.receive_message() == VERIFIED
 
 
 async def test_a_reason_arrives_though_much_is_unread(listener: Listener) -> None:

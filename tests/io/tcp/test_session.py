@@ -21,12 +21,12 @@ from sleap_rtc.io.link.session import (
 from sleap_rtc.io.tcp.session import BATCH, TcpSession
 from sleap_rtc.io.tcp.tls import TlsEngine, client_context_untrusted, server_context
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.messages import Auth, Error, JobCancel, JobLog, Message
+from sleap_rtc.proto.messages import Auth, Error, FileError, FileVerified, Message
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
 from sleap_rtc.proto.transfer.records import RecordType, encode_record_header
 
 AUTH = Auth(session="5" * 32, proof="7" * 64)
-CANCEL = JobCancel("job_0123abcd")
+VERIFIED = FileVerified(7)
 MEGABYTE = 1024 * 1024
 CERTIFICATE = make_certificate()
 SERVER_CONTEXT = server_context(CERTIFICATE)
@@ -171,7 +171,7 @@ def test_what_follows_the_proof_waits_for_the_answer() -> None:
     wire.flush()
     wire.client.send_message(AUTH)
     wire.client.send_frame(make_frame(1))
-    wire.client.send_message(CANCEL)
+    wire.client.send_message(VERIFIED)
     wire.client.send_message(AUTH)
     wire.flush()
     wire.client.close("bye", wire.now)
@@ -183,7 +183,7 @@ def test_what_follows_the_proof_waits_for_the_answer() -> None:
     assert wire.server.next_output() is None
     assert wire.server.peer == "ada"
     wire.flush()
-    assert wire.server.next_message() == CANCEL
+    assert wire.server.next_message() == VERIFIED
     assert wire.server.next_message() == AUTH
     frame = wire.server.next_frame()
     assert frame is not None
@@ -217,7 +217,7 @@ def test_a_proof_that_is_judged_for_too_long_is_given_up() -> None:
     [
         Auth(session="5" * 32, proof="8" * 64),
         Auth(session="6" * 32, proof="7" * 64),
-        CANCEL,
+        VERIFIED,
         Error("let me in"),
     ],
 )
@@ -312,11 +312,11 @@ def test_messages_and_frames_go_both_ways(piece: int) -> None:
     for n, frame in enumerate(frames):
         for session in (wire.client, wire.server):
             session.send_frame(frame)
-            session.send_message(JobLog("job_0123abcd", n, n, "x" * n))
+            session.send_message(FileError(n, "x" * n))
     wire.flush()
     for session in (wire.client, wire.server):
         for n, frame in enumerate(frames):
-            assert session.next_message() == JobLog("job_0123abcd", n, n, "x" * n)
+            assert session.next_message() == FileError(n, "x" * n)
             found = session.next_frame()
             assert found is not None
             assert found.header == frame.header
@@ -329,9 +329,9 @@ def test_a_message_overtakes_the_bulk_that_was_queued_before(wire: Wire) -> None
     for index in range(4):
         wire.client.send_frame(make_frame(index, MEGABYTE))
     assert wire.carry(wire.client) <= BATCH * 1.01
-    wire.client.send_message(CANCEL)
+    wire.client.send_message(VERIFIED)
     wire.carry(wire.client)
-    assert wire.server.next_message() == CANCEL
+    assert wire.server.next_message() == VERIFIED
     assert not wire.server.has_frame
 
 
@@ -364,7 +364,7 @@ def test_unread_messages_hold_the_sender_back_however_short_they_are(
     wire: Wire,
 ) -> None:
     for _ in range(LIMITS.max_unread // 500):
-        wire.client.send_message(CANCEL)
+        wire.client.send_message(VERIFIED)
     wire.flush()
     assert not wire.server.wants_data
     while wire.server.next_message() is not None:
@@ -378,7 +378,7 @@ def test_room_ends_with_what_is_not_sent(wire: Wire) -> None:
     while client.has_room_for_frame:
         client.send_frame(make_frame(1, 100_000))
     while client.has_room_for_message:
-        client.send_message(JobLog("job_0123abcd", 1, 1, "x" * 60_000))
+        client.send_message(FileError(1, "x" * 60_000))
     assert not client.all_sent
     size = wire.flush()
     assert size >= LIMITS.max_unsent_frames + LIMITS.max_unsent_messages
@@ -388,7 +388,7 @@ def test_room_ends_with_what_is_not_sent(wire: Wire) -> None:
 
 
 def test_bytes_to_send_stay_until_they_are_sent(wire: Wire) -> None:
-    wire.client.send_message(CANCEL)
+    wire.client.send_message(VERIFIED)
     first = bytes(wire.client.data_to_send())
     assert bytes(wire.client.data_to_send()) == first
     wire.client.data_sent(3)
@@ -495,19 +495,19 @@ def test_a_side_that_closes_waits_a_little_for_its_peer(wire: Wire) -> None:
 
 
 def test_what_arrived_before_the_close_can_still_be_read(wire: Wire) -> None:
-    wire.client.send_message(CANCEL)
+    wire.client.send_message(VERIFIED)
     wire.client.send_frame(make_frame(1))
     wire.flush()
     wire.client.close("bye", wire.now)
     wire.flush()
     assert wire.server.ended is not None
-    assert wire.server.next_message() == CANCEL
+    assert wire.server.next_message() == VERIFIED
     assert wire.server.next_frame() is not None
 
 
 def test_data_after_the_end_is_discarded(wire: Wire) -> None:
     wire.server.close("bye", wire.now)
-    wire.client.send_message(CANCEL)
+    wire.client.send_message(VERIFIED)
     wire.carry(wire.client)
     assert wire.server.next_message() is None
 
@@ -552,7 +552,7 @@ def test_only_a_ready_session_sends() -> None:
     for wire in (fresh, secured, ended):
         state = wire.server.state
         with pytest.raises(LocalProtocolError, match="not ready"):
-            wire.server.send_message(CANCEL)
+            wire.server.send_message(VERIFIED)
         with pytest.raises(LocalProtocolError, match="not ready"):
             wire.server.send_frame(make_frame(1))
         assert wire.server.state is state
@@ -578,12 +578,12 @@ def test_only_a_ready_session_sends() -> None:
 def test_garbage_ends_the_session_and_both_sides_get_the_reason(
     wire: Wire, data: bytes, words: str
 ) -> None:
-    wire.client.send_message(CANCEL)
+    wire.client.send_message(VERIFIED)
     wire.flush()
     wire.say(data)
     assert words in end_of(wire.server)
     assert words in end_of(wire.client)
-    assert wire.server.next_message() == CANCEL
+    assert wire.server.next_message() == VERIFIED
 
 
 def test_a_second_proof_is_an_unexpected_message(wire: Wire) -> None:
@@ -600,7 +600,7 @@ def test_unknown_messages_are_counted_and_skipped(wire: Wire) -> None:
 
 
 def test_damaged_bytes_end_the_session_after_what_came_before(wire: Wire) -> None:
-    wire.client.send_message(CANCEL)
+    wire.client.send_message(VERIFIED)
     data = bytes(wire.client.data_to_send())
     wire.client.data_sent(len(data))
     wire.client.send_message(Error("damaged"))
@@ -608,7 +608,7 @@ def test_damaged_bytes_end_the_session_after_what_came_before(wire: Wire) -> Non
     damaged[-1] ^= 1
     wire.server.receive_data(data + damaged, wire.now)
     assert "TLS failed" in end_of(wire.server)
-    assert wire.server.next_message() == CANCEL
+    assert wire.server.next_message() == VERIFIED
     assert wire.server.next_message() is None
 
 

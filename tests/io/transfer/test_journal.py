@@ -489,6 +489,17 @@ def test_the_room_for_the_journal_is_made_sure_of(tmp_path: Path) -> None:
         assert os.listdir(full) == []
 
 
+def test_a_disk_that_is_too_small_for_journal_and_file_is_an_error(
+    tmp_path: Path,
+) -> None:
+    with small_mount(tmp_path, megabytes=1) as full:
+        # All that is free is enough for the file, but not for its journal as well.
+        size = os.statvfs(full).f_bavail * os.statvfs(full).f_frsize
+        with pytest.raises(InsufficientSpaceError, match="No space left"):
+            open_writer(full, size=size, chunk_size=size)
+        assert os.listdir(full) == []
+
+
 def test_a_disk_that_is_full_when_a_chunk_is_noted_is_an_error(tmp_path: Path) -> None:
     with small_mount(tmp_path, megabytes=1) as full:
         writer = open_writer(full)

@@ -162,8 +162,9 @@ class Reach:
                 )
                 yield link
         except DialError as error:
+            tried = [f"{f.kind} to {f.address}: {f.reason}" for f in error.failures]
             raise NoWorkerError(
-                f"The worker can't be reached: {error}.",
+                f"The worker can't be reached: {'; '.join(tried) or 'no address'}.",
                 "Its port, TCP or UDP, must be open to this machine: see the "
                 "troubleshooting guide, or use a shared network or VPN.",
             ) from None
@@ -172,7 +173,7 @@ class Reach:
 async def _choose_worker(room: RoomConnection, wanted: str | None) -> Choice | NoChoice:
     """Choose a worker; after trouble with the server, wait for workers to return."""
     choice = choose_worker(await discover(room), wanted)
-    if room.trouble:
+    if room.failed.is_set():
         with trio.move_on_after(RETURN_TIMEOUT):
             while isinstance(choice, NoChoice):
                 await trio.sleep(RETURN_INTERVAL)

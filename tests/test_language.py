@@ -38,7 +38,6 @@ NOT_YET = {
     "sleap_rtc/proto/transfer/records.py",
     # what all drivers share
     "sleap_rtc/io/__init__.py",
-    "sleap_rtc/io/closing.py",
     "sleap_rtc/io/hardware.py",
     "tests/io/test_hardware.py",
 }

@@ -3,7 +3,7 @@
 import errno
 import shutil
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
 
 import msgspec
@@ -80,9 +80,8 @@ async def run_worker(
         await nursery.start(end_on_signal, nursery.cancel_scope)
         directory = await trio.to_thread.run_sync(make_state_directory, options.environ)
         machine = await trio.to_thread.run_sync(describe_machine, directory)
-        with await trio.to_thread.run_sync(
-            take_identity, directory, options.slug
-        ) as identity:
+        identity = await trio.to_thread.run_sync(take_identity, directory, options.slug)
+        with closing(identity):
             await Worker(options, machine, identity.peer_id).run(on_ready)
 
 

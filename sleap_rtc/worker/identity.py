@@ -10,7 +10,6 @@ from filelock import FileLock, Timeout
 from msgspec import Meta
 
 from sleap_rtc.config import STATE_VARIABLE, ConfigError
-from sleap_rtc.io.closing import Closing
 from sleap_rtc.io.storage.private import write_private
 
 _TAG_BYTES = 3
@@ -23,7 +22,7 @@ class _Stored(msgspec.Struct, frozen=True):
     tag: Annotated[str, Meta(pattern=r"\A[0-9a-f]{6}\Z")]
 
 
-class Identity(Closing):
+class Identity:
     """A peer id that no other worker of this user has until it is closed.
 
     The kernel releases it when the process dies. Made by `take_identity`.

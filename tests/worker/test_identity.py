@@ -5,6 +5,7 @@ import stat
 import subprocess
 import sys
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ sys.stdin.read()
 
 def peer_id(state: Path, slug: str = "gpu-box") -> str:
     """Return an identity that is released at once."""
-    with take_identity(state, slug) as identity:
+    with closing(take_identity(state, slug)) as identity:
         return identity.peer_id
 
 
@@ -54,17 +55,23 @@ def test_an_id_shows_the_name_and_stays_the_same(tmp_path: Path) -> None:
 
 
 def test_two_workers_at_once_have_two_ids_and_keep_them(tmp_path: Path) -> None:
-    with take_identity(tmp_path, "gpu-box") as one:
-        with take_identity(tmp_path, "gpu-box") as two:
+    with closing(take_identity(tmp_path, "gpu-box")) as one:
+        with closing(take_identity(tmp_path, "gpu-box")) as two:
             assert one.peer_id != two.peer_id
         assert peer_id(tmp_path) == two.peer_id
     assert peer_id(tmp_path) == one.peer_id
 
 
 def test_workers_of_two_names_keep_their_ids_in_any_order(tmp_path: Path) -> None:
-    with take_identity(tmp_path, "a") as a, take_identity(tmp_path, "b") as b:
+    with (
+        closing(take_identity(tmp_path, "a")) as a,
+        closing(take_identity(tmp_path, "b")) as b,
+    ):
         first = (a.peer_id, b.peer_id)
-    with take_identity(tmp_path, "b") as b, take_identity(tmp_path, "a") as a:
+    with (
+        closing(take_identity(tmp_path, "b")) as b,
+        closing(take_identity(tmp_path, "a")) as a,
+    ):
         assert (a.peer_id, b.peer_id) == first
 
 
@@ -119,7 +126,7 @@ def test_a_half_written_file_of_a_killed_worker_is_ignored(tmp_path: Path) -> No
 
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
 def test_the_files_are_for_their_owner_only(tmp_path: Path) -> None:
-    with take_identity(tmp_path, "gpu-box"):
+    with closing(take_identity(tmp_path, "gpu-box")):
         modes = {
             path.name: stat.S_IMODE(path.stat().st_mode)
             for path in [tmp_path / "workers", *(tmp_path / "workers").iterdir()]

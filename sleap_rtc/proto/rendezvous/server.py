@@ -333,11 +333,18 @@ class RoomServer:
 
     def _check_registration(self, state: _Connection, register: Register) -> None:
         """Check that a registration is proven and that the server has room for it."""
-        names = (register.room_id, register.peer_id)
-        if state.peer and (state.peer.room_id, state.peer.peer_id) != names:
+        peer = state.peer
+        if peer is not None and (peer.room_id, peer.peer_id) != (
+            register.room_id,
+            register.peer_id,
+        ):
             raise _Refusal(ErrorCode.NOT_YOU, "this connection belongs to another peer")
         if not verify_registration(
-            register.public_key, names[0], state.nonce, names[1], register.signature
+            register.public_key,
+            register.room_id,
+            state.nonce,
+            register.peer_id,
+            register.signature,
         ):
             reason = "the signature does not fit the room: is the invite the right one?"
             raise _Refusal(ErrorCode.REGISTRATION_REFUSED, reason, drop=True)

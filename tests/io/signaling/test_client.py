@@ -16,6 +16,7 @@ from cryptography.x509.oid import NameOID
 
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.signaling.client import (
+    MAX_WAITING_OFFERS,
     PeerUnreachableError,
     RegistrationRefusedError,
     open_room,
@@ -23,8 +24,10 @@ from sleap_rtc.io.signaling.client import (
 from sleap_rtc.proto.rendezvous.invite import RoomKeys
 from sleap_rtc.proto.rendezvous.messages import (
     MAX_LIST_BYTES,
+    AnswerSignal,
     Challenge,
     DiscoverPeers,
+    ErrorSignal,
     Metadata,
     OfferSignal,
     RegisteredAuth,
@@ -252,6 +255,7 @@ async def test_an_exception_of_the_body_leaves_the_room_unchanged(
 # ---------------------------------------------------------------- a server that lies
 
 CHALLENGE = encode_signal(Challenge(b"n" * 16))
+WELCOME = encode_signal(RegisteredAuth(KEYS.room_id, "a"))
 
 
 @pytest.mark.parametrize(
@@ -278,17 +282,50 @@ async def test_a_server_that_breaks_the_protocol_is_tried_again(
 
 async def test_the_list_of_a_full_room_is_not_too_long() -> None:
     """The longest message of a server is longer than any message of a peer."""
-    welcome = encode_signal(RegisteredAuth(KEYS.room_id, "a"))
     longest = '{"type":"x","y":"' + "z" * (MAX_LIST_BYTES - 19) + '"}'
     assert len(longest) == MAX_LIST_BYTES
     offer = encode_signal(OfferSignal("b", "a", "sealed"))
     with trio.fail_after(DEADLINE):
         async with (
-            lying_server(CHALLENGE, welcome, longest, offer) as url,
+            lying_server(CHALLENGE, WELCOME, longest, offer) as url,
             open_room(url, KEYS, "a", "client", Metadata(), log=LOG) as room,
         ):
             assert await room.offers.receive() == ("b", "sealed")
             assert room.trouble == ""
+
+
+async def test_offers_that_are_not_read_are_dropped() -> None:
+    logs = LogRecorder()
+    offers = [
+        encode_signal(OfferSignal("b", "a", f"sealed {number}"))
+        for number in range(MAX_WAITING_OFFERS + 2)
+    ]
+    with trio.fail_after(DEADLINE):
+        async with (
+            lying_server(CHALLENGE, WELCOME, *offers) as url,
+            open_room(url, KEYS, "a", "worker", Metadata(), log=logs.log) as room,
+        ):
+            await logs.wait_for("offer dropped: too many at once", times=2, peer="b")
+            read = [await room.offers.receive() for _ in range(MAX_WAITING_OFFERS)]
+            assert read[-1] == ("b", f"sealed {MAX_WAITING_OFFERS - 1}")
+            with pytest.raises(trio.WouldBlock):
+                room.offers.receive_nowait()
+
+
+async def test_strange_messages_of_the_server_are_logged() -> None:
+    logs = LogRecorder()
+    answer = encode_signal(AnswerSignal("b", "a", "not sealed"))
+    error = encode_signal(ErrorSignal("NOT_YOU", "why"))
+    with trio.fail_after(DEADLINE):
+        async with (
+            lying_server(CHALLENGE, WELCOME, answer, error) as url,
+            open_room(url, KEYS, "a", "worker", Metadata(), log=logs.log) as room,
+        ):
+            await logs.wait_for("not an answer", peer="b")
+            await logs.wait_for(
+                "the server reports an error", code="NOT_YOU", reason="why"
+            )
+            assert not room.failed.is_set()
 
 
 # ---------------------------------------------------------------------------- wss://

@@ -240,6 +240,13 @@ def test_hostile_json_is_refused(text: str) -> None:
         opened_offer(text)
 
 
+def test_a_sealed_text_has_a_longest_length() -> None:
+    longest = sealed_offer().ljust(MAX_SEALED_CHARACTERS)
+    assert opened_offer(longest).offer == OFFER
+    with refused():
+        opened_offer(longest + " ")
+
+
 def test_contents_are_checked_even_from_a_holder_of_the_secret() -> None:
     text = seal_offer(
         KEYS,

@@ -380,6 +380,17 @@ def test_a_full_room_is_tried_again(code: str) -> None:
     assert drain(machine) == [Reconnecting(0.25, "the room is full")]
 
 
+def test_a_complaint_explains_the_end_of_its_own_connection_only() -> None:
+    machine = in_state(S.REGISTERING)
+    receive(machine, ErrorSignal("ROOM_FULL", "the room is full"))
+    machine.connection_lost("it closed", NOW)
+    machine.handle_timeout(NOW + 1)
+    machine.connected(NOW + 1)
+    drain(machine)
+    machine.connection_lost("the cable is cut", NOW + 1)
+    assert drain(machine) == [Reconnecting(0.5, "the cable is cut")]
+
+
 def test_a_list_without_a_request_is_an_error() -> None:
     with pytest.raises(RemoteProtocolError, match="without a request"):
         receive(in_state(S.REGISTERED), PeerList("me", (), 0))

@@ -116,6 +116,13 @@ def test_a_used_offer_can_not_be_used_again() -> None:
         offers.expect(NONCE.hex(), ANSWER_NONCE, "client", NOW + 60)
 
 
+def test_an_expired_offer_is_forgotten() -> None:
+    offers = expecting()
+    offers.accept(NONCE, NOW + 90, NOW + 60)
+    offers.expect(NONCE.hex(), ANSWER_NONCE, "client", NOW + 90)
+    assert offers.check_proof_untrusted(NONCE.hex(), proof(), NOW + 61) == "client"
+
+
 def test_expecting_needs_an_accepted_offer() -> None:
     with pytest.raises(LocalProtocolError, match="follows accept"):
         table().expect(NONCE.hex(), ANSWER_NONCE, "client", NOW)

@@ -160,7 +160,7 @@ class Jobs:
             StorageError: If the worker has another job of this id.
         """
         while (other := self._by_id.setdefault(job_id, job)) is not job:
-            if not other.is_discarded:
+            if other.state is not WorkerState.DISCARDED:
                 raise StorageError(f"{job_id} is known to the worker")
             await other.wait_removed()
 
@@ -169,7 +169,7 @@ class Jobs:
         for record in records:
             job = await self._restored(record)
             self.register(job)
-            self.log.info("job restored", job=record.job_id, state=job.state_name)
+            self.log.info("job restored", job=record.job_id, state=job.progress.state)
             job.drain()
 
     async def _restored(self, record: JobRecord) -> "Job":
@@ -246,14 +246,9 @@ class Job:
         return self._core.job_id
 
     @property
-    def is_new(self) -> bool:
-        """True if the client has not sent a message about it."""
-        return self._core.state is WorkerState.NEW
-
-    @property
-    def is_discarded(self) -> bool:
-        """True once the worker has given it up."""
-        return self._core.state is WorkerState.DISCARDED
+    def state(self) -> WorkerState:
+        """The state of its machine."""
+        return self._core.state
 
     @property
     def can_resume(self) -> bool:
@@ -261,9 +256,9 @@ class Job:
         return self._core.can_resume
 
     @property
-    def state_name(self) -> messages.JobStateName:
-        """Its state as clients see it."""
-        return self._core.progress.state
+    def progress(self) -> messages.JobProgress:
+        """Its progress as clients see it."""
+        return self._core.progress
 
     # -------------------------------------------------------------------- its links
 
@@ -320,7 +315,7 @@ class Job:
 
     def discard_if_older(self, moment: float) -> None:
         """Discard the part of a package whose client has been away since a moment."""
-        if self._core.state is WorkerState.SUSPENDED and self._updated < moment:
+        if self.state is WorkerState.SUSPENDED and self._updated < moment:
             self._log.warning("part of a package removed", job=self.job_id)
             self._core.cancel("the rest of the package did not come")
             self.drain()
@@ -432,7 +427,7 @@ class Job:
         root = self._shared_root
         try:
             await ask_shared(root, look_at_package, path)
-            if root is not None and self._core.state is WorkerState.SHARING:
+            if root is not None and self.state is WorkerState.SHARING:
                 self._directory = root / PurePosixPath(path).parent
             self._core.input_valid()
         except (InvalidInput, StorageError) as error:
@@ -446,7 +441,7 @@ class Job:
                 raise InvalidInput(
                     f"{path} is not in the job directory, beside the package"
                 )
-            if self._core.state is WorkerState.SHARING:
+            if self.state is WorkerState.SHARING:
                 await ask_shared(root, make_directories_beneath, path)
             self._core.output_made()
         except (InvalidInput, StorageError) as error:

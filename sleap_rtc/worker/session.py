@@ -10,6 +10,7 @@ from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.job.worker_table import WorkerState
 from sleap_rtc.worker.client_link import ClientLink
 from sleap_rtc.worker.jobs import Jobs
 
@@ -114,7 +115,7 @@ class _Session:
 
     async def _resume(self, message: messages.JobResume) -> None:
         """Attach to the job of an earlier link, or report that it is unknown."""
-        if not self._job.is_new:
+        if self._job.state is not WorkerState.NEW:
             raise RemoteProtocolError("JOB_RESUME comes before all else about a job")
         job = await self._jobs.attach(self._client, message)
         if job is None:

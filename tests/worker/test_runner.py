@@ -205,9 +205,13 @@ async def test_a_job_on_storage_that_hangs_can_be_stopped(
     os.mkfifo(fifo)
     make_package(job.package, f"act wait {fifo}")
     with HangingStorage(tmp_path / "fifo") as storage:
-        monkeypatch.setattr(
-            f"sleap_rtc.worker.{step}", lambda *_, **__: storage.touch()
-        )
+
+        def hang(*arguments: object, **_: object) -> None:
+            if isinstance(arguments[0], int):
+                os.close(arguments[0])  # as the function does that it stands for
+            storage.touch()
+
+        monkeypatch.setattr(f"sleap_rtc.worker.{step}", hang)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(job.run, 3000)
             mock_clock.rate = 20

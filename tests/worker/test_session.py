@@ -1,19 +1,14 @@
 """Links to a worker, and the jobs that outlive them, without a room around them."""
 
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
-import structlog
 import trio
 import trio.testing
 from blake3 import blake3
 from trio.testing import MockClock
 
-from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.storage.call import GRACE_TIMEOUT
 from sleap_rtc.proto import messages as m
 from sleap_rtc.proto.job.worker_table import WorkerState
@@ -21,131 +16,21 @@ from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
 from sleap_rtc.worker.jobs import (
     KEEP_PARTS,
     SWEEP_INTERVAL,
-    Job,
-    Jobs,
-    JobSettings,
-    open_jobs,
 )
-from sleap_rtc.worker.session import serve_link
-from sleap_rtc.worker.slots import SlotQueue
 from sleap_rtc.worker.storage import CHUNK_SIZE
-from sleap_rtc.worker.store import JobRecord, JobStore, open_store_writer
 from tests.io.link.memory import MemoryLink
 from tests.io.storage.places import HangingStorage
-
-T = TypeVar("T", bound=m.Message)
-
-DEADLINE = 20.0
-JOB = "job_0123abcd"
-SIZE = 3 * 1024 * 1024
-SUBMIT = m.JobSubmit(JOB, m.Submission("job.zip", SIZE))
-RESUME = m.JobResume(JOB, m.ResumePoint())
-OFFER = m.FileOffer(0, m.OfferedFile("job.zip", SIZE, 1024 * 1024))
-
-
-class Client:
-    """The other end of a worker's link."""
-
-    def __init__(self, link: MemoryLink) -> None:
-        self.link = link
-
-    async def send(self, *messages: m.Message) -> None:
-        for message in messages:
-            await self.link.send_message(message)
-
-    async def expect(self, kind: type[T]) -> T:
-        """Wait for a message of a kind, and skip all others."""
-        while True:
-            message = await self.link.receive_message()
-            if isinstance(message, kind):
-                return message
-
-
-class World:
-    """The jobs of a worker, and a way to open links to them."""
-
-    def __init__(
-        self, jobs: Jobs, directory: Path, store: JobStore, nursery: trio.Nursery
-    ) -> None:
-        self.jobs = jobs
-        self.directory = directory
-        self.store = store
-        self._nursery = nursery
-
-    def serve(self, link: MemoryLink) -> None:
-        self._nursery.start_soon(serve_link, self.jobs, _greeting, link)
-
-    async def connect(self) -> Client:
-        """Open a link, and greet."""
-        mine, its = MemoryLink.pair()
-        self.serve(its)
-        client = Client(mine)
-        await client.send(m.Hello(_greeting()))
-        return client
-
-    async def begin(self) -> Client:
-        """Open a link, and submit the job over it."""
-        client = await self.connect()
-        await client.send(SUBMIT)
-        await client.expect(m.JobAccepted)
-        return client
-
-    async def resume(self) -> Client:
-        """Open a link, and resume the job over it."""
-        client = await self.connect()
-        await client.send(RESUME)
-        await client.expect(m.ResumeAccepted)
-        return client
-
-    def job(self, job_id: str = JOB) -> Job:
-        job = self.jobs.get(job_id)
-        assert job is not None
-        return job
-
-    def state(self) -> WorkerState:
-        return self.job()._core.state
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what worker threads bring about."""
-    while not condition():
-        await trio.lowlevel.checkpoint()
-
-
-def _greeting() -> m.Greeting:
-    return m.Greeting(m.PROTOCOL_VERSION, "1.0", "client")
-
-
-@asynccontextmanager
-async def open_world(
-    tmp_path: Path, shared_root: Path | None = None
-) -> AsyncIterator[World]:
-    log = structlog.get_logger()
-    directory = tmp_path / "jobs"
-    settings = JobSettings("worker-test", directory, shared_root, frozenset())
-    with trio.fail_after(DEADLINE):
-        async with (
-            open_store_writer(tmp_path / "store", log) as (store, writer),
-            open_jobs(settings, SlotQueue(1), writer, log) as jobs,
-            open_background_nursery() as nursery,
-        ):
-            yield World(jobs, directory, store, nursery)
-
-
-def record(state: m.JobStateName, updated: float, directory: Path) -> JobRecord:
-    return JobRecord(
-        job_id=JOB,
-        worker_id="worker-test",
-        route="channel",
-        directory=str(directory),
-        package="job.zip",
-        size=SIZE,
-        state=state,
-        detail="",
-        output_path="models",
-        results={},
-        updated=updated,
-    )
+from tests.worker.world import (
+    JOB,
+    OFFER,
+    RESUME,
+    SUBMIT,
+    Client,
+    greeting,
+    open_world,
+    record,
+    until,
+)
 
 
 async def test_a_client_whose_job_was_taken_over_is_told(tmp_path: Path) -> None:
@@ -184,7 +69,7 @@ async def test_an_older_link_has_no_say_any_more(tmp_path: Path) -> None:
         assert older is not None
         await world.resume()
         job.receive_message(older, m.JobCancel(JOB))
-        assert job._core.state is WorkerState.ADMITTED
+        assert job.state is WorkerState.ADMITTED
 
 
 async def test_a_link_that_dies_while_it_waits_for_its_job_leaves_it_free(
@@ -326,10 +211,10 @@ async def test_a_part_is_free_again_when_its_link_stalls_at_once(
         mine, its = _Stalling.pair()
         world.serve(its)
         second = Client(mine)
-        await second.send(m.Hello(_greeting()), RESUME)
+        await second.send(m.Hello(greeting()), RESUME)
         await second.expect(m.ResumeAccepted)
         await second.send(OFFER)
-        await until(lambda: world.job()._core.progress.received > 0)
+        await until(lambda: world.job().progress.received > 0)
         await second.link.aclose()
 
         third = await world.resume()

@@ -119,6 +119,8 @@ class HangingStorage:
 
     def __init__(self, fifo: Path) -> None:
         self._fifo = fifo
+        self._lock = threading.Condition()
+        self._waiting = 0
         self.touched = threading.Event()
         self.hangs = True
         os.mkfifo(fifo)
@@ -131,19 +133,27 @@ class HangingStorage:
 
     def touch(self) -> str:
         """Wait until the storage answers, in a system call that nothing interrupts."""
+        with self._lock:
+            self._waiting += 1
         self.touched.set()
         if self.hangs:
             os.close(os.open(self._fifo, os.O_RDONLY))
+        with self._lock:
+            self._waiting -= 1
+            self._lock.notify_all()
         return "answered"
 
     def recover(self) -> None:
-        """Answer every touch from now on, and those that wait."""
+        """Answer all touches, and wait until their threads go on."""
         self.hangs = False
-        try:
-            os.close(os.open(self._fifo, os.O_WRONLY | os.O_NONBLOCK))
-        except OSError as error:
-            if error.errno != errno.ENXIO:  # no thread waits
-                raise
+        with self._lock:
+            while self._waiting:
+                try:
+                    os.close(os.open(self._fifo, os.O_WRONLY | os.O_NONBLOCK))
+                except OSError as error:
+                    if error.errno != errno.ENXIO:  # no thread is in the call yet
+                        raise
+                self._lock.wait(0.01)
 
     async def wait_touched(self) -> None:
         """Wait until a thread hangs."""

@@ -1,6 +1,6 @@
 """The kinds of link, and the order in which they are preferred.
 
-Another kind needs its name here, and its code in `sleap_rtc.io.connect`.
+Another kind needs its name here, and its row in `sleap_rtc.io.connect.kinds`.
 """
 
 from typing import Literal, get_args

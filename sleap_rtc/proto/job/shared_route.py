@@ -46,18 +46,20 @@ class SharedState(Enum):
     FAILED = auto()
 
 
-class _Trigger(Enum):
-    PROBE_WRITTEN = auto()
-    OTHER_STORAGE = auto()
+class SharedTrigger(Enum):
+    """Causes of a transition besides the messages of the worker."""
+
+    PROBE_WRITTEN = auto()  #   reports of the owner
     COPIED = auto()
-    ANNOUNCE = auto()
-    INPUT_VALID = auto()
-    OUTPUT_VALID = auto()
     STORAGE_FAILED = auto()
+    OTHER_STORAGE = auto()  #   the worker found another probe file
+    INPUT_VALID = auto()  #     the worker validated the path of the package
+    OUTPUT_VALID = auto()  #    the worker validated the path of the models
+    ANNOUNCE = auto()  #        the package is announced again
     TIMEOUT = auto()
 
 
-_M, _S, _T = messages, SharedState, _Trigger
+_M, _S, _T = messages, SharedState, SharedTrigger
 
 TRANSITIONS: Table[SharedState] = {
     _S.PREPARING: {_T.PROBE_WRITTEN: _S.PROBING, _T.STORAGE_FAILED: _S.FAILED},
@@ -227,10 +229,10 @@ class SharedRoute:
     def _send(self, message: messages.ClientJobMessage) -> None:
         self._outputs.append(SendMessage(message))
 
-    def _move(self, trigger: _Trigger) -> None:
+    def _move(self, trigger: SharedTrigger) -> None:
         self.state = move(TRANSITIONS, self.state, trigger)
         self._deadline = None
 
-    def _move_untrusted(self, trigger: _Trigger | type[SharedAnswer]) -> None:
+    def _move_untrusted(self, trigger: SharedTrigger | type[SharedAnswer]) -> None:
         self.state = move_untrusted(TRANSITIONS, self.state, trigger)
         self._deadline = None

@@ -21,7 +21,9 @@ from sleap_rtc.proto.job.shared_route import (
     SharedOutput,
     SharedRoute,
     SharedState,
+    SharedTrigger,
 )
+from sleap_rtc.proto.machine import Trigger
 from tests.proto.job.examples import CONTENT, EXAMPLES, JOB, NAME, drain, snapshot
 
 PROBE = f"jobs/{JOB}/mount-probe"
@@ -121,15 +123,28 @@ def test_every_answer_in_every_state(state: SharedState, message: SharedAnswer) 
         route.receive_message(message, 0.0)
     except RemoteProtocolError:
         assert snapshot(route) == before
-        assert type(message) not in TRANSITIONS[state]
+        assert trigger_of(message) not in TRANSITIONS[state]
         return
-    assert route.state in TRANSITIONS[state].values()
+    assert route.state is TRANSITIONS[state][trigger_of(message)]
     if route.state is SharedState.FAILED:
         last = list(vars_of(message))[-1]
         assert FAILURES[last] in route.failure
         assert drain(route) == []
     else:
         assert drain(route) == OUTPUTS[route.state]
+
+
+def trigger_of(message: SharedAnswer) -> Trigger:
+    """Return what an answer means to a route that was asked."""
+    match message:
+        case messages.MountProbed(content=content) if content != CONTENT:
+            return SharedTrigger.OTHER_STORAGE
+        case messages.PathValidated(which="input"):
+            return SharedTrigger.INPUT_VALID
+        case messages.PathValidated():
+            return SharedTrigger.OUTPUT_VALID
+        case _:
+            return type(message)
 
 
 def vars_of(message: messages.Message) -> list[str]:
@@ -141,45 +156,43 @@ def test_every_answer_is_tried() -> None:
     assert set(get_args(SharedAnswer)) <= set(EXAMPLES)
 
 
-REPORTS: dict[str, tuple[Input, set[SharedState]]] = {
-    "probe_written": (
+REPORTS: list[tuple[SharedTrigger, Input, list[SharedOutput]]] = [
+    (
+        SharedTrigger.PROBE_WRITTEN,
         lambda route: route.probe_written(PROBE, CONTENT, 0.0),
-        {SharedState.PREPARING},
+        ASK_FOR_PROBE,
     ),
-    "package_copied": (
+    (
+        SharedTrigger.COPIED,
         lambda route: route.package_copied(PACKAGE, 0.0),
-        {SharedState.COPYING},
+        ANNOUNCE,
     ),
-    "storage_failed": (
+    (
+        SharedTrigger.STORAGE_FAILED,
         lambda route: route.storage_failed("Disk full"),
-        {SharedState.PREPARING, SharedState.COPYING},
+        [],
     ),
-    "announce": (
-        lambda route: route.announce(0.0),
-        {
-            SharedState.CHECKING_INPUT,
-            SharedState.CHECKING_OUTPUT,
-            SharedState.STARTED,
-        },
-    ),
-}
+    (SharedTrigger.ANNOUNCE, lambda route: route.announce(0.0), ANNOUNCE),
+]
 
 
-@pytest.mark.parametrize("name", REPORTS)
+@pytest.mark.parametrize(("trigger", "report", "outputs"), REPORTS)
 @pytest.mark.parametrize("state", TRANSITIONS)
-def test_only_a_report_that_was_asked_for_is_accepted(
-    state: SharedState, name: str
+def test_every_report_in_every_state(
+    state: SharedState,
+    trigger: SharedTrigger,
+    report: Input,
+    outputs: list[SharedOutput],
 ) -> None:
-    report, states = REPORTS[name]
     route = route_at(state)
     before = snapshot(route)
-    if state in states:
+    if trigger in TRANSITIONS[state]:
         report(route)
-        assert snapshot(route) != before or name == "announce"
-        return
-    with pytest.raises(LocalProtocolError):
-        report(route)
-    assert snapshot(route) == before
+        assert (route.state, drain(route)) == (TRANSITIONS[state][trigger], outputs)
+    else:
+        with pytest.raises(LocalProtocolError):
+            report(route)
+        assert snapshot(route) == before
 
 
 TIMEOUTS = {

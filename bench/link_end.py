@@ -29,10 +29,10 @@ from sleap_rtc.io.quic import engine
 from sleap_rtc.io.quic.congestion import AioquicCongestion
 from sleap_rtc.io.storage.files import Buffer
 from sleap_rtc.io.transfer.transfers import TransferError, Transfers
-from sleap_rtc.proto.congestion import WINDOW_PACING_GAIN, CongestionControl, Pacer
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.messages import Auth, FileOffer, OfferedFile
-from sleap_rtc.proto.mtu import MtuSearch
+from sleap_rtc.proto.quic.congestion import WINDOW_PACING_GAIN, CongestionControl, Pacer
+from sleap_rtc.proto.quic.mtu import MtuSearch
 from sleap_rtc.proto.route.kinds import LinkKindName
 from sleap_rtc.proto.transfer.chunk_map import ChunkMap
 

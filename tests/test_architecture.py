@@ -60,6 +60,7 @@ BREACHES = [
     (PROTO, "proto.route", "proto.job"),
     (PROTO, "proto.job", "proto.transfer"),
     (PROTO, "proto.transfer", "proto.rendezvous"),
+    (PROTO, "proto.quic", "proto.transfer"),
     (PROTO, "proto.messages", "proto.route"),
     (PROTO, "proto.errors", "proto.messages"),
     (PURE, "proto.job", "socket"),

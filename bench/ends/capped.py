@@ -5,7 +5,7 @@ python -m bench.ends.capped DATAGRAM_SIZE COMMAND...
 
 import sys
 
-from sleap_rtc.proto import mtu
+from sleap_rtc.proto.quic import mtu
 
 
 def main() -> None:

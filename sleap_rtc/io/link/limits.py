@@ -2,7 +2,7 @@
 
 import msgspec
 
-from sleap_rtc.proto.mtu import LARGEST_DATAGRAM
+from sleap_rtc.proto.quic.mtu import LARGEST_DATAGRAM
 
 _MEBIBYTE = 1024 * 1024
 

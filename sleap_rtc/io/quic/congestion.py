@@ -1,7 +1,7 @@
 """The congestion control and the pacer of a connection, in the form that aioquic calls.
 
-The decisions are made in `sleap_rtc.proto.congestion` and `sleap_rtc.proto.mtu`. The
-classes here forward the reports of aioquic to them.
+The decisions are made in `sleap_rtc.proto.quic.congestion` and in
+`sleap_rtc.proto.quic.mtu`. The classes here forward the reports of aioquic to them.
 """
 
 from collections.abc import Iterable
@@ -10,8 +10,8 @@ from aioquic.quic.congestion.base import QuicCongestionControl
 from aioquic.quic.packet_builder import QuicSentPacket
 from aioquic.quic.recovery import QuicPacketPacer
 
-from sleap_rtc.proto.congestion import CongestionControl, Pacer
-from sleap_rtc.proto.mtu import MtuSearch
+from sleap_rtc.proto.quic.congestion import CongestionControl, Pacer
+from sleap_rtc.proto.quic.mtu import MtuSearch
 
 
 class AioquicCongestion(QuicCongestionControl):

@@ -48,7 +48,7 @@ from sleap_rtc.io.quic.socket import (
     receive_datagrams,
     resume_sending,
 )
-from sleap_rtc.proto.mtu import SMALLEST_DATAGRAM
+from sleap_rtc.proto.quic.mtu import SMALLEST_DATAGRAM
 from sleap_rtc.proto.route.kinds import LinkKindName
 
 _VERSIONS = [int(QuicProtocolVersion.VERSION_1), int(QuicProtocolVersion.VERSION_2)]

@@ -23,8 +23,8 @@ from sleap_rtc.io.quic.connection import Address, AioquicConnection, Datagram
 from sleap_rtc.io.quic.fast_receive import FastReceiver
 from sleap_rtc.io.quic.fast_send import FastSender
 from sleap_rtc.io.quic.packets import CONNECTION_ID_LENGTH, SUITES
-from sleap_rtc.proto.congestion import CongestionControl, Pacer
-from sleap_rtc.proto.mtu import MtuSearch
+from sleap_rtc.proto.quic.congestion import CongestionControl, Pacer
+from sleap_rtc.proto.quic.mtu import MtuSearch
 
 __all__ = [
     "CONNECTION_ID_LENGTH",

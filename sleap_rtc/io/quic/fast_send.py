@@ -19,7 +19,7 @@ from sleap_rtc.io.quic.packets import (
     WITH_OFFSET,
     PacketKeys,
 )
-from sleap_rtc.proto.congestion import CongestionControl, Pacer
+from sleap_rtc.proto.quic.congestion import CongestionControl, Pacer
 
 MAX_PACKETS_PER_TURN = 64
 MAX_BYTES_PER_TURN = 512 * 1024

@@ -24,8 +24,8 @@ from sleap_rtc.io.quic.engine import (
     server_engine,
 )
 from sleap_rtc.io.quic.fast_send import MAX_BYTES_PER_TURN, MAX_PACKETS_PER_TURN
-from sleap_rtc.proto.congestion import BURST_PACKETS
 from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.quic.congestion import BURST_PACKETS
 
 CLIENT, SERVER = ("client", 1), ("server", 2)
 MEGABYTE = 1024 * 1024

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sleap_rtc.proto.congestion import (
+from sleap_rtc.proto.quic.congestion import (
     BURST_PACKETS,
     BURST_SECONDS,
     GAIN_CYCLE,

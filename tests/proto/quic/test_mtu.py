@@ -2,7 +2,7 @@
 
 import pytest
 
-from sleap_rtc.proto.mtu import (
+from sleap_rtc.proto.quic.mtu import (
     BLACK_HOLE_LOSSES,
     LARGEST_DATAGRAM,
     MAX_BLACK_HOLES,

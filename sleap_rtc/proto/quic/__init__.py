@@ -1,0 +1,1 @@
+"""Congestion control and path MTU of QUIC, as pure machines."""

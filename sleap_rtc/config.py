@@ -31,7 +31,7 @@ ENVIRONMENTS = ("development", "staging", "production")
 
 
 class ConfigError(UsageError):
-    """The configuration can't be used; the message names the key, the file and why."""
+    """The configuration cannot be used; the message names the key, the file and why."""
 
 
 class SharedStorageConfigError(ConfigError):
@@ -116,14 +116,14 @@ def make_state_directory(environ: Mapping[str, str] = os.environ) -> Path:
     """Create the state directory, readable by its owner only, and return it.
 
     Raises:
-        ConfigError: If it can't be created.
+        ConfigError: If it cannot be created.
     """
     path = state_directory(environ)
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"The state directory {path} can't be created: {error.strerror}. "
+            f"Cannot create the state directory {path}: {error.strerror}. "
             f"Set {STATE_VARIABLE} to a directory that you can write."
         ) from None
     return path
@@ -139,7 +139,7 @@ def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
         The settings; environment variables replace values of the file.
 
     Raises:
-        ConfigError: If the file can't be read, is not TOML, or has an unknown key or
+        ConfigError: If the file cannot be read, is not TOML, or has an unknown key or
             a bad value. A file that is named in the environment must exist.
     """
     required = bool(environ.get(CONFIG_VARIABLE))
@@ -158,7 +158,7 @@ def _read_file(path: Path, *, required: bool) -> Settings:
         if isinstance(error, FileNotFoundError) and not required:
             return Settings()
         raise ConfigError(
-            f"The configuration file {path} can't be read: {error.strerror}."
+            f"Cannot read the configuration file {path}: {error.strerror}."
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from None
@@ -255,8 +255,8 @@ class SharedStorageConfig:
 
         Raises:
             SharedStorageConfigError: If the configured root does not exist, is not a
-                directory, or can't be read and written.
-            ConfigError: If the configuration file can't be used.
+                directory, or cannot be read and written.
+            ConfigError: If the configuration file cannot be used.
         """
         value = os.fspath(cli_override) if cli_override else None
         source = "--shared-storage-root"
@@ -280,17 +280,18 @@ def _checked_root(value: str, source: str) -> Path:
         ) from None
     except OSError as error:
         raise SharedStorageConfigError(
-            f"{where} can't be used: {error.strerror}. Correct the path."
+            f"{where} cannot be used: {error.strerror}. Correct the path."
         ) from None
     except (ValueError, RuntimeError) as error:  # a NUL, or an unknown "~user"
         raise SharedStorageConfigError(
-            f"{where} can't be used: {error}. Correct the path."
+            f"{where} cannot be used: {error}. Correct the path."
         ) from None
     if not is_directory:
         raise SharedStorageConfigError(f"{where} is not a directory.")
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
         raise SharedStorageConfigError(
-            f"{where} can't be read and written by this user. Ask its owner for access."
+            f"{where} cannot be read and written by this user. "
+            "Ask its owner for access."
         )
     return path.resolve()
 
@@ -307,7 +308,7 @@ def load_invite_text(environ: Mapping[str, str] = os.environ) -> str | None:
     """Read the invite of the room that this machine has made or joined.
 
     Raises:
-        ConfigError: If the file exists but can't be read.
+        ConfigError: If the file exists but cannot be read.
     """
     named = environ.get(INVITE_VARIABLE, "").strip()
     if named:
@@ -318,7 +319,7 @@ def load_invite_text(environ: Mapping[str, str] = os.environ) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The invite in {path} can't be read: {error}.") from None
+        raise ConfigError(f"Cannot read the invite in {path}: {error}.") from None
 
 
 def save_invite_text(text: str, environ: Mapping[str, str] = os.environ) -> Path:
@@ -332,13 +333,13 @@ def save_invite_text(text: str, environ: Mapping[str, str] = os.environ) -> Path
         The file.
 
     Raises:
-        ConfigError: If it can't be written.
+        ConfigError: If it cannot be written.
     """
     path = make_state_directory(environ) / "invite"
     try:
         write_private(path, f"{text}\n".encode("ascii"))
     except OSError as error:
         raise ConfigError(
-            f"The invite can't be written to {path}: {error.strerror}."
+            f"Cannot write the invite to {path}: {error.strerror}."
         ) from None
     return path

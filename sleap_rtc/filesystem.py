@@ -83,7 +83,7 @@ def safe_mkdir(path: StrPath, parents: bool = True, exist_ok: bool = True) -> No
         exist_ok: Accept a directory that exists already.
 
     Raises:
-        SharedStorageError: If it can't be created.
+        SharedStorageError: If it cannot be created.
     """
     with explain_errors(f"Failed to create directory {path}"):
         Path(path).mkdir(parents=parents, exist_ok=exist_ok)

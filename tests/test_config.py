@@ -140,10 +140,10 @@ def bad_root(tmp_path: Path, kind: str) -> str:
 BAD_ROOTS = [
     ("missing", "does not exist"),
     ("file", "is not a directory"),
-    ("below a file", "can't be used"),
-    ("too long", "can't be used"),
-    ("NUL", "can't be used"),
-    ("unknown user", "can't be used"),
+    ("below a file", "cannot be used"),
+    ("too long", "cannot be used"),
+    ("NUL", "cannot be used"),
+    ("unknown user", "cannot be used"),
 ]
 
 
@@ -177,7 +177,9 @@ def test_a_root_without_permission_is_refused(
 ) -> None:
     roots["flag"].chmod(mode)
     try:
-        with pytest.raises(SharedStorageConfigError, match="can't be read and written"):
+        with pytest.raises(
+            SharedStorageConfigError, match="cannot be read and written"
+        ):
             get_root(roots["flag"])
     finally:
         roots["flag"].chmod(0o700)
@@ -273,10 +275,12 @@ def test_a_file_that_is_not_text_is_refused(file: Path) -> None:
 
 
 def test_a_file_that_was_named_must_exist(file: Path) -> None:
-    with pytest.raises(ConfigError, match="can't be read: No such file"):
+    with pytest.raises(
+        ConfigError, match=r"Cannot read the configuration .*No such file"
+    ):
         load_settings()
     file.mkdir()
-    with pytest.raises(ConfigError, match="can't be read"):
+    with pytest.raises(ConfigError, match="Cannot read"):
         load_settings()
 
 
@@ -418,7 +422,7 @@ def test_an_invite_that_can_not_be_written_leaves_nothing(
     directory = make_state_directory(state)
     (directory / "invite").mkdir()
     (directory / "invite" / "in the way").write_text("")
-    with pytest.raises(ConfigError, match="can't be written") as caught:
+    with pytest.raises(ConfigError, match="Cannot write the invite") as caught:
         save_invite_text("secret", state)
     assert "secret" not in str(caught.value)
     assert [path.name for path in directory.iterdir()] == ["invite"]
@@ -427,6 +431,6 @@ def test_an_invite_that_can_not_be_written_leaves_nothing(
 def test_an_invite_that_can_not_be_read_is_not_shown(state: dict[str, str]) -> None:
     path = save_invite_text("old", state)
     path.write_bytes(b"secret \xff")
-    with pytest.raises(ConfigError, match="can't be read") as caught:
+    with pytest.raises(ConfigError, match="Cannot read") as caught:
         load_invite_text(state)
     assert "secret" not in str(caught.value)

@@ -24,7 +24,7 @@ def print_settings(*, as_json: bool) -> None:
     """Print the settings in force, and their sources.
 
     Raises:
-        ConfigError: If the configuration can't be used.
+        ConfigError: If the configuration cannot be used.
     """
     settings = load_settings()
     environment = chosen_environment(settings)

@@ -21,7 +21,7 @@ from sleap_rtc.io.storage.files import human_size
 from sleap_rtc.proto.terminal import printable
 
 _STEP = 10
-"""Percent between two lines of progress where lines can't be redrawn."""
+"""Percent between two lines of progress where lines cannot be redrawn."""
 
 
 class Watch(ABC):
@@ -58,7 +58,7 @@ class TerminalWatch(Watch):
             transient=False,
         )
         self._tasks: dict[str, TaskID] = {}
-        self._told: dict[str, int] = {}
+        self._printed: dict[str, int] = {}
         self._lines = _Lines()
 
     def close(self) -> None:
@@ -74,40 +74,42 @@ class TerminalWatch(Watch):
             self._lines.finish()
         match event:
             case client.WorkerChosen(worker=worker, reason=reason):
-                self._say("Worker", f"{worker.peer_id} ({reason})")
+                self._print("Worker", f"{worker.peer_id} ({reason})")
             case client.LinkOpened(kind=kind, address=address, reason=reason):
-                self._say("Link", f"{kind} to {address} ({reason})")
+                self._print("Link", f"{kind} to {address} ({reason})")
             case client.LinkLost(reason=reason):
-                self._say("Link", f"lost: {reason}; opening another one")
+                self._print("Link", f"lost: {reason}; opening another one")
             case client.JobResumed(job_id=job_id):
-                self._say("Job", f"continuing {job_id}")
+                self._print("Job", f"continuing {job_id}")
             case client.NoteTrouble(reason=reason):
-                self._say("Note", f"{reason}; after a crash the job would start over")
+                self._print("Note", f"{reason}; after a crash the job would start over")
             case client.PackageChanged(job_id=job_id):
-                self._say(
+                self._print(
                     "Package",
                     f"changed since it was submitted as {job_id}: this is a new job",
                 )
             case client.RouteChosen(route=route, reason=reason):
-                self._say("Route", f"{route} ({reason})")
+                self._print("Route", f"{route} ({reason})")
             case client.TransferProgress(what=what, done=done, total=total):
                 self._show_progress(what, done, total)
             case client.PackageCopied(method=method, size=size, seconds=seconds):
-                self._say("Copied", f"{human_size(size)} in {seconds:.1f} s ({method})")
+                self._print(
+                    "Copied", f"{human_size(size)} in {seconds:.1f} s ({method})"
+                )
             case client.StateChanged(progress=progress):
                 if progress.state == "QUEUED":
                     ahead = progress.position
-                    self._say("Job", f"queued, {ahead} ahead" if ahead else "queued")
+                    self._print("Job", f"queued, {ahead} ahead" if ahead else "queued")
                 elif progress.state == "RUNNING":
-                    self._say("Job", "running")
+                    self._print("Job", "running")
             case client.LinePrinted(line=line, text=text):
                 self._lines.show(line, printable(text))
             case client.StageComplete(stage=stage):
-                self._say("Job", f"{stage} complete")
+                self._print("Job", f"{stage} complete")
             case client.ResultsChosen():
                 pass  # `ResultsStored` prints the directory
             case client.ResultsStored(directory=directory, files=files, size=size):
-                self._say(
+                self._print(
                     "Results", f"{files} files, {human_size(size)}, in {directory}"
                 )
             case _:
@@ -116,26 +118,28 @@ class TerminalWatch(Watch):
     def summarize(self, result: client.JobResult) -> None:
         """Show the result of a job that completed."""
         spent = ", ".join(f"{name} {s:.1f} s" for name, s in result.seconds.items())
-        self._say("Done", f"{result.job_id} ({spent})")
+        self._print("Done", f"{result.job_id} ({spent})")
         if result.output is not None:
             out.print(str(result.output), markup=False)
 
     def _show_progress(self, what: str, done: int, total: int) -> None:
         if not err.is_terminal:
-            self._tell_progress(what, done, total)
+            self._print_progress(what, done, total)
             return
         if what not in self._tasks:
             self._bar.start()
             self._tasks[what] = self._bar.add_task(plain(what), total=total)
         self._bar.update(self._tasks[what], completed=done)
 
-    def _tell_progress(self, what: str, done: int, total: int) -> None:
-        """Print a line at every step, where a bar can't be drawn."""
+    def _print_progress(self, what: str, done: int, total: int) -> None:
+        """Print a line at every step, where a bar cannot be drawn."""
         percent = 100 if done >= total else done * 100 // max(total, 1)
         step = percent // _STEP * _STEP
-        if step > self._told.get(what, -1):
-            self._told[what] = step
-            self._say(what, f"{percent} % ({human_size(done)} of {human_size(total)})")
+        if step > self._printed.get(what, -1):
+            self._printed[what] = step
+            self._print(
+                what, f"{percent} % ({human_size(done)} of {human_size(total)})"
+            )
 
     def _end_bar(self) -> None:
         if self._tasks:
@@ -144,7 +148,7 @@ class TerminalWatch(Watch):
                 self._bar.remove_task(task)
             self._tasks.clear()
 
-    def _say(self, title: str, text: str) -> None:
+    def _print(self, title: str, text: str) -> None:
         err.print(f"[bold cyan]{plain(title)}:[/] {plain(text)}")
 
 
@@ -159,20 +163,20 @@ class _Lines:
     def show(self, number: int, text: str) -> None:
         """Show a line; the number of the last line replaces that line.
 
-        Earlier lines can't be replaced: they have scrolled away.
+        Earlier lines cannot be replaced: they have scrolled away.
         """
         if number < self._number:
             return
         if number > self._number:
             self.finish()
-            self._tell_gap(number - self._number - 1)
+            self._print_gap(number - self._number - 1)
         self._number, self._pending = number, text
         if self._redraws:
             width = max(out.width - 1, 20)
             sys.stdout.write("\r\x1b[2K" + text[:width])
             sys.stdout.flush()
 
-    def _tell_gap(self, count: int) -> None:
+    def _print_gap(self, count: int) -> None:
         """Print how many lines were left out because the link was slower."""
         if count:
             lines = "line" if count == 1 else "lines"

@@ -43,7 +43,7 @@ async def open_package(named: Path) -> AsyncIterator[PackageFile]:
     """Check a package; a directory is packed for as long as the body runs.
 
     Raises:
-        UsageError: If it is not a package, or can't be read.
+        UsageError: If it is not a package, or cannot be read.
     """
     directory = await trio.to_thread.run_sync(_make_temporary_directory)
     try:
@@ -73,12 +73,12 @@ def _find_package(named: Path, directory: Path) -> PackageFile:
         status = named.stat()
     except InvalidInput as error:
         raise UsageError(
-            f"{named} can't be sent: {error.reason}.", "Rename it."
+            f"Cannot send {named}: {error.reason}.", "Rename it."
         ) from None
     except (ArchiveError, StorageError) as error:
-        raise UsageError(f"{named} can't be packed: {error}.") from None
+        raise UsageError(f"Cannot pack {named}: {error}.") from None
     except OSError as error:
-        raise UsageError(f"{named} can't be read: {error.strerror}.") from None
+        raise UsageError(f"Cannot read {named}: {error.strerror}.") from None
     return PackageFile(named, named, status.st_size, status.st_mtime_ns)
 
 
@@ -91,9 +91,7 @@ def look_again(package: PackageFile) -> PackageFile:
     try:
         status = package.zip_path.stat()
     except OSError as error:
-        raise UsageError(
-            f"{package.zip_path} can't be read: {error.strerror}."
-        ) from None
+        raise UsageError(f"Cannot read {package.zip_path}: {error.strerror}.") from None
     modified_ns = status.st_mtime_ns if package.modified_ns else 0
     return PackageFile(package.named, package.zip_path, status.st_size, modified_ns)
 

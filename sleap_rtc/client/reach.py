@@ -93,7 +93,7 @@ class Reach:
             choice = await _choose_worker(room, wanted)
             if isinstance(choice, NoChoice):
                 raise NoWorkerError(
-                    f"Can't send the job: {choice.reason}.",
+                    f"Cannot send the job: {choice.reason}.",
                     "Start a worker with `sleap-rtc daemon --role worker` on the GPU "
                     "machine; `sleap-rtc workers` lists the workers of the room.",
                 )
@@ -145,7 +145,7 @@ class Reach:
         choice = choose_kinds(self._preference, answer.kinds)
         if isinstance(choice, GiveUp):
             raise NoWorkerError(
-                f"The worker can't be reached: {choice.reason}.",
+                f"Cannot reach the worker: {choice.reason}.",
                 "Send the package without --route.",
             )
         addresses = [(address.host, address.port) for address in answer.addresses]
@@ -164,7 +164,7 @@ class Reach:
         except DialError as error:
             tried = [f"{f.kind} to {f.address}: {f.reason}" for f in error.failures]
             raise NoWorkerError(
-                f"The worker can't be reached: {'; '.join(tried) or 'no address'}.",
+                f"Cannot reach the worker: {'; '.join(tried) or 'it has no address'}.",
                 "Its port, TCP or UDP, must be open to this machine: see the "
                 "troubleshooting guide, or use a shared network or VPN.",
             ) from None
@@ -196,7 +196,7 @@ async def enter_room(
     """Stay in the room for as long as the body runs.
 
     Raises:
-        NoWorkerError: If the signaling server can't be reached in time.
+        NoWorkerError: If the signaling server cannot be reached in time.
         RefusedError: If the server refuses this machine.
     """
     async with _open_room(invite, keys) as room:
@@ -204,7 +204,7 @@ async def enter_room(
             await _registered(room, invite)
         if scope.cancelled_caught:
             raise NoWorkerError(
-                f"The signaling server at {invite.url} can't be reached: "
+                f"Cannot reach the signaling server at {invite.url}: "
                 f"{room.trouble or 'it does not answer'}.",
                 "Check that the worker, or its signaling server, runs and that this "
                 "machine can reach it; `sleap-rtc doctor` tests it.",
@@ -255,4 +255,4 @@ async def _first_attempt(room: RoomConnection, invite: Invite) -> None:
         await _registered(room, invite)
     if room.failed.is_set():
         kind = WorkerGoneError if room.is_refused else NoWorkerError
-        raise kind(f"{invite.url} can't be reached: {room.trouble}.")
+        raise kind(f"Cannot reach {invite.url}: {room.trouble}.")

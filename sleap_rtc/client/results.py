@@ -56,7 +56,7 @@ class Results:
             files: The results.
 
         Raises:
-            StorageError: If the directory can't be made.
+            StorageError: If the directory cannot be made.
         """
         if self._directory is None:
             self._directory = await call_storage(
@@ -211,7 +211,7 @@ def _free_directory(
     """Choose a directory in which no result overwrites an existing file.
 
     Raises:
-        StorageError: If the directory can't be made.
+        StorageError: If the directory cannot be made.
     """
     if is_default:
         try:

@@ -107,7 +107,7 @@ async def run_job(
         cancel_asked: Set by the caller to cancel the job.
 
     Returns:
-        The end of the job. A worker that can't be reached again is an end as well.
+        The end of the job. A worker that cannot be reached again is an end as well.
     """
     with ExitStack() as files:
         async with open_background_nursery() as nursery:
@@ -143,7 +143,7 @@ class _Session:
         self._there_before = 0
         self._source: ChunkReader | None = None
         self._connection: Connection | None = None
-        self._progress_told = float("-inf")
+        self._last_progress = float("-inf")
         self._over = trio.Event()
         self._attempt = trio.CancelScope()
         self._wants_link = False
@@ -431,6 +431,6 @@ class _Session:
     def _progress(self, what: str, done: int, total: int) -> None:
         """Report the progress of a transfer now and then, and its end."""
         now = trio.current_time()
-        if done >= total or now - self._progress_told >= PROGRESS_INTERVAL:
-            self._progress_told = now
+        if done >= total or now - self._last_progress >= PROGRESS_INTERVAL:
+            self._last_progress = now
             self._on_event(TransferProgress(what, done, total))

@@ -58,7 +58,7 @@ async def list_workers(
 
     Raises:
         UsageError: If this machine has not joined a room.
-        NoWorkerError: If the signaling server can't be reached.
+        NoWorkerError: If the signaling server cannot be reached.
         RefusedError: If the server refuses this machine.
     """
     invite = await trio.to_thread.run_sync(require_invite, environ)
@@ -86,7 +86,7 @@ async def submit(
         environ: Environment variables.
 
     Raises:
-        UsageError: If the package or the configuration can't be used.
+        UsageError: If the package or the configuration cannot be used.
         NoWorkerError: If no worker was found or reached.
         RefusedError: If the server or the worker refused.
         TransferFailedError: If the package or the results did not arrive.
@@ -127,7 +127,7 @@ class _Submission:
         self._package = package
         self._root = root
         self._note = note
-        self._tell = on_event
+        self._report = on_event
         self._earlier = None if request.fresh else note.earlier
         self._job_id = f"job_{secrets.token_hex(8)}"
         self._worker_id = ""
@@ -139,7 +139,7 @@ class _Submission:
     async def run(self, invite: Invite, cancel_asked: trio.Event) -> JobResult:
         """Run the job to its end; see `submit` for the errors."""
         if self._note.changed is not None:
-            self._tell(PackageChanged(self._note.changed.job_id))
+            self._report(PackageChanged(self._note.changed.job_id))
         reach = Reach(invite, self._request.route, self._on_event)
         ending = JobEnded("cancelled", "no worker had been reached")
         async with open_background_nursery() as nursery:
@@ -212,7 +212,7 @@ class _Submission:
         # On the disk before the job starts: a crash must not start it twice.
         await self._note.write(note)
         if self._note.trouble:
-            self._tell(NoteTrouble(self._note.trouble))
+            self._report(NoteTrouble(self._note.trouble))
         return await trio.to_thread.run_sync(
             _make_plan, self._job_id, self._request, package, self._root, self._earlier
         )
@@ -265,7 +265,7 @@ class _Submission:
                 self._output = directory
             case _:
                 pass
-        self._tell(event)
+        self._report(event)
 
     def _raise_unless_complete(self, ending: JobEnded) -> None:
         worker_id = self._worker_id
@@ -276,8 +276,8 @@ class _Submission:
             case "failed":
                 raise JobFailedError(
                     f"The job failed: {ending.reason}.{where}",
-                    "The output above and job.log say more. If the package is at "
-                    "fault, correct it; then send it again.",
+                    "The output above and job.log show the cause. If the package is at "
+                    "fault, correct it and send it again.",
                 )
             case "rejected":
                 raise RefusedError(
@@ -288,8 +288,8 @@ class _Submission:
             case "cancelled":
                 if self._timed_out:
                     raise JobTimeoutError(
-                        f"The job was cancelled after {self._request.timeout:g} s, the "
-                        f"--timeout.{where}"
+                        f"The job was cancelled after {self._request.timeout:g} s "
+                        f"(--timeout).{where}"
                     )
                 if ending.confirmed:
                     raise InterruptedJobError(f"The job was cancelled.{where}")

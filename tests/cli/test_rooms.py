@@ -108,7 +108,7 @@ def test_a_server_that_can_not_be_reached_is_exit_code_three(
     with reserved_port() as port:
         run("join", encode_invite(Invite(f"ws://127.0.0.1:{port}", b"s" * 32)))
         assert run("workers", "--timeout", "0.1") == 3
-    assert "can't be reached" in capsys.readouterr().err
+    assert "Cannot reach the signaling server" in capsys.readouterr().err
 
 
 WORKERS = [

@@ -341,9 +341,9 @@ async def test_each_ending_has_its_error_and_keeps_the_note_if_it_may_continue(
 BAD_PACKAGES = {
     "none.zip": "There is no package",
     "text.zip": "is not a zip file",
-    "bad:name.zip": "can't be sent",
-    "a\\b.zip": "can't be sent",
-    "link folder": "can't be packed",
+    "bad:name.zip": "Cannot send",
+    "a\\b.zip": "Cannot send",
+    "link folder": "Cannot pack",
 }
 
 
@@ -374,7 +374,7 @@ async def test_a_package_that_goes_away_while_connecting_is_a_usage_error(
             if isinstance(event, client.LinkOpened):
                 sender.package.unlink()
 
-        with pytest.raises(UsageError, match="can't be read"):
+        with pytest.raises(UsageError, match="Cannot read"):
             await client.submit(
                 client.JobRequest(sender.package), remove, environ=sender.environ
             )

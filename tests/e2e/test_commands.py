@@ -115,7 +115,7 @@ def test_no_worker_is_exit_code_three(lab: Lab) -> None:
     assert "no worker is in the room" in done.err
     worker.kill()
     done = machine.run("workers", "--timeout", 1).expect(3)
-    assert "can't be reached" in done.err
+    assert "Cannot reach the signaling server" in done.err
 
 
 def test_a_port_in_use_is_named(lab: Lab) -> None:

@@ -177,7 +177,7 @@ def test_a_time_limit_cancels_a_job(lab: Lab) -> None:
         files={"given.txt": "made"},
     )
     done = machine.run("send", package, "--timeout", 3).expect(8)
-    assert "cancelled after 3 s, the --timeout" in done.err.replace("\n", " ")
+    assert "cancelled after 3 s (--timeout)" in done.err.replace("\n", " ")
     lab.wait_gone("actor.py")
     check_healthy(machine, worker)
 
@@ -187,4 +187,4 @@ def test_a_time_limit_counts_from_the_start(lab: Lab) -> None:
     package = make_package(machine.home / "job.zip", "act say hello")
     with silent_server(machine):
         done = machine.run("send", package, "--timeout", 1).expect(8)
-    assert "cancelled after 1 s, the --timeout" in done.err.replace("\n", " ")
+    assert "cancelled after 1 s (--timeout)" in done.err.replace("\n", " ")

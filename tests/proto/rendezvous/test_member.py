@@ -202,6 +202,9 @@ def test_errors_become_events() -> None:
     assert receive(machine, ErrorSignal("NOT_YOU", "a\x1b[2Jb")) == [
         ServerComplained("NOT_YOU", "ab")
     ]
+    # Only this code with a target is about a peer.
+    for other in (ErrorSignal("PEER_NOT_FOUND", "why"), ErrorSignal("X", "why", "you")):
+        assert receive(machine, other) == [ServerComplained(other.code, "why")]
     assert machine.state is S.REGISTERED
 
 
@@ -247,6 +250,10 @@ def test_a_change_while_registering_follows_the_registration() -> None:
 def test_a_change_that_changes_nothing_is_not_sent() -> None:
     machine = in_state(S.REGISTERED, Metadata((), {"a": 1}))
     machine.update_metadata({"a": 1})
+    assert drain(machine) == []
+    machine.update_metadata({"a": 2})
+    assert len(sent(drain(machine))) == 1
+    machine.update_metadata({"a": 2})
     assert drain(machine) == []
 
 
@@ -299,6 +306,20 @@ def test_only_a_stable_registration_resets_the_backoff(
     assert drain(machine) == [Reconnecting(next_delay, "gone")]
 
 
+def test_a_stable_registration_resets_the_backoff_once() -> None:
+    machine = in_state(S.REGISTERED)
+    now = NOW + LIMITS.stable_after
+    machine.connection_lost("gone", now)
+    delays = [0.25]
+    for _ in range(3):
+        drain(machine)
+        now = machine.deadline() or 0.0
+        machine.handle_timeout(now)
+        machine.connect_failed("refused", now)
+        delays.append((machine.deadline() or 0.0) - now)
+    assert delays == [0.25, 0.5, 1.0, 2.0]
+
+
 @pytest.mark.parametrize("state", [S.OPENING, S.REGISTERING, S.REGISTERED])
 def test_a_lost_connection_is_made_again(state: MemberState) -> None:
     machine = in_state(state)
@@ -328,31 +349,32 @@ def test_a_request_does_not_outlive_its_connection() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "seconds"),
+    ("state", "seconds", "reason"),
     [
-        (S.OPENING, LIMITS.registration_timeout),
-        (S.REGISTERING, LIMITS.registration_timeout),
-        (S.REGISTERED, LIMITS.silence_timeout),
+        (S.OPENING, LIMITS.registration_timeout, "did not let us register in time"),
+        (S.REGISTERING, LIMITS.registration_timeout, "did not let us register in time"),
+        (S.REGISTERED, LIMITS.silence_timeout, "fell silent"),
     ],
 )
 def test_the_connection_to_a_silent_server_is_closed(
-    state: MemberState, seconds: float
+    state: MemberState, seconds: float, reason: str
 ) -> None:
     machine = in_state(state)
     assert machine.deadline() == NOW + seconds
     machine.handle_timeout(NOW + seconds - 0.1)
     assert drain(machine) == []
     machine.handle_timeout(NOW + seconds)
-    close, reconnecting = drain(machine)
-    assert isinstance(close, Close)
-    assert reconnecting == Reconnecting(0.25, close.reason)
+    whole = f"the signaling server {reason}"
+    assert drain(machine) == [Close(whole), Reconnecting(0.25, whole)]
     assert machine.state is S.WAITING
 
 
-def test_a_ping_of_the_server_moves_the_deadline() -> None:
+def test_a_sign_of_life_of_the_server_moves_the_deadline() -> None:
     machine = in_state(S.REGISTERED)
     machine.heard_from(NOW + 50)
     assert machine.deadline() == NOW + 50 + LIMITS.silence_timeout
+    receive(machine, MetadataUpdated("me", NOTHING), NOW + 60)
+    assert machine.deadline() == NOW + 60 + LIMITS.silence_timeout
     # Before the registration only progress counts.
     machine = in_state(S.OPENING)
     machine.heard_from(NOW + 5)

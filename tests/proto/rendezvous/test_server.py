@@ -348,6 +348,17 @@ def test_a_steady_rate_is_accepted() -> None:
         assert dropped(world.send(1, DiscoverPeers("me"), now)) == []
 
 
+def test_twice_the_rate_ends_the_connection_after_the_burst() -> None:
+    world = World()
+    world.join(1, "me")
+    accepted, now = 0, NOW
+    while dropped(world.send(1, DiscoverPeers("me"), now)) == []:
+        accepted += 1
+        now += 0.5 / LIMITS.messages_per_second
+    # Each message costs one token and gets half of one back.
+    assert LIMITS.message_burst < accepted < 2 * LIMITS.message_burst
+
+
 def test_pings_count_as_messages() -> None:
     world = World()
     world.join(1, "me")
@@ -424,18 +435,20 @@ def test_a_connection_that_does_not_register_is_dropped() -> None:
     world.server.handle_timeout(NOW + LIMITS.registration_timeout - 0.1)
     assert world.drain() == []
     world.server.handle_timeout(NOW + LIMITS.registration_timeout)
-    assert dropped(world.drain()) == [1]
+    assert world.drain() == [Drop(1, "it did not register in time")]
     assert world.server.deadline() is None
 
 
 def test_silent_peers_are_pinged_and_then_dropped() -> None:
     world = World()
     world.join(1, "me")
-    pings = 0
+    outputs: Outputs = []
     while (deadline := world.server.deadline()) is not None:
         world.server.handle_timeout(deadline)
-        pings += world.drain().count(Ping(1))
-    assert pings == int(LIMITS.idle_timeout // LIMITS.ping_interval)
+        outputs += world.drain()
+    pings = int(LIMITS.idle_timeout // LIMITS.ping_interval)
+    assert outputs[:-2] == [Ping(1)] * pings
+    assert outputs[-2:] == [Drop(1, "silent"), PeerLeft(KEYS.room_id, "me", "silent")]
     assert world.send(1, DiscoverPeers("me")) == []
 
 

@@ -3,6 +3,7 @@
 import heapq
 import random
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 from aioquic.quic.events import (
@@ -11,6 +12,8 @@ from aioquic.quic.events import (
     StreamDataReceived,
 )
 from aioquic.tls import Epoch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sleap_rtc.io.link.certificates import make_certificate
 from sleap_rtc.io.link.limits import LIMITS
@@ -371,6 +374,86 @@ def test_a_sealed_packet_of_any_length_ends_at_most_its_connection(
     data = client.sealing_context.encrypt_packet(header, payload, number)
     pair.server.receive_datagrams([(data, CLIENT)], pair.now)
     pair.flush(pair.server)
+
+
+class Sealed(NamedTuple):
+    """A packet with the right keys and any content.
+
+    Args:
+        skipped: Packet numbers before it that are left out.
+        payload: Its frames.
+    """
+
+    skipped: int
+    payload: bytes
+
+
+def write_integer(value: int, size: int) -> bytes:
+    mark = {1: 0, 2: 1, 4: 2, 8: 3}[size]
+    return (value % (1 << 8 * size - 2) | mark << 8 * size - 2).to_bytes(size)
+
+
+@st.composite
+def stream_frames(draw: st.DrawFn) -> bytes:
+    """Write a frame with data of a stream, which may contradict itself."""
+    data = draw(st.binary(max_size=40))
+    kind = draw(st.sampled_from([0x08, 0x0A, 0x0C, 0x0D, 0x0E, 0x0F]))
+    frame = bytes((kind, draw(st.sampled_from([0, 2, 2, 2, 3, 6]))))
+    if kind & 4:
+        offset = draw(st.sampled_from([0, 0, 5, 20, 300_000, 1 << 40]))
+        frame += write_integer(offset, draw(st.sampled_from([1, 4, 8])))
+    if kind & 2:
+        length = len(data) + draw(st.sampled_from([0, 0, 0, -1, 1]))
+        frame += write_integer(max(0, length), draw(st.sampled_from([2, 4, 8])))
+    return frame + data
+
+
+@given(
+    st.lists(
+        st.builds(
+            Sealed,
+            st.sampled_from([0, 0, 0, 1]),
+            stream_frames() | st.binary(max_size=40),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+@settings(max_examples=60, deadline=None)
+def test_the_fast_path_accepts_what_aioquic_accepts(packets: list[Sealed]) -> None:
+    results = []
+    for fast_path in (FastPath.NONE, FastPath.RECEIVE):
+        pair = Pair(fast_path)
+        # The streams exist, so that the fast path has a choice.
+        pair.client.send(CONTROL, b"hello")
+        pair.client.send(BULK, b"hello")
+        pair.flush(pair.client)
+        pair.run_until(lambda: pair.client.unacknowledged(BULK) == 0)  # noqa: B023
+        client, server = pair.client.connection, pair.server.connection
+        number = server.packet_space.largest_received_packet
+        for packet in packets:
+            number += 1 + packet.skipped
+            context = client.sealing_context
+            header = bytes((0x43 | context.key_phase << 2,)) + client.peer_connection_id
+            header += number.to_bytes(4)
+            data = context.encrypt_packet(header, packet.payload, number)
+            pair.server.receive_datagrams([(data, CLIENT)], pair.now)
+        close = server.close_event
+        space = server.packet_space
+        while (event := pair.server.next_event()) is not None:
+            if isinstance(event, StreamDataReceived):
+                pair.received[pair.server].setdefault(event.stream_id, bytearray())
+                pair.received[pair.server][event.stream_id] += event.data
+        results.append(
+            (
+                pair.received[pair.server],
+                close and (close.error_code, close.frame_type, close.reason_phrase),
+                server.receive_window.used,
+                space.largest_received_packet - number,
+                len(space.ack_queue),
+            )
+        )
+    assert results[0] == results[1]
 
 
 def test_a_client_trusts_nothing_that_is_not_a_certificate() -> None:

@@ -1,4 +1,4 @@
-"""What this machine offers to a job."""
+"""Description of this machine for jobs and clients."""
 
 import os
 import shutil
@@ -13,20 +13,20 @@ from sleap_rtc.proto.messages import Gpu
 from sleap_rtc.proto.terminal import printable
 
 _PROGRAMS = ("sleap-nn", "sleap-nn-train", "sleap")
-"""What may tell where sleap-nn is installed, the surest first."""
+"""Programs whose place leads to the installation of sleap-nn, the surest first."""
 
 _SHEBANG_LENGTH = 512
-"""Bytes; Linux reads 256 of the first line."""
+"""Bytes of the first line of a script; Linux itself reads 256."""
 
 
 class MachineInfo(msgspec.Struct, frozen=True):
-    """What a worker tells about its machine.
+    """Description of a worker's machine.
 
     Args:
         hostname: The name of the machine.
         gpus: Its NVIDIA GPUs, numbered as the driver does.
         sleap_nn: The version of sleap-nn on the PATH, or "".
-        disk_free: Bytes that jobs may still use.
+        disk_free: Bytes of free disk space for jobs.
     """
 
     hostname: str
@@ -36,10 +36,10 @@ class MachineInfo(msgspec.Struct, frozen=True):
 
 
 def describe_machine(directory: Path, *, path: str | None = None) -> MachineInfo:
-    """Look at this machine; it blocks, so call it in a thread.
+    """Return the description of this machine; it blocks, so call it in a thread.
 
     Args:
-        directory: Where jobs are kept.
+        directory: The directory for jobs.
         path: The folders to look for sleap-nn in, as in PATH; None for PATH itself.
     """
     return MachineInfo(
@@ -51,7 +51,7 @@ def describe_machine(directory: Path, *, path: str | None = None) -> MachineInfo
 
 
 def find_gpus() -> tuple[Gpu, ...]:
-    """List the NVIDIA GPUs; none without a driver that works."""
+    """Return the NVIDIA GPUs; none without a working driver."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -65,7 +65,7 @@ def find_gpus() -> tuple[Gpu, ...]:
 
 
 def _gpu(number: int) -> Gpu:
-    """Describe a GPU, also one that fell off its bus: the others keep their number."""
+    """Return a GPU, even one that fell off its bus: the others keep their numbers."""
     try:
         handle = pynvml.nvmlDeviceGetHandleByIndex(number)
         name = pynvml.nvmlDeviceGetName(handle)
@@ -76,13 +76,13 @@ def _gpu(number: int) -> Gpu:
 
 
 def find_sleap_nn(path: str) -> str:
-    """Find the version of sleap-nn without starting it, which would take 10 s.
+    """Return the version of sleap-nn without starting it, which would take 10 s.
 
     Args:
         path: The folders to look for the program in, as in PATH.
 
     Returns:
-        The version, or "" if it is not there or does not tell.
+        The version, or "" if it is not installed or has no version.
     """
     for program in _PROGRAMS:
         found = shutil.which(program, path=path)
@@ -95,7 +95,7 @@ def find_sleap_nn(path: str) -> str:
 
 
 def _prefixes(program: Path) -> Iterator[Path]:
-    """List the environments that a program may belong to, the likeliest first."""
+    """Yield the environments that a program may belong to, the likeliest first."""
     interpreter = _interpreter(program)
     if interpreter is not None:
         yield interpreter.parent.parent
@@ -105,7 +105,7 @@ def _prefixes(program: Path) -> Iterator[Path]:
 
 
 def _interpreter(program: Path) -> Path | None:
-    """Read which Python a script runs with, if its first line says so."""
+    """Return the Python in the first line of a script, if it has one."""
     try:
         with program.open("rb") as file:
             first = file.readline(_SHEBANG_LENGTH)
@@ -117,7 +117,7 @@ def _interpreter(program: Path) -> Path | None:
 
 
 def _versions(prefix: Path) -> Iterator[str]:
-    """List the versions of sleap-nn that an environment holds."""
+    """Yield the versions of sleap-nn in an environment."""
     for packages in ("lib/python3*/site-packages", "Lib/site-packages"):
         for found in prefix.glob(f"{packages}/sleap_nn-*.dist-info"):
             yield found.name.removeprefix("sleap_nn-").removesuffix(".dist-info")

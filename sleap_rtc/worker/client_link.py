@@ -14,7 +14,7 @@ Ts = TypeVarTuple("Ts")
 
 
 class ClientLink:
-    """Sends messages and files to a client, and runs what ends with its link.
+    """Sends messages and files to a client, and runs tasks that end with its link.
 
     Args:
         link: An authenticated link; the caller closes it.
@@ -32,7 +32,7 @@ class ClientLink:
 
     @property
     def reason(self) -> str:
-        """Why the worker ended the link; empty if it did not."""
+        """The reason of the worker for ending the link; empty if it did not."""
         return self._reason
 
     @property

@@ -57,7 +57,7 @@ TAKEN_OVER = "a newer connection has taken over the job"
 
 
 class JobSettings(msgspec.Struct, frozen=True):
-    """What the owner of a worker has decided about its jobs.
+    """Decisions of the worker's owner about its jobs.
 
     Args:
         worker_id: The worker's peer id; its jobs are stored under it.
@@ -265,12 +265,12 @@ class Job:
     async def attach(self, link: ClientLink, request: messages.JobResume) -> bool:
         """Serve a client that comes back; from then on it uses only this link.
 
-        An older link that is still open gets an error, so that its client does not take
-        the job back at once.
+        The client of an older link that is still open gets an error, so that it does
+        not resume the job at once.
 
         Args:
             link: The link of the request.
-            request: Says what the client has missed.
+            request: The request, with the first line of output that the client lacks.
 
         Returns:
             False if the job cannot be resumed.
@@ -372,7 +372,7 @@ class Job:
             raise RuntimeError("the job needs its client, who is not connected")
         return self._link
 
-    # ------------------------------------------------------------ what the store has
+    # --------------------------------------------------------------------- the record
 
     def _remember(self) -> None:
         core, progress = self._core, self._core.progress

@@ -113,7 +113,7 @@ def _unpack(run: Run) -> tuple[Script, ...]:
 
     Raises:
         ArchiveError: If the package is broken or hostile.
-        ScriptError: If a script holds what this worker does not run.
+        ScriptError: If a script has a command that this worker does not run.
         StorageError: If the storage failed.
     """
     with (

@@ -1,4 +1,4 @@
-"""What a worker asks of its disk and of the shared storage, for a job."""
+"""Job directories on the disk of a worker and on the shared storage."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 STORAGE_TIMEOUT = 20.0
-"""Seconds for one look at the shared storage; the client waits for 30."""
+"""Seconds for one access to the shared storage; the client waits for 30."""
 
 CHUNK_SIZE = 1024 * 1024
 """Bytes in a chunk of a result file."""
@@ -28,10 +28,12 @@ CHUNK_SIZE = 1024 * 1024
 async def ask_shared(
     root: Path | None, function: Callable[[Path, *Ts], T], *args: *Ts
 ) -> T:
-    """Touch the shared storage, which may hang; errors say that it is the worker's.
+    """Call a function that touches the shared storage, which may hang.
+
+    The error names the worker, because the client has shared storage as well.
 
     Raises:
-        StorageError: If there is none, or it failed or hung.
+        StorageError: If it is not configured, fails, or hangs.
         InvalidInput: If a path is not acceptable.
     """
     if root is None:
@@ -43,10 +45,10 @@ async def ask_shared(
 
 
 def look_at_package(root: Path, path: str) -> None:
-    """See that a package is there and can be read.
+    """Check that a package exists and can be read; it blocks.
 
     Raises:
-        InvalidInput: If it is none, or lies at the top of the shared storage.
+        InvalidInput: If it is not a file, or is not in a directory of its own.
         StorageError: If the storage failed.
     """
     source = ChunkReader(open_beneath(root, path), chunk_size=CHUNK_SIZE)
@@ -56,13 +58,13 @@ def look_at_package(root: Path, path: str) -> None:
 
 
 def make_room(directory: Path, size: int) -> None:
-    """Make the directory of a job for a package of so many bytes.
+    """Make the directory of a job for a package of `size` bytes; it blocks.
 
-    One that holds nothing but a part of a package is taken again: the worker has
-    forgotten its job, and the client sends the rest.
+    A directory with only a part of a package is used again: the worker no longer has
+    the record of its job, and the client sends the rest.
 
     Raises:
-        StorageError: If there is no room, or the job is there already.
+        StorageError: If the disk has too little room, or the job exists.
     """
     try:
         directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -79,12 +81,12 @@ def make_room(directory: Path, size: int) -> None:
             raise StorageError(f"{directory.name} is known to the worker") from None
     except OSError as error:
         raise StorageError(
-            f"The worker can't make {directory}: {error.strerror}"
+            f"The worker cannot make {directory}: {error.strerror}"
         ) from None
 
 
 def _bytes_in(directory: Path) -> int:
-    """Count what the parts in a directory take up already."""
+    """Return the bytes of the parts in a directory."""
     try:
         with os.scandir(directory) as entries:
             return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
@@ -93,19 +95,20 @@ def _bytes_in(directory: Path) -> int:
 
 
 def open_result(directory: Path, path: str) -> ChunkReader:
-    """Open a file of a job directory that its client wants.
+    """Open a result in a job directory; it blocks.
 
     Raises:
-        InvalidInput: If it is none of the job's.
+        InvalidInput: If it is not a file of the job.
         StorageError: If the storage failed.
     """
     return ChunkReader(open_beneath(directory, path), chunk_size=CHUNK_SIZE)
 
 
 async def is_package_there(directory: Path, name: str, size: int) -> bool:
-    """Return True if a whole package lies in a job directory.
+    """Return True if a job directory has the whole package.
 
-    Storage that fails or hangs has none: it must not keep a worker from starting.
+    It is False for storage that fails or hangs, which must not keep a worker from
+    starting.
     """
     try:
         found = await call_storage(os.lstat, directory / name, timeout=STORAGE_TIMEOUT)
@@ -115,13 +118,14 @@ async def is_package_there(directory: Path, name: str, size: int) -> bool:
 
 
 async def results_left(directory: Path, output: str) -> dict[str, int]:
-    """List what a job made whose worker was killed: its models, and its output.
+    """Return the models and the log of a job whose worker was killed, with their sizes.
 
-    Storage that fails or hangs has nothing: it must not keep a worker from starting.
+    It is empty for storage that fails or hangs, which must not keep a worker from
+    starting.
 
     Args:
         directory: The job directory.
-        output: Where its models are, by its last part.
+        output: Path of the models; its last part is their place in the directory.
     """
     models = PurePosixPath(output).name
     try:

@@ -1,4 +1,4 @@
-"""What this machine offers to a job."""
+"""The description of this machine."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def add_environment(prefix: Path, version: str, interpreter: str) -> Path:
-    """Lay out an environment as pip does; return its program."""
+    """Make an environment as pip does; return its program."""
     packages = prefix / "lib" / "python3.11" / "site-packages"
     (packages / "sleap_nn").mkdir(parents=True)
     (packages / f"sleap_nn-{version}.dist-info").mkdir()
@@ -99,7 +99,7 @@ const char *nvmlErrorString(int code) { return code == 15 ? "GPU is lost" : "?";
 
 @pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("cc") is None,
-    reason="a driver library to try can't be made here",
+    reason="a driver library cannot be built here",
 )
 def test_gpus_come_from_the_driver_and_keep_their_numbers(tmp_path: Path) -> None:
     source = tmp_path / "driver.c"

@@ -1,4 +1,4 @@
-"""A worker in this process: its room, its description there, and what it refuses."""
+"""A worker in this process: its room, its description there, and its refusals."""
 
 import os
 import re
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def environ(tmp_path: Path) -> dict[str, str]:
-    """A home with nothing in it; names and ports do not depend on the machine."""
+    """Return the variables of an empty home, with a name and a free port for links."""
     (tmp_path / "state").mkdir()
     config = tmp_path / "config.toml"
     config.write_text('[worker]\nname = "Maja\'s GPU"\nlink_port = 0\n')

@@ -138,7 +138,9 @@ def test_the_files_are_for_their_owner_only(tmp_path: Path) -> None:
     }
 
 
-def test_a_state_directory_that_is_a_file_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_state_directory_that_is_a_file_is_refused_with_advice(
+    tmp_path: Path,
+) -> None:
     path = tmp_path / "state"
     path.touch()
     with pytest.raises(ConfigError, match="SLEAP_RTC_STATE_DIR"):
@@ -146,7 +148,7 @@ def test_a_state_directory_that_is_a_file_is_refused_in_words(tmp_path: Path) ->
 
 
 @pytest.mark.unprivileged
-def test_a_folder_that_cannot_be_written_is_refused_in_words(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused_with_advice(tmp_path: Path) -> None:
     (tmp_path / "workers").mkdir(mode=0o500)
     with pytest.raises(ConfigError, match="Permission denied"):
         take_identity(tmp_path, "gpu-box")

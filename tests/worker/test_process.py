@@ -1,4 +1,4 @@
-"""Real commands: their output, their end, and what is left of them."""
+"""Real commands: their output, their end, and their remains."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 LIMIT = 30.0
-"""Seconds that a test may take at most."""
+"""Seconds that a test may take."""
 
 MakeProgram = Callable[[str, str], Path]
 
@@ -51,7 +51,7 @@ def make_program(tmp_path: Path) -> MakeProgram:
 
 
 class Output:
-    """Keeps what a command printed, and lets a test wait for some of it."""
+    """Keeps the output of a command; a test can wait for a part of it."""
 
     def __init__(self) -> None:
         self.data = b""
@@ -96,7 +96,7 @@ class Lifeline:
 
 
 HOLD = "import os; os.write(os.open('alive', os.O_WRONLY), b'begun')\n"
-"""What a program does to hold the lifeline."""
+"""Code of a program that holds the lifeline."""
 
 
 # ----------------------------------------------------------------------- one command
@@ -151,7 +151,7 @@ async def test_a_missing_program_is_named_with_advice(tmp_path: Path) -> None:
         await run(tmp_path / "nothing")
 
 
-async def test_what_can_not_be_started_says_why(
+async def test_a_program_that_cannot_be_started_is_named_with_the_reason(
     make_program: MakeProgram, tmp_path: Path
 ) -> None:
     program = make_program("p", "")
@@ -167,7 +167,7 @@ async def test_what_can_not_be_started_says_why(
         )
 
 
-def test_the_environment_has_nothing_of_ours() -> None:
+def test_the_environment_has_no_variable_of_sleap_rtc() -> None:
     worker = {"PATH": "/bin", "SLEAP_RTC_INVITE": "secret", "CUDA_VISIBLE_DEVICES": "7"}
     assert job_environment(worker, None) == {
         "PATH": "/bin",
@@ -275,7 +275,7 @@ async def test_the_last_output_survives_a_reader_slower_than_the_drain(
     ["time.sleep(0.01); os.write(1, b'.')", "os.write(1, b'.' * 65536)"],
     ids=["slowly", "quickly"],
 )
-async def test_a_daemon_that_a_program_left_can_not_print_for_ever(
+async def test_a_daemon_that_a_program_left_cannot_print_forever(
     make_program: MakeProgram,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -325,7 +325,7 @@ while True: time.sleep(9)
 
 
 async def cancel_after(program: Path, text: bytes, *, grace: float) -> None:
-    """Run a program, and cancel it once it printed a text."""
+    """Run a program, and cancel it once it has printed a text."""
     output = Output()
     with trio.fail_after(LIMIT):
         async with trio.open_nursery() as nursery:

@@ -1,4 +1,4 @@
-"""What a worker does not accept from its clients, and the reasons that it gives."""
+"""Refusals of a worker, with the reasons that its clients get."""
 
 import shutil
 from pathlib import Path
@@ -112,7 +112,7 @@ async def test_results_stay_beside_the_package(tmp_path: Path) -> None:
         assert not (tmp_path / "shared/jobs/other").exists()
 
 
-async def test_a_worker_whose_storage_fails_says_whose_it_is(tmp_path: Path) -> None:
+async def test_the_error_of_failing_storage_names_the_worker(tmp_path: Path) -> None:
     async with open_world(tmp_path, shared_root=tmp_path / "unmounted") as world:
         client = await world.connect()
         await client.send(m.MountProbe(JOB, f"jobs/{JOB}/probe"))
@@ -238,7 +238,7 @@ async def test_a_killed_job_left_its_models_and_its_log(tmp_path: Path) -> None:
         assert await results_left(tmp_path / "gone", "models") == {}
 
 
-def test_looking_and_opening_close_what_they_open(tmp_path: Path) -> None:
+def test_every_opened_file_is_closed(tmp_path: Path) -> None:
     (tmp_path / "jobs").mkdir()
     (tmp_path / "jobs/job.zip").write_bytes(b"abc")
     look_at_package(tmp_path, "jobs/job.zip")

@@ -28,7 +28,7 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Job:
-    """A job directory with a package, and what its run tells."""
+    """A job directory with a package, and the reports of its run."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -93,7 +93,7 @@ async def test_the_log_holds_every_line_in_its_last_version(job: Job) -> None:
     assert [job.lines[number] for number in sorted(job.lines)] == job.log
 
 
-async def test_stages_are_told_in_order(job: Job) -> None:
+async def test_stages_are_reported_in_order(job: Job) -> None:
     make_package(
         job.package, "act say train", files={"track-script.sh": "act say track\n"}
     )
@@ -130,7 +130,9 @@ async def test_nothing_runs_if_a_later_line_is_not_allowed(job: Job) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no zip", b"x" * 1000])
-async def test_what_is_no_package_is_a_failed_run(job: Job, content: bytes) -> None:
+async def test_a_file_that_is_not_a_package_is_a_failed_run(
+    job: Job, content: bytes
+) -> None:
     job.package.write_bytes(content)
     report = await job.run()
     assert report.failure is not None
@@ -179,7 +181,7 @@ async def test_a_full_disk_costs_the_log_and_not_the_worker(tmp_path: Path) -> N
     mount.mkdir()
     with small_mount(mount, 1):
         job = Job(mount / "job")
-        # What fills the disk stays; then there is no room for the lines.
+        # The file that fills the disk stays, so the lines have no room.
         make_package(job.package, f"act fill {mount}", "act say done")
         report = await job.run()
     assert report.failure is None

@@ -33,12 +33,12 @@ from tests.worker.world import (
 )
 
 
-async def test_a_client_whose_job_was_taken_over_is_told(tmp_path: Path) -> None:
+async def test_a_client_whose_job_was_taken_over_gets_an_error(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
         first = await world.begin()
         second = await world.connect()
         await second.send(RESUME)
-        # A client that is told so does not come back and take the job away again.
+        # After this error a client does not come back and take the job again.
         error = await first.expect(m.Error)
         assert error.reason == "a newer connection has taken over the job"
         await second.expect(m.ResumeAccepted)
@@ -61,7 +61,7 @@ async def test_of_two_that_resume_at_once_the_later_one_has_the_job(
         await others[-1].expect(m.ChunkGrant)
 
 
-async def test_an_older_link_has_no_say_any_more(tmp_path: Path) -> None:
+async def test_messages_of_an_older_link_are_ignored(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
         await world.begin()
         job = world.job()
@@ -96,10 +96,10 @@ async def test_a_job_can_be_resumed_while_room_is_made_for_it(tmp_path: Path) ->
         await second.expect(m.ChunkGrant)
 
 
-async def test_a_job_that_is_refused_leaves_the_other_of_its_id_alone(
+async def test_a_refused_job_does_not_touch_the_other_job_of_its_id(
     tmp_path: Path,
 ) -> None:
-    # The shared storage may hold everything of a user, the state directory, too.
+    # The shared storage may hold all files of a user, even the state directory.
     async with open_world(tmp_path, shared_root=tmp_path) as world:
         await world.begin()
         directory = world.directory / JOB
@@ -185,7 +185,7 @@ async def test_a_state_directory_may_be_moved_between_two_runs(tmp_path: Path) -
 
 
 class _Stalling(MemoryLink):
-    """A link over which the news of what is there never gets through."""
+    """A link that never delivers the number of bytes that were received before."""
 
     async def send_message(self, message: m.Message) -> None:
         if isinstance(message, m.JobState) and message.progress.received:

@@ -1,4 +1,4 @@
-"""The worker's queue, with a clock that nobody has to wait for."""
+"""The queue of a worker, without waiting."""
 
 import pytest
 import trio
@@ -8,7 +8,7 @@ from sleap_rtc.worker.slots import SlotQueue
 
 
 class Job:
-    """Somebody who wants a slot, and notes what is said about it."""
+    """A job that waits for a slot, and records its positions."""
 
     def __init__(self, queue: SlotQueue) -> None:
         self.positions: list[int] = []
@@ -54,7 +54,7 @@ async def test_jobs_run_in_the_order_in_which_they_came() -> None:
     assert (queue.free, queue.waiting) == (2, 0)
 
 
-async def test_everybody_hears_how_many_are_ahead() -> None:
+async def test_each_job_gets_the_number_of_jobs_ahead() -> None:
     queue = SlotQueue(1)
     async with trio.open_nursery() as nursery:
         jobs = await start(nursery, queue, 4)
@@ -68,7 +68,7 @@ async def test_everybody_hears_how_many_are_ahead() -> None:
     ]
 
 
-async def test_whoever_gives_up_leaves_the_queue() -> None:
+async def test_a_cancelled_job_leaves_the_queue() -> None:
     queue = SlotQueue(1)
     async with trio.open_nursery() as nursery:
         first, second, third = await start(nursery, queue, 3)

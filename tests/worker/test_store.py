@@ -136,7 +136,7 @@ def test_the_files_are_for_their_owner_only(path: Path) -> None:
 
 
 @POSIX_ONLY
-def test_what_its_owner_has_closed_further_stays_so(path: Path) -> None:
+def test_stricter_permissions_of_the_owner_are_kept(path: Path) -> None:
     with opened(path):
         pass
     path.chmod(0o400)
@@ -167,7 +167,7 @@ def test_a_store_may_be_closed_again_and_says_so_to_others(path: Path) -> None:
 # ------------------------------------------------------------------- what is refused
 
 
-def test_a_store_of_a_newer_version_is_refused_and_left_alone(path: Path) -> None:
+def test_a_store_of_a_newer_version_is_refused_and_not_changed(path: Path) -> None:
     edit(path, "CREATE TABLE future (x)", "PRAGMA user_version = 2")
     before = path.read_bytes()
     with pytest.raises(StoreError, match=r"jobs\.db has version 2.*Update sleap-rtc"):
@@ -175,7 +175,7 @@ def test_a_store_of_a_newer_version_is_refused_and_left_alone(path: Path) -> Non
     assert path.read_bytes() == before
 
 
-def test_a_file_that_is_no_store_is_refused_and_left_alone(path: Path) -> None:
+def test_a_file_that_is_not_a_store_is_refused_and_not_changed(path: Path) -> None:
     path.write_bytes(b"my thesis " * 1000)
     with pytest.raises(StoreError, match=r"jobs\.db is damaged.*move it aside"):
         open_store(path)
@@ -205,7 +205,7 @@ def test_a_place_without_a_directory_is_refused(tmp_path: Path) -> None:
         open_store(tmp_path / "nowhere" / "jobs.db")
 
 
-def test_a_directory_is_no_store(tmp_path: Path) -> None:
+def test_a_directory_is_not_a_store(tmp_path: Path) -> None:
     with pytest.raises(StoreError) as caught:
         open_store(tmp_path)
     assert caught.value.kind == "SQLITE_CANTOPEN"
@@ -244,7 +244,7 @@ def test_a_row_that_was_edited_badly_costs_only_its_own_job(
     assert str(path) in problem
 
 
-def test_a_name_that_is_no_unicode_is_refused_in_words(path: Path) -> None:
+def test_a_name_that_is_not_unicode_is_refused_with_advice(path: Path) -> None:
     with opened(path) as store:
         with pytest.raises(StoreError, match="not Unicode text"):
             store.save(record(1, directory="/state/\udcff"))
@@ -252,7 +252,9 @@ def test_a_name_that_is_no_unicode_is_refused_in_words(path: Path) -> None:
         assert store.load(ME).records == [record(2)]
 
 
-def test_a_locked_store_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_store_is_reported(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "_BUSY_TIMEOUT", 0.05)
     with opened(path) as store:
         other = sqlite3.connect(path, isolation_level=None)
@@ -273,7 +275,7 @@ def fill(folder: Path) -> None:
             pass
 
 
-def test_a_full_disk_says_so_and_loses_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_and_loses_nothing(tmp_path: Path) -> None:
     with small_mount(tmp_path, 1) as mount, opened(mount / "jobs.db") as store:
         store.save(record(1))
         fill(mount)
@@ -350,7 +352,7 @@ def test_a_killed_process_leaves_whole_rows(path: Path) -> None:
 
 
 def test_two_processes_make_and_fill_one_store_at_once(path: Path) -> None:
-    # SQLite is not fair: a process that never pauses can keep the other one waiting.
+    # SQLite is not fair: a process without pauses can keep another waiting.
     with start_child(path, 1000, 15) as one, start_child(path, 2000, 15) as two:
         saved = {1000: read_saved(one, 15), 2000: read_saved(two, 15)}
         one.kill()
@@ -485,7 +487,7 @@ async def test_a_locked_store_is_logged_once_and_tried_again(
     assert "locked" in logs[0]["reason"]
 
 
-async def test_one_job_that_cannot_be_written_holds_no_other_up(path: Path) -> None:
+async def test_a_job_that_cannot_be_written_does_not_delay_others(path: Path) -> None:
     with opened(path) as store, deadline(), capture_logs() as logs:
         writer = make_writer(store)
         async with trio.open_nursery() as nursery:

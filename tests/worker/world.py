@@ -44,7 +44,7 @@ class Client:
             await self.link.send_message(message)
 
     async def expect(self, kind: type[T]) -> T:
-        """Wait for a message of a kind, and skip all others."""
+        """Return the next message of a kind, and skip all others."""
         while True:
             message = await self.link.receive_message()
             if isinstance(message, kind):
@@ -101,7 +101,7 @@ class World:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for what worker threads bring about."""
+    """Wait until worker threads have made a condition true."""
     while not condition():
         await trio.lowlevel.checkpoint()
 

@@ -1,4 +1,4 @@
-"""Find out whether storage answers, and whether two machines see the same one."""
+"""Checks that storage answers, and that two machines see the same storage."""
 
 import os
 import subprocess
@@ -24,21 +24,22 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 MAX_PROBE_BYTES = 64
-"""A mount probe holds a nonce; of anything longer only the beginning is read."""
+"""Bytes of a mount probe, which holds a nonce; more than that is not read."""
 
-_DEATH_SECONDS = 0.5
+_KILL_TIMEOUT = 0.5
+"""Seconds for a killed child to end before it is left behind."""
 
 
 class StorageHealth(msgspec.Struct, frozen=True):
-    """How storage answered.
+    """Result of a probe of storage.
 
     Args:
         ok: True if it answered in time, and could be written to.
-        reason: Otherwise why not, for people.
+        reason: The reason if it is not ok, for people.
         answered: False if it did not answer in time.
         free_bytes: Bytes that may still be written.
         total_bytes: Bytes of the whole file system.
-        write_seconds: How long it took to write a small file to the disk.
+        write_seconds: Seconds for writing a small file to the disk.
     """
 
     ok: bool
@@ -50,16 +51,16 @@ class StorageHealth(msgspec.Struct, frozen=True):
 
 
 async def probe_storage(path: Path, timeout: float) -> StorageHealth:
-    """Look at storage that may hang, and write a small file there.
+    """Check storage that may hang, and write a small file there.
 
-    A process that waits for dead storage can neither go on nor be killed, so a child
-    process looks. If it is not done in time, it is left to the system.
+    A process that waits for dead storage cannot continue, nor always be killed, so the
+    check runs in a child process. One that does not end in time is left behind.
 
     Args:
         path: A directory on the storage.
         timeout: Seconds to wait for the answer.
     """
-    # The child imports nothing of this package: it starts in some 20 ms.
+    # The child imports nothing of this package, so that it starts in about 20 ms.
     child = await trio.lowlevel.open_process(
         [sys.executable, "-I", "-S", str(probe_child.__file__), str(path)],
         stdin=subprocess.DEVNULL,
@@ -72,7 +73,7 @@ async def probe_storage(path: Path, timeout: float) -> StorageHealth:
         with trio.move_on_after(timeout):
             answer = await _read_answer(child)
     finally:
-        await _let_go(child)
+        await _end_child(child)
     if not answer:
         reason = f"Storage at {path} did not answer within {timeout:g} seconds"
         return StorageHealth(ok=False, reason=reason, answered=False)
@@ -100,16 +101,16 @@ async def ask_storage(
 
 
 def write_probe(root: Path, relative: str, nonce: bytes) -> None:
-    """Write a mount probe, a new small file, where another host shall find it.
+    """Write a mount probe, a new small file for another host to find.
 
     Args:
         root: The shared root as this machine mounts it.
-        relative: Where beneath it, in a directory that is there already.
-        nonce: What the file holds, at most 64 bytes.
+        relative: The path beneath it, in an existing directory.
+        nonce: The content of the file, at most 64 bytes.
 
     Raises:
         InvalidInput: If the path leads elsewhere.
-        StorageError: If something of that name is there, or the storage failed.
+        StorageError: If the name is taken, or the storage failed.
     """
     if len(nonce) > MAX_PROBE_BYTES:
         raise ValueError(f"a mount probe holds at most {MAX_PROBE_BYTES} bytes")
@@ -126,10 +127,10 @@ def read_probe(root: Path, relative: str) -> bytes:
     """Read a mount probe that another host wrote.
 
     Returns:
-        What it holds, at most 64 bytes.
+        Its content, at most 64 bytes.
 
     Raises:
-        InvalidInput: If it is not there, or the path leads elsewhere.
+        InvalidInput: If it does not exist, or the path leads elsewhere.
         StorageError: If the storage failed.
     """
     fd = open_beneath(root, relative)
@@ -148,9 +149,9 @@ async def _read_answer(child: trio.Process) -> bytes:
     return answer
 
 
-async def _let_go(child: trio.Process) -> None:
-    """End the child if it can be ended; one that storage holds stays behind."""
-    with trio.move_on_after(_DEATH_SECONDS, shield=True):
+async def _end_child(child: trio.Process) -> None:
+    """Kill the child; one that hangs inside the kernel is left behind."""
+    with trio.move_on_after(_KILL_TIMEOUT, shield=True):
         child.kill()
         await child.wait()
     if child.stdout is not None:

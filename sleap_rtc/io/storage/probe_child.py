@@ -1,4 +1,4 @@
-"""The child process of `probe`, beside it: touch storage and print what it said.
+"""The child process of `probe`: touches storage and prints the answer.
 
 Run by path, with the directory as the only argument. Standard library only.
 """
@@ -13,7 +13,7 @@ _BYTES = 4096
 
 
 def main(path: str) -> None:
-    """Look at a directory, write a small file there, and print the answer as JSON."""
+    """Check a directory, write a small file there, and print the answer as JSON."""
     try:
         usage = shutil.disk_usage(path)
         seconds = _time_write(
@@ -32,7 +32,7 @@ def main(path: str) -> None:
 
 
 def _time_write(path: str) -> float:
-    """Write a new file, bring it to the disk, and remove it."""
+    """Write, sync and remove a new file; return the seconds that this took."""
     began = time.monotonic()
     fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     try:

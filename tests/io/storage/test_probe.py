@@ -9,7 +9,7 @@ from sleap_rtc.io.storage.probe import probe_storage, read_probe, write_probe
 from sleap_rtc.proto.errors import InvalidInput
 
 
-async def test_healthy_storage_says_how_much_is_free(tmp_path: Path) -> None:
+async def test_healthy_storage_reports_its_free_space(tmp_path: Path) -> None:
     with trio.fail_after(20):
         health = await probe_storage(tmp_path, timeout=15)
     assert health.ok
@@ -19,14 +19,14 @@ async def test_healthy_storage_says_how_much_is_free(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-async def test_missing_storage_says_why(tmp_path: Path) -> None:
+async def test_missing_storage_is_named(tmp_path: Path) -> None:
     with trio.fail_after(20):
         health = await probe_storage(tmp_path / "unmounted", timeout=15)
     assert not health.ok
     assert "unmounted: No such file" in health.reason
 
 
-async def test_storage_that_can_not_be_written_is_not_healthy() -> None:
+async def test_storage_that_cannot_be_written_is_not_healthy() -> None:
     with trio.fail_after(20):
         health = await probe_storage(Path("/proc"), timeout=15)
     assert not health.ok

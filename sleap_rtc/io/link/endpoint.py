@@ -47,7 +47,6 @@ class Acceptor:
             link.session.refuse(now)
         else:
             link.session.admit(peer, now)
-            link.peer = peer
             self._ready.send_nowait(link)
 
     async def accept(self) -> Link:

@@ -81,12 +81,12 @@ class Link(ABC):
     link ends, for any reason, every pending and later call raises `LinkClosedError`;
     what had arrived before can still be received. A cancelled call to send has sent
     nothing, a cancelled call to receive has taken nothing.
-
-    Attributes:
-        peer: The name under which the client proved itself; empty on its own side.
     """
 
-    peer: str = ""
+    @property
+    def peer(self) -> str:
+        """The name under which the client proved itself; empty on its own side."""
+        return ""
 
     @abstractmethod
     async def send_message(self, message: Message) -> None:

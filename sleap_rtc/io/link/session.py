@@ -378,11 +378,11 @@ class Session(ABC, Generic[OutputT]):
             # The smoothing of RFC 9002, 5.3.
             self.rtt += (now - sent - self.rtt) / (8 if self.rtt else 1)
 
-    def _silence(self, *, finished: bool = False) -> Ended:
+    def _silence(self) -> Ended:
         """Return the end of a session whose peer has been silent for too long."""
         timeout = self._limits.idle_timeout
         reason = f"no answer for {timeout:g} s"
-        return Ended(reason, is_fault=True, silent_for=timeout, finished=finished)
+        return Ended(reason, is_fault=True, silent_for=timeout)
 
     def _violated(self, error: RemoteProtocolError, now: float) -> None:
         self._fail(Ended(error.reason, is_fault=True), error.reason, now)

@@ -48,6 +48,11 @@ class SessionLink(Link, Generic[SessionT]):
 
     # ------------------------------------------------------------- for its users
 
+    @property
+    def peer(self) -> str:
+        """The name under which the client proved itself; empty on its own side."""
+        return self.session.peer
+
     async def send_message(self, message: Message) -> None:
         """Send a control message, whole or not at all."""
         session = self.session

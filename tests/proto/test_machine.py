@@ -1,10 +1,15 @@
 """The table of a machine, and the verbs that all machines share."""
 
+import importlib
+import pkgutil
 from enum import Enum, auto
+from types import ModuleType, NoneType
+from typing import get_type_hints
 
 import pytest
 
-from sleap_rtc.proto import messages
+from sleap_rtc import proto
+from sleap_rtc.proto import machine, messages
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 from sleap_rtc.proto.job import client_outputs, worker_outputs
 from sleap_rtc.proto.job.client import ClientJob
@@ -39,6 +44,11 @@ from sleap_rtc.proto.transfer.machine import (
 from sleap_rtc.proto.transfer.receiver import Receiver
 from sleap_rtc.proto.transfer.sender import Sender
 
+MODULES = [
+    importlib.import_module(each.name)
+    for each in pkgutil.walk_packages(proto.__path__, f"{proto.__name__}.")
+]
+
 # ------------------------------------------------------- which machine has which verbs
 
 
@@ -72,7 +82,39 @@ def check_types_of_jobs(
     _intake: Machine[SharedRequest, IntakeOutput] = intake
 
 
+def test_every_machine_of_proto_is_checked() -> None:
+    checked = {
+        each
+        for function in (check_types, check_types_of_jobs)
+        for each in get_type_hints(function).values()
+    }
+    machines = {
+        each
+        for module in MODULES
+        for each in vars(module).values()
+        if isinstance(each, type) and hasattr(each, "next_output")
+        if each.__module__ == module.__name__ != machine.__name__
+    }
+    assert machines == checked - {NoneType}
+
+
 # --------------------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize(
+    "module",
+    [each for each in MODULES if hasattr(each, "TRANSITIONS")],
+    ids=lambda each: each.__name__,
+)
+def test_every_state_of_a_table_has_a_row_and_a_way_to_it(module: ModuleType) -> None:
+    table: Table[Enum] = module.TRANSITIONS
+    first, *others = type(next(iter(table)))
+    reachable, found = {first}, [first]
+    while found:
+        new = set(table[found.pop()].values()) - reachable
+        reachable |= new
+        found += new
+    assert set(table) == reachable == {first, *others}
 
 
 class State(Enum):

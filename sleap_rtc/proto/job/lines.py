@@ -19,7 +19,7 @@ MAX_LINE_BYTES = 16 * 1024
 
 CUT_MARK = " [line cut]"
 
-REDRAW_SECONDS = 0.1
+REDRAW_INTERVAL = 0.1
 """Seconds between two redraws of a line: people do not read ten a second."""
 
 REACH = 16
@@ -98,7 +98,7 @@ class _Row:
 
     def _touch(self, now: float) -> None:
         if self.due is None:
-            self.due = now + REDRAW_SECONDS
+            self.due = now + REDRAW_INTERVAL
 
 
 class LineAssembler:
@@ -108,9 +108,9 @@ class LineAssembler:
     and `finish` at the end of the output. Each returns the lines to deliver, in order.
 
     A finished line is delivered at once. A line that is being drawn or redrawn is
-    delivered `REDRAW_SECONDS` after it changed, with the text that it has then, so that
-    its last text is always delivered. That text does not depend on where the bytes were
-    cut.
+    delivered `REDRAW_INTERVAL` after it changed, with the text that it has then, so
+    that its last text is always delivered. That text does not depend on where the bytes
+    were cut.
 
     Args:
         first_line: The number of the first line.

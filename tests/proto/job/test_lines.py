@@ -12,7 +12,7 @@ from sleap_rtc.proto.job.lines import (
     CUT_MARK,
     MAX_LINE_BYTES,
     REACH,
-    REDRAW_SECONDS,
+    REDRAW_INTERVAL,
     LineAssembler,
     LineEvent,
 )
@@ -186,7 +186,7 @@ def test_redraws_are_delivered_ten_times_a_second_and_the_last_one_always() -> N
     assert 8 <= len(events) <= 10
     deadline = assembler.deadline()
     assert deadline is not None
-    assert 0.999 < deadline <= 0.999 + REDRAW_SECONDS
+    assert 0.999 < deadline <= 0.999 + REDRAW_INTERVAL
     assert assembler.handle_timeout(deadline - 0.001) == []
     assert assembler.handle_timeout(deadline) == [LineEvent(1, "step 999")]
     assert assembler.deadline() is None
@@ -197,16 +197,16 @@ def test_a_finished_line_comes_at_once_and_a_redrawn_one_later() -> None:
     assembler = LineAssembler()
     assert assembler.receive_data(b"old\n", 0.0) == [LineEvent(1, "old")]
     assert assembler.receive_data(b"\x1b[Anew\n", 0.0) == []
-    assert assembler.deadline() == REDRAW_SECONDS
-    assert assembler.handle_timeout(REDRAW_SECONDS) == [LineEvent(1, "new")]
+    assert assembler.deadline() == REDRAW_INTERVAL
+    assert assembler.handle_timeout(REDRAW_INTERVAL) == [LineEvent(1, "new")]
 
 
 def test_a_line_that_was_erased_is_delivered_again_as_empty() -> None:
     assembler = LineAssembler()
     assert assembler.receive_data(b"text\n", 0.0) == [LineEvent(1, "text")]
     assert assembler.receive_data(b"\x1b[A\r\x1b[K", 1.0) == []
-    assert assembler.deadline() == 1.0 + REDRAW_SECONDS
-    assert assembler.handle_timeout(1.0 + REDRAW_SECONDS) == [LineEvent(1, "")]
+    assert assembler.deadline() == 1.0 + REDRAW_INTERVAL
+    assert assembler.handle_timeout(1.0 + REDRAW_INTERVAL) == [LineEvent(1, "")]
 
 
 def test_an_unchanged_redraw_is_not_delivered() -> None:

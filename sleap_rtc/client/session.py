@@ -155,14 +155,14 @@ class _Session:
         await self._serve(link)
         while not self._over.is_set():
             if self._wants_link:
-                await self._come_back(open_again)
+                await self._reconnect(open_again)
             else:  # the rest needs no worker
                 await self._over.wait()
         return self._ending
 
     # ---------------------------------------------------------------------- the links
 
-    async def _come_back(self, open_again: OpenLink) -> None:
+    async def _reconnect(self, open_again: OpenLink) -> None:
         """Open another link and serve it, or give up."""
         policy = Reconnection(
             lost_at=trio.current_time(),

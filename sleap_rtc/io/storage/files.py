@@ -138,7 +138,7 @@ def start_part_file(
 
 
 def read_at(fd: int, length: int, offset: int) -> bytes:
-    """Read some bytes of a file, fewer only at its end."""
+    """Read bytes at a place of a file, fewer only at its end."""
     pieces: list[bytes] = []
     while length:
         if hasattr(os, "pread"):
@@ -156,11 +156,11 @@ def read_at(fd: int, length: int, offset: int) -> bytes:
 
 
 _WRITE_SIZE = 256 * 1024
-"""Bytes in one call: larger ones take up to twice as long where memory is cold."""
+"""Bytes that one call writes: more take up to twice as long where memory is cold."""
 
 
 def write_at(fd: int, data: Buffer, offset: int) -> None:
-    """Write all of some bytes at a place of a file."""
+    """Write bytes to a place of a file."""
     view = memoryview(data)
     while view:
         piece = view[:_WRITE_SIZE]
@@ -175,7 +175,7 @@ def write_at(fd: int, data: Buffer, offset: int) -> None:
 
 
 def sync_data(fd: int) -> None:
-    """Make what was written to a file survive a power cut."""
+    """Sync the content of a file, so that it survives a power cut."""
     if hasattr(os, "fdatasync"):
         os.fdatasync(fd)
     else:
@@ -183,7 +183,7 @@ def sync_data(fd: int) -> None:
 
 
 def require_space(folder: Folder, needed: int, where: str) -> None:
-    """Refuse what does not fit, before a byte is written.
+    """Check that the storage has space, before a byte is written.
 
     Args:
         folder: A directory on the storage.

@@ -41,7 +41,10 @@ SAVE_EVERY = 256 * 1024 * 1024
 """Bytes that a power cut may cost. A crash of the process alone costs none."""
 
 _MAX_NAME_BYTES = 255 - len("..part")
+"""Bytes of the longest name whose hidden files have it in full."""
+
 _KEPT_OF_NAME = 200
+"""Bytes of a longer name that its hidden files repeat, before a hash."""
 
 
 class ChunkReader:

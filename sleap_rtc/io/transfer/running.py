@@ -155,7 +155,7 @@ class RunningTransfer(ABC):
         """Run the next output of the machine; return False if none is left."""
 
     async def _cancel(self) -> None:
-        """Send the peer within `CLOSE_TIMEOUT` that this side gave up."""
+        """Send FILE_ERROR to the peer, for at most `CLOSE_TIMEOUT`."""
         self._machine.cancel("the other side cancelled the transfer")
         with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
             while (output := self._machine.next_output()) is not None:

@@ -132,7 +132,7 @@ class FrameDecoder:
             self._error = RemoteProtocolError("a bulk stream does not hold frames")
         elif not 0 < length <= MAX_PAYLOAD:
             self._error = RemoteProtocolError(
-                f"a frame of {length} bytes is not within 1 and {MAX_PAYLOAD}"
+                f"a frame of {length} bytes is not between 1 and {MAX_PAYLOAD}"
             )
         if self._error is not None:
             raise self._error

@@ -120,7 +120,7 @@ class Receiver(TransferMachine[ReceiverState, ReceiverOutput]):
         window: Chunks that may be granted and not yet stored; fewer if they are large.
 
     Raises:
-        LocalProtocolError: If the window is not within 1 and `MAX_WINDOW`.
+        LocalProtocolError: If the window is not between 1 and `MAX_WINDOW`.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Receiver(TransferMachine[ReceiverState, ReceiverOutput]):
             transfer_id, ReceiverState.RECEIVING, transitions=TRANSITIONS, late=LATE
         )
         if not 0 < window <= MAX_WINDOW:
-            raise LocalProtocolError(f"a window of {window} chunks")
+            raise LocalProtocolError(f"not a window: {window} chunks")
         self._map = chunk_map
         self._window = min(window, max(1, MAX_WINDOW_BYTES // chunk_map.chunk_size))
         self._granted: set[int] = set()

@@ -70,6 +70,7 @@ class MtuSearch:
             self.size = size
             self._sizes.remove(size)
             self._probes = 0
+            self._lost_in_a_row = 0
         self._is_probing = False
 
     def probe_lost(self) -> None:

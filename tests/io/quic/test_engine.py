@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from sleap_rtc.io.link.certificates import make_certificate
 from sleap_rtc.io.link.limits import LIMITS
 from sleap_rtc.io.quic import engine as engine_module
+from sleap_rtc.io.quic.connection import Address, AioquicConnection
 from sleap_rtc.io.quic.engine import (
     DATAGRAM_SIZE,
     Datagram,
@@ -374,6 +375,27 @@ def test_a_sealed_packet_of_any_length_ends_at_most_its_connection(
     data = client.sealing_context.encrypt_packet(header, payload, number)
     pair.server.receive_datagrams([(data, CLIENT)], pair.now)
     pair.flush(pair.server)
+
+
+def test_bulk_takes_the_fast_path_after_each_renewal_of_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine_module, "PACKETS_PER_KEY", 500)
+    pair = Pair()
+    slow = 0
+
+    class Counting(AioquicConnection):
+        def receive_datagram(self, data: bytes, addr: Address, now: float) -> None:
+            nonlocal slow
+            slow += 1
+            super().receive_datagram(data, addr, now)
+
+    pair.server.connection.__class__ = Counting
+    sent = pair.client.connection.packet_number
+    pair.transfer(4 * MEGABYTE)
+    sent = pair.client.connection.packet_number - sent
+    assert sent > 2500
+    assert slow < sent / 50
 
 
 class Sealed(NamedTuple):

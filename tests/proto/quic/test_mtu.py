@@ -84,6 +84,25 @@ def test_a_black_hole_is_noticed() -> None:
     assert search.size == 1452
 
 
+def test_losses_from_before_a_black_hole_was_noticed_do_not_count_again() -> None:
+    search = MtuSearch(SMALLEST_DATAGRAM, LARGEST_DATAGRAM)
+    search_path(search, 65_535)
+    for _ in range(10 * MAX_BLACK_HOLES * BLACK_HOLE_LOSSES):
+        search.packet_lost(16_000)
+    search_path(search, 1452)
+    search.packet_lost(1452)
+    assert search.size == 1452
+
+
+def test_each_black_hole_takes_as_many_losses() -> None:
+    search = MtuSearch(SMALLEST_DATAGRAM, LARGEST_DATAGRAM)
+    for _ in range(MAX_BLACK_HOLES):
+        search_path(search, 65_535)
+        for _ in range(BLACK_HOLE_LOSSES):
+            assert search.size == LARGEST_DATAGRAM
+            search.packet_lost(16_000)
+
+
 def test_losses_between_arrivals_are_not_a_black_hole() -> None:
     search = MtuSearch(SMALLEST_DATAGRAM, LARGEST_DATAGRAM)
     search_path(search, 65_535)

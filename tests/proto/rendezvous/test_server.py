@@ -13,6 +13,7 @@ from sleap_rtc.proto.rendezvous.messages import (
     Challenge,
     DiscoverPeers,
     ErrorSignal,
+    Filters,
     Metadata,
     MetadataChange,
     MetadataUpdated,
@@ -172,6 +173,7 @@ def test_registering_again_replaces_the_metadata() -> None:
     world.join(1, "me", "worker", Metadata((), {"a": 1}))
     world.join(2, "you")
     outputs = world.send(1, registration(1, "me", "worker", Metadata((), {"b": 2})))
+    assert dropped(outputs) == []
     assert heard(outputs, 1) == [RegisteredAuth(KEYS.room_id, "me")]
     assert not [output for output in outputs if isinstance(output, PeerJoined)]
     [listed] = heard(world.send(2, DiscoverPeers("you")), 2)
@@ -314,7 +316,11 @@ def test_discovery_lists_the_others_of_the_own_room() -> None:
     world.join(2, "you", "worker")
     world.join(3, "them", "worker", keys=OTHER)
     info = PeerInfo("you", "worker", Metadata())
-    assert heard(world.send(1, DiscoverPeers("me")), 1) == [PeerList("me", (info,), 1)]
+    for filters in (Filters(), Filters("worker")):
+        outputs = world.send(1, DiscoverPeers("me", filters))
+        assert heard(outputs, 1) == [PeerList("me", (info,), 1)]
+    outputs = world.send(1, DiscoverPeers("me", Filters("client")))
+    assert heard(outputs, 1) == [PeerList("me", (), 0)]
 
 
 def test_a_peer_is_gone_with_its_socket() -> None:
@@ -403,6 +409,9 @@ def test_rooms_are_limited() -> None:
     outputs = world.join(5, "peer")
     assert codes(outputs, 5) == ["SERVER_FULL"]
     assert dropped(outputs) == [5]
+    # A room that exists takes more peers.
+    assert dropped(world.join(7, "other", keys=RoomKeys.from_secret(bytes(32)))) == []
+    world.server.connection_lost(7, "gone")
     # A room ends with its last peer.
     world.server.connection_lost(0, "gone")
     world.drain()

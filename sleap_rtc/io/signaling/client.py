@@ -59,7 +59,7 @@ client asks again."""
 
 
 class RegistrationRefusedError(Exception):
-    """The signaling server does not let this peer into the room.
+    """The signaling server refused the registration of this peer.
 
     Args:
         reason: The reason that the server sent.
@@ -126,7 +126,7 @@ class RoomConnection:
         """Wait until this peer is in its room.
 
         Raises:
-            RegistrationRefusedError: If the server does not let this peer in.
+            RegistrationRefusedError: If the server refuses the registration.
         """
         while self._member.state is not MemberState.REGISTERED:
             if self._refusal is not None:
@@ -140,7 +140,7 @@ class RoomConnection:
             role: Only peers of this role; None for all peers.
 
         Raises:
-            RegistrationRefusedError: If the server does not let this peer in.
+            RegistrationRefusedError: If the server refuses the registration.
         """
         filters = Filters(UNSET if role is None else role)
         while True:
@@ -166,7 +166,7 @@ class RoomConnection:
         Raises:
             PeerUnreachableError: If the peer is not in the room, or the connection was
                 lost before its answer came.
-            RegistrationRefusedError: If the server does not let this peer in.
+            RegistrationRefusedError: If the server refuses the registration.
         """
         await self.wait_registered()
         key = (target, session_untrusted(sealed))
@@ -190,7 +190,7 @@ class RoomConnection:
         """Send a sealed answer as soon as this peer is in its room.
 
         Raises:
-            RegistrationRefusedError: If the server does not let this peer in.
+            RegistrationRefusedError: If the server refuses the registration.
         """
         await self.wait_registered()
         self._member.send_answer(target, sealed)

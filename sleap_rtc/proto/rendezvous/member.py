@@ -299,7 +299,7 @@ class RoomMember:
         reason = (
             "the signaling server fell silent"
             if state is MemberState.REGISTERED
-            else "the signaling server did not let us register in time"
+            else "the signaling server did not complete the registration in time"
         )
         self._outputs.append(Close(reason))
         self._schedule_attempt(reason, now)

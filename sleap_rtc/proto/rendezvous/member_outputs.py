@@ -26,7 +26,7 @@ class Registered(msgspec.Struct, frozen=True):
 
 
 class RegistrationRefused(msgspec.Struct, frozen=True):
-    """Event: the server does not let this peer in; the machine has ended."""
+    """Event: the server refused the registration; the machine has ended."""
 
     reason: str
 

@@ -123,8 +123,8 @@ class OfferTable:
     def check_proof_untrusted(self, session: str, proof: str, now: float) -> str:
         """Check the proof of a new link. The right proof is accepted once.
 
-        A wrong proof does not end the session: otherwise a carrier of the offer, which
-        knows the session, could keep the client out.
+        A wrong proof does not end the session: otherwise a carrier of the offer could
+        use up the session and keep the client out.
 
         Args:
             session: The session that the client names.

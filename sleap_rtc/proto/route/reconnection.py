@@ -57,7 +57,7 @@ class Reconnection:
     timer.
 
     A worker counts as gone from its last sign of life. An attempt that finds it away
-    says nothing about its process, so `GONE_TIMEOUT` starts again with the next attempt
+    does not count against its process, so `GONE_TIMEOUT` starts again with the next attempt
     that finds it gone.
 
     Args:

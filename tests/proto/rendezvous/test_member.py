@@ -351,8 +351,16 @@ def test_a_request_does_not_outlive_its_connection() -> None:
 @pytest.mark.parametrize(
     ("state", "seconds", "reason"),
     [
-        (S.OPENING, LIMITS.registration_timeout, "did not let us register in time"),
-        (S.REGISTERING, LIMITS.registration_timeout, "did not let us register in time"),
+        (
+            S.OPENING,
+            LIMITS.registration_timeout,
+            "did not complete the registration in time",
+        ),
+        (
+            S.REGISTERING,
+            LIMITS.registration_timeout,
+            "did not complete the registration in time",
+        ),
         (S.REGISTERED, LIMITS.silence_timeout, "fell silent"),
     ],
 )

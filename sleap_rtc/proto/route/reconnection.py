@@ -57,8 +57,8 @@ class Reconnection:
     timer.
 
     A worker counts as gone from its last sign of life. An attempt that finds it away
-    does not count against its process, so `GONE_TIMEOUT` starts again with the next attempt
-    that finds it gone.
+    is not evidence against its process, so `GONE_TIMEOUT` starts again with the next
+    attempt that finds it gone.
 
     Args:
         lost_at: When the link was found to be lost, in seconds.

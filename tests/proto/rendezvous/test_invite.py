@@ -1,5 +1,6 @@
 """Invites and room keys."""
 
+import base64
 import hashlib
 import shlex
 import string
@@ -50,6 +51,43 @@ def test_every_wrong_character_is_noticed() -> None:
             typo = text[:place] + other + text[place + 1 :]
             with pytest.raises(InvalidInput, match="damaged: copy it again"):
                 decode_invite_untrusted(typo)
+
+
+@pytest.mark.parametrize("url", ["ws://host", "ws://host1", "ws://host12"])
+def test_a_change_of_unused_bits_is_noticed(url: str) -> None:
+    """The last character of base64 may hold bits that decode to nothing."""
+    text = encode_invite(Invite(url, SECRET))
+    for last in set(string.ascii_letters + string.digits + "-_") - {text[-1]}:
+        with pytest.raises(InvalidInput, match="damaged"):
+            decode_invite_untrusted(text[:-1] + last)
+
+
+def with_checksum(body: bytes) -> str:
+    """Encode the body of an invite, as docs/protocol.md describes it."""
+    whole = body + hashlib.sha256(b"sleap-rtc invite" + body).digest()[:4]
+    return "sleap-rtc-" + base64.urlsafe_b64encode(whole).rstrip(b"=").decode()
+
+
+def test_an_invite_has_the_documented_form() -> None:
+    assert encode_invite(INVITE) == with_checksum(
+        b"\x01" + SECRET + INVITE.url.encode()
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"", "damaged"),
+        (b"\x02" + SECRET + b"ws://host", "a newer sleap-rtc"),
+        (b"\x01" + SECRET[:-1], "damaged"),
+        (b"\x01" + SECRET, "damaged"),
+        (b"\x01" + SECRET + b"http://host", "damaged"),
+        (b"\x01" + SECRET + "ws://hôst".encode(), "damaged"),
+    ],
+)
+def test_a_checksum_alone_makes_no_invite(body: bytes, reason: str) -> None:
+    with pytest.raises(InvalidInput, match=reason):
+        decode_invite_untrusted(with_checksum(body))
 
 
 @pytest.mark.parametrize("length", [1, 10, 11, 12, 20, 60, -1, -2])
@@ -109,6 +147,7 @@ def test_a_short_secret_makes_no_invite() -> None:
         ("ws://[::1]:1", True),
         ("ws://localhost", True),
         ("ws://LOCALHOST:80", True),
+        ("ws://room.localhost", True),
         ("ws://192.168.0.1", False),
         ("wss://localhost.example.org", False),
     ],

@@ -27,6 +27,7 @@ from sleap_rtc.io.signaling.client import (
     open_room,
 )
 from sleap_rtc.io.signals import end_on_signal
+from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting
 from sleap_rtc.proto.rendezvous.envelope import Address
 from sleap_rtc.proto.rendezvous.invite import Invite, RoomKeys
@@ -43,7 +44,7 @@ from sleap_rtc.rendezvous.rooms import (
     room_elsewhere,
 )
 from sleap_rtc.rendezvous.server import run_signaling
-from sleap_rtc.worker.identity import take_identity
+from sleap_rtc.worker.identity import Identity, take_identity
 from sleap_rtc.worker.jobs import JobSettings, open_jobs
 from sleap_rtc.worker.options import WorkerOptions
 from sleap_rtc.worker.session import serve_link
@@ -78,9 +79,11 @@ async def run_worker(
     """
     async with open_background_nursery() as nursery:
         await nursery.start(end_on_signal, nursery.cancel_scope)
-        directory = await trio.to_thread.run_sync(make_state_directory, options.environ)
-        machine = await trio.to_thread.run_sync(describe_machine, directory)
-        identity = await trio.to_thread.run_sync(take_identity, directory, options.slug)
+        directory = await call_storage(make_state_directory, options.environ)
+        machine = await call_storage(describe_machine, directory)
+        identity = await call_storage(
+            take_identity, directory, options.slug, discard=Identity.close
+        )
         with closing(identity):
             await Worker(options, machine, identity.peer_id).run(on_ready)
 
@@ -205,7 +208,7 @@ class Worker:
             The invite, and True if this worker serves the room.
         """
         options = self._options
-        elsewhere = await trio.to_thread.run_sync(
+        elsewhere = await call_storage(
             room_elsewhere, options.settings, options.environ
         )
         if elsewhere is not None and options.listen is not None:
@@ -218,18 +221,18 @@ class Worker:
             )
         if elsewhere is not None:
             return elsewhere, False
-        known = await trio.to_thread.run_sync(hosting, options.environ)
+        known = await call_storage(hosting, options.environ)
         where = options.listen or known or Hosting(LOOPBACK, 0)
         try:
             port = await servants.start(run_signaling, where.host, where.port)
         except OSError as error:
-            invite = await trio.to_thread.run_sync(load_invite, options.environ)
+            invite = await call_storage(load_invite, options.environ)
             if error.errno == errno.EADDRINUSE and where == known and invite:
                 self._log.info("another worker of this user serves the room")
                 return invite, False
             raise bind_problem(where, error) from None
         bound = Hosting(where.host, port)
-        invite = await trio.to_thread.run_sync(
+        invite = await call_storage(
             host_room, bound, options.environ, options.public_url
         )
         return invite, True
@@ -261,9 +264,7 @@ class Worker:
         while True:
             with trio.move_on_after(STATUS_INTERVAL):
                 await self._queue.wait_changed()
-            self._disk_free = await trio.to_thread.run_sync(
-                _free_bytes, self._jobs, abandon_on_cancel=True
-            )
+            self._disk_free = await call_storage(_free_bytes, self._jobs)
             await room.update_metadata(msgspec.to_builtins(self._card(authenticator)))
 
     # ---------------------------------------------------------------------- the links
@@ -281,7 +282,7 @@ class Worker:
                 store, writer = await stack.enter_async_context(
                     open_store_writer(self._state / STORE_NAME, self._log)
                 )
-                loaded = await trio.to_thread.run_sync(store.load, self._peer_id)
+                loaded = await call_storage(store.load, self._peer_id)
             except StoreError as error:
                 raise ConfigError(str(error)) from None
             for reason in loaded.unreadable:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 from structlog.testing import capture_logs
+from trio.testing import MockClock
 
 from sleap_rtc.client import list_workers
 from sleap_rtc.config import ConfigError, load_settings
@@ -25,6 +26,7 @@ from sleap_rtc.proto.rendezvous.workers import WorkerCard
 from sleap_rtc.worker import read_options, run_worker
 from sleap_rtc.worker.daemon import STORE_NAME, Worker
 from sleap_rtc.worker.store import JobStore, open_store
+from tests.io.storage.places import HangingStorage
 from tests.worker.test_store import record
 
 DEADLINE = 30.0
@@ -136,6 +138,26 @@ async def test_a_signal_ends_a_worker_in_order(environ: dict[str, str]) -> None:
 
     with trio.fail_after(DEADLINE):
         await run_worker(read_options(environ), on_ready=end)
+
+
+@pytest.mark.parametrize("step", ["make_state_directory", "take_identity", "hosting"])
+async def test_a_worker_whose_home_hangs_can_be_stopped(
+    environ: dict[str, str],
+    tmp_path: Path,
+    step: str,
+    monkeypatch: pytest.MonkeyPatch,
+    mock_clock: MockClock,
+) -> None:
+    options = read_options(environ)
+    with HangingStorage(tmp_path / "fifo") as storage:
+        monkeypatch.setattr(
+            f"sleap_rtc.worker.daemon.{step}", lambda *_: storage.touch()
+        )
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(run_worker, options)
+            await storage.wait_touched()
+            nursery.cancel_scope.cancel()
+            mock_clock.rate = 50
 
 
 # --------------------------------------------------------------------- the refusals

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 import trio
 import trio.testing
+from trio.testing import MockClock
 
 from sleap_rtc.io.connect.dial import dial
 from sleap_rtc.io.connect.kinds import KINDS
@@ -23,6 +24,7 @@ from tests.io.link.kinds import (
     VERIFIED,
     dialed,
     judge,
+    jump_when_idle,
     listening,
     listening_for_one,
     one_number,
@@ -111,8 +113,9 @@ async def test_quic_is_kept_when_tcp_is_silent() -> None:
 
 
 async def test_the_next_address_is_tried_while_one_is_silent(
-    listener: Listener, frozen_clock: trio.abc.Clock
+    listener: Listener, frozen_clock: MockClock
 ) -> None:
+    jump_when_idle(frozen_clock)
     with silent_port() as silent:
         begin = trio.current_time()
         addresses = [("127.0.0.1", silent), ("127.0.0.1", listener.port)]
@@ -153,9 +156,10 @@ async def test_a_stranger_at_one_address_does_not_stop_the_dial(
 
 
 async def test_a_failed_dial_reports_what_happened_at_each_address(
-    jumping_clock: trio.abc.Clock,
+    jumping_clock: MockClock,
 ) -> None:
     async with open_listener("127.0.0.1", 0, make_certificate(), judge) as stranger:
+        jump_when_idle(jumping_clock)
         other = ("127.0.0.1", stranger.port)
         with silent_port() as silent:
             addresses = [("127.0.0.1", silent), other]

@@ -8,6 +8,7 @@ from typing import Any
 import psutil
 import trio
 import trio.testing
+from trio.testing import MockClock
 
 from sleap_rtc.io.connect.dial import dial
 from sleap_rtc.io.connect.kinds import KINDS
@@ -34,6 +35,15 @@ def judge(auth: Auth) -> str:
     if auth.proof != AUTH.proof:
         raise RemoteProtocolError("the proof is wrong")
     return f"client {auth.session[:4]}"
+
+
+def jump_when_idle(clock: MockClock) -> None:
+    """Move a clock to the next deadline whenever nothing has happened for 50 ms.
+
+    A clock cannot see threads at work. So call this after the last of them has ended,
+    such as the one that loads the certificate of a listener.
+    """
+    clock.autojump_threshold = 0.05
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import pytest
 import trio
 import trio.testing
 from msgspec.structs import replace
+from trio.testing import MockClock
 
 from sleap_rtc.io.connect.listener import Listener
 from sleap_rtc.io.link.certificates import make_certificate
@@ -32,6 +33,7 @@ from tests.io.link.kinds import (
     VERIFIED,
     connected,
     dialed,
+    jump_when_idle,
     listening,
     make_frame,
     numbered,
@@ -401,8 +403,9 @@ async def test_a_close_does_not_wait_long_for_a_vanished_peer(
 
 
 async def test_an_idle_link_stays_open(
-    kind: LinkKindName, listener: Listener, jumping_clock: trio.abc.Clock
+    kind: LinkKindName, listener: Listener, jumping_clock: MockClock
 ) -> None:
+    jump_when_idle(jumping_clock)
     async with pair(kind, listener) as (client, worker):
         await trio.sleep(3 * LIMITS.idle_timeout)
         await client.send_message(VERIFIED)
@@ -439,8 +442,9 @@ async def test_a_wrong_proof_is_refused_with_a_reason(
 
 
 async def test_a_client_must_prove_itself_in_time(
-    kind: LinkKindName, listener: Listener, jumping_clock: trio.abc.Clock
+    kind: LinkKindName, listener: Listener, jumping_clock: MockClock
 ) -> None:
+    jump_when_idle(jumping_clock)
     async with connected(kind, listener.port) as link:
         with pytest.raises(LinkClosedError, match=r"\Ano proof for 10 s\Z"):
             await link.receive_message()

@@ -10,6 +10,7 @@ import pytest
 import trio
 import trio.testing
 from msgspec.structs import replace
+from trio.testing import MockClock
 
 from sleap_rtc.io.connect.listener import Listener
 from sleap_rtc.io.link.certificates import SERVER_NAME
@@ -31,6 +32,7 @@ from tests.io.link.kinds import (
     VERIFIED,
     connected,
     dialed,
+    jump_when_idle,
     listening,
     make_frame,
     numbered,
@@ -94,8 +96,9 @@ async def test_a_stranger_is_sent_away_and_disturbs_no_other_link(
 
 
 async def test_a_stranger_that_only_connects_is_sent_away(
-    listener: Listener, jumping_clock: trio.abc.Clock
+    listener: Listener, jumping_clock: MockClock
 ) -> None:
+    jump_when_idle(jumping_clock)
     begin = trio.current_time()
     stranger = await trio.open_tcp_stream("127.0.0.1", listener.port)
     async with stranger:
@@ -259,8 +262,9 @@ async def test_messages_overtake_the_bulk_of_a_slow_reader(
 
 
 async def test_a_link_whose_frames_are_not_read_stays_open(
-    listener: Listener, jumping_clock: trio.abc.Clock
+    listener: Listener, jumping_clock: MockClock
 ) -> None:
+    jump_when_idle(jumping_clock)
     async with pair("tcp", listener) as (client, worker):
         # Shorter than the clock waits before it jumps.
         sent = await send_until_held_back(client, cushion=0.02)

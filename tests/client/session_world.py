@@ -6,7 +6,6 @@ from pathlib import Path
 from random import Random
 
 import trio
-import trio.testing
 
 from sleap_rtc.client.events import SessionEvent
 from sleap_rtc.client.reach import WorkerGoneError
@@ -25,14 +24,13 @@ Script = Callable[[ScriptedWorker], Awaitable[None]]
 
 
 class Client:
-    """Runs a job, and records its events and the links that were opened again."""
+    """Runs a job; records its events and the number of attempts to reconnect."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.events: list[SessionEvent] = []
         self.cancel_asked = trio.Event()
         self.attempts = 0
-        self.ending: JobEnded | None = None
 
     async def run(self, *scripts: Script) -> JobEnded:
         """Run the job; each script is the worker's end of one link."""
@@ -54,12 +52,9 @@ class Client:
             return open_link()
 
         async with open_link() as first:
-            return await self._run(first, open_again)
+            return await self.run_on(first, open_again)
 
     async def run_on(self, link: Link, open_again: OpenLink) -> JobEnded:
-        return await self._run(link, open_again)
-
-    async def _run(self, link: Link, open_again: OpenLink) -> JobEnded:
         return await run_job(
             self.plan,
             link,

@@ -9,7 +9,7 @@ from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.link.outbox import Outbox
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.transfer.transfers import Transfers
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import RemoteProtocolError
 
 GREETING_TIMEOUT = 15.0
@@ -30,24 +30,24 @@ class Connection:
         self.outbox = Outbox(link)
         self.transfers = Transfers(link)
 
-    async def greet(self, greeting: m.Greeting) -> m.Greeting:
+    async def greet(self, greeting: messages.Greeting) -> messages.Greeting:
         """Exchange greetings; return that of the worker.
 
         Raises:
             RemoteProtocolError: If the worker does not speak this protocol.
             LinkClosedError: If the link ended, or the worker did not greet in time.
         """
-        self.outbox.put(m.Hello(greeting))
+        self.outbox.put(messages.Hello(greeting))
         with trio.move_on_after(GREETING_TIMEOUT):
             message = await self.link.receive_message()
-            if isinstance(message, m.Error):
+            if isinstance(message, messages.Error):
                 raise RemoteProtocolError(message.reason)
-            if not isinstance(message, m.Hello):
+            if not isinstance(message, messages.Hello):
                 raise RemoteProtocolError("it did not greet first")
-            if message.greeting.protocol != m.PROTOCOL_VERSION:
+            if message.greeting.protocol != messages.PROTOCOL_VERSION:
                 raise RemoteProtocolError(
                     f"it speaks protocol {message.greeting.protocol}, this side "
-                    f"{m.PROTOCOL_VERSION}: update the older one"
+                    f"{messages.PROTOCOL_VERSION}: update the older one"
                 )
             return message.greeting
         raise LinkClosedError("the worker did not greet in time")

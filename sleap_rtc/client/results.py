@@ -14,13 +14,13 @@ from sleap_rtc.io.storage.copy import copy_with_deadline
 from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.io.transfer.chunk_files import ChunkWriter
 from sleap_rtc.io.transfer.transfers import TransferError
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import InvalidInput
 
 RESULTS_AT_ONCE = 4
 """Result files that are fetched side by side: most are small, and wait for replies."""
 
-Fetch = Callable[[m.ResultFile, Callable[[int], None]], Awaitable[None]]
+Fetch = Callable[[messages.ResultFile, Callable[[int], None]], Awaitable[None]]
 
 
 class Results:
@@ -42,11 +42,13 @@ class Results:
         self._job_id = job_id
         self._on_progress = on_progress
         self._fetched: set[str] = set()
-        self._offered: dict[int, trio.MemorySendChannel[m.OfferedFile | str]] = {}
+        self._offered: dict[int, trio.MemorySendChannel[messages.OfferedFile | str]] = (
+            {}
+        )
         self._last_transfer = 0
 
     async def choose_directory(
-        self, asked: Path | None, default: Path, files: tuple[m.ResultFile, ...]
+        self, asked: Path | None, default: Path, files: tuple[messages.ResultFile, ...]
     ) -> Path:
         """Choose and make the directory; later calls return the same one.
 
@@ -77,16 +79,16 @@ class Results:
         self._offered.clear()
         self._last_transfer = last_transfer
 
-    def deliver_offer(self, message: m.Message) -> bool:
+    def deliver_offer(self, message: messages.Message) -> bool:
         """Deliver the answer to a `FileRequest` to the task that waits for it.
 
         Returns:
             False if the message is not such an answer.
         """
         match message:
-            case m.FileOffer(transfer_id=transfer_id, file=file):
-                answer: m.OfferedFile | str = file
-            case m.FileError(transfer_id=transfer_id, reason=reason):
+            case messages.FileOffer(transfer_id=transfer_id, file=file):
+                answer: messages.OfferedFile | str = file
+            case messages.FileError(transfer_id=transfer_id, reason=reason):
                 answer = reason
             case _:
                 return False
@@ -97,7 +99,7 @@ class Results:
         return True
 
     async def fetch(
-        self, connection: Connection, files: tuple[m.ResultFile, ...]
+        self, connection: Connection, files: tuple[messages.ResultFile, ...]
     ) -> list[str]:
         """Fetch the missing files over a link; return what went wrong, for people.
 
@@ -106,18 +108,20 @@ class Results:
         """
 
         async def fetch_one(
-            file: m.ResultFile, progress: Callable[[int], None]
+            file: messages.ResultFile, progress: Callable[[int], None]
         ) -> None:
             await self._fetch_one(connection, file, progress)
 
         return await self._all(files, fetch_one)
 
     async def copy(
-        self, folder: JobFolder, files: tuple[m.ResultFile, ...]
+        self, folder: JobFolder, files: tuple[messages.ResultFile, ...]
     ) -> list[str]:
         """Copy the missing files from the shared storage; return what went wrong."""
 
-        async def copy_one(file: m.ResultFile, progress: Callable[[int], None]) -> None:
+        async def copy_one(
+            file: messages.ResultFile, progress: Callable[[int], None]
+        ) -> None:
             await copy_with_deadline(
                 await folder.find_result(file.path),
                 self._chosen(),
@@ -128,7 +132,9 @@ class Results:
 
         return await self._all(files, copy_one)
 
-    async def _all(self, files: tuple[m.ResultFile, ...], fetch: Fetch) -> list[str]:
+    async def _all(
+        self, files: tuple[messages.ResultFile, ...], fetch: Fetch
+    ) -> list[str]:
         """Fetch files side by side."""
         failures: list[str] = []
         lost: list[LinkClosedError] = []
@@ -163,15 +169,15 @@ class Results:
     async def _fetch_one(
         self,
         connection: Connection,
-        file: m.ResultFile,
+        file: messages.ResultFile,
         progress: Callable[[int], None],
     ) -> None:
         """Fetch one file through the channel."""
         self._last_transfer += 1
         transfer_id = self._last_transfer
-        answer, answered = trio.open_memory_channel[m.OfferedFile | str](1)
+        answer, answered = trio.open_memory_channel[messages.OfferedFile | str](1)
         self._offered[transfer_id] = answer
-        request = m.FileRequest(transfer_id, self._job_id, file.path)
+        request = messages.FileRequest(transfer_id, self._job_id, file.path)
         await connection.link.send_message(request)
         offer = await answered.receive()
         if isinstance(offer, str):
@@ -184,11 +190,13 @@ class Results:
             )
         except (InvalidInput, StorageError) as error:
             # Without an answer the worker would wait forever.
-            await connection.link.send_message(m.FileError(transfer_id, str(error)))
+            await connection.link.send_message(
+                messages.FileError(transfer_id, str(error))
+            )
             raise
         await connection.transfers.receive_file(transfer_id, sink, on_progress=progress)
 
-    def _open_part(self, path: str, offer: m.OfferedFile) -> ChunkWriter:
+    def _open_part(self, path: str, offer: messages.OfferedFile) -> ChunkWriter:
         """Open the part of a result that an earlier link delivered; it blocks."""
         return ChunkWriter.open(
             self._chosen(),
@@ -206,7 +214,7 @@ class Results:
 
 
 def _free_directory(
-    wanted: Path, is_default: bool, job_id: str, files: tuple[m.ResultFile, ...]
+    wanted: Path, is_default: bool, job_id: str, files: tuple[messages.ResultFile, ...]
 ) -> Path:
     """Choose a directory in which no result overwrites an existing file.
 
@@ -224,7 +232,7 @@ def _free_directory(
     return wanted
 
 
-def _present(directory: Path, files: tuple[m.ResultFile, ...]) -> set[str]:
+def _present(directory: Path, files: tuple[messages.ResultFile, ...]) -> set[str]:
     """Return the paths of the results that are complete in their directory."""
     found: set[str] = set()
     for file in files:

@@ -31,7 +31,7 @@ from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.folder import StorageError, open_owned
 from sleap_rtc.io.transfer.chunk_files import ChunkReader
 from sleap_rtc.io.transfer.transfers import TransferError
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import InvalidInput, RemoteProtocolError
 from sleap_rtc.proto.job import client_outputs
 from sleap_rtc.proto.job.client import PACKAGE_TRANSFER_ID, ClientJob
@@ -79,7 +79,7 @@ class Plan(msgspec.Struct, frozen=True):
     default_output: Path
     patience: float
     resumes: bool = False
-    route: m.Route | None = None
+    route: messages.Route | None = None
     chosen_output: Path | None = None
 
 
@@ -92,7 +92,7 @@ async def run_job(
     link: Link,
     open_again: OpenLink,
     *,
-    greeting: m.Greeting,
+    greeting: messages.Greeting,
     on_event: Callable[[SessionEvent], None],
     cancel_asked: trio.Event,
 ) -> client_outputs.JobEnded:
@@ -125,7 +125,7 @@ class _Session:
         nursery: trio.Nursery,
         files: ExitStack,
         plan: Plan,
-        greeting: m.Greeting,
+        greeting: messages.Greeting,
         on_event: Callable[[SessionEvent], None],
     ) -> None:
         self._files = files
@@ -211,7 +211,7 @@ class _Session:
                 self._silent_for = error.silent_for
                 self._lost(error.reason)
             except RemoteProtocolError as error:
-                connection.outbox.put(m.Error(error.reason))
+                connection.outbox.put(messages.Error(error.reason))
                 self._lost(error.reason)
                 self._job.give_up(f"the worker broke the protocol: {error.reason}")
                 self._drain()
@@ -239,12 +239,12 @@ class _Session:
                 message
             ) or connection.transfers.deliver_message(message):
                 continue
-            if not isinstance(message, m.WorkerJobMessage | m.Error):
+            if not isinstance(message, messages.WorkerJobMessage | messages.Error):
                 raise RemoteProtocolError(f"{type(message).__name__} is not expected")
             self._job.receive_message(message, trio.current_time())
             self._drain()
 
-    def _begin(self, worker: m.Greeting) -> None:
+    def _begin(self, worker: messages.Greeting) -> None:
         """Start the job, or continue it over a new link."""
         now, plan = trio.current_time(), self._plan
         route_plan = RoutePlan(
@@ -366,7 +366,7 @@ class _Session:
                 raise TransferError(f"{package.name} changed in the meantime")
             await connection.transfers.send_file(
                 transfer_id,
-                m.OfferedFile(package.name, size, CHUNK_SIZE),
+                messages.OfferedFile(package.name, size, CHUNK_SIZE),
                 source,
                 on_progress=lambda done: self._progress(
                     what, min(done + self._there_before, size), size
@@ -396,7 +396,7 @@ class _Session:
     # -------------------------------------------------------------------- the results
 
     async def _fetch_results(
-        self, route: m.Route, files: tuple[m.ResultFile, ...]
+        self, route: messages.Route, files: tuple[messages.ResultFile, ...]
     ) -> None:
         try:
             if route == "shared" and self._plan.output is None:

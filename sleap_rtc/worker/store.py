@@ -20,7 +20,7 @@ import trio
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.folder import StorageError
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
 
 _VERSION = 1
 """Version of the table below, kept in ``PRAGMA user_version``; 0 means no table."""
@@ -82,16 +82,16 @@ class JobRecord(msgspec.Struct, frozen=True):
         updated: Time of the last change, in seconds since the epoch.
     """
 
-    job_id: m.JobId
+    job_id: messages.JobId
     worker_id: str
-    route: m.Route
+    route: messages.Route
     directory: str
     package: str
-    size: m.Size
-    state: m.JobStateName
+    size: messages.Size
+    state: messages.JobStateName
     detail: str
     output_path: str
-    results: dict[str, m.Size]
+    results: dict[str, messages.Size]
     updated: float
 
 

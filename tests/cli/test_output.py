@@ -18,7 +18,7 @@ from sleap_rtc.cli.failures import reported_errors
 from sleap_rtc.cli.watch import JsonWatch, TerminalWatch
 from sleap_rtc.client import LinePrinted, PackageCopied, RouteChosen, TransferProgress
 from sleap_rtc.errors import ExitCode, JobFailedError, NoWorkerError, UserError
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
 from sleap_rtc.proto.rendezvous.workers import Candidate, WorkerCard
 
 COMMANDS = ("send", "daemon", "invite", "join", "workers", "doctor", "config")
@@ -191,7 +191,7 @@ def test_json_has_each_event_on_a_line(capsys: pytest.CaptureFixture[str]) -> No
 
 
 CARD = WorkerCard(hostname="gpu")
-STATE = m.JobProgress("QUEUED", position=2)
+STATE = messages.JobProgress("QUEUED", position=2)
 
 EVENTS: list[tuple[client.Event, str, dict[str, object]]] = [
     (
@@ -235,12 +235,12 @@ EVENTS: list[tuple[client.Event, str, dict[str, object]]] = [
         {"event": "state", "state": "QUEUED", "position": 2},
     ),
     (
-        client.StateChanged(m.JobProgress("RUNNING")),
+        client.StateChanged(messages.JobProgress("RUNNING")),
         "Job: running",
         {"event": "state", "state": "RUNNING"},
     ),
     (
-        client.StateChanged(m.JobProgress("COMPLETE")),
+        client.StateChanged(messages.JobProgress("COMPLETE")),
         "",
         {"event": "state", "state": "COMPLETE"},
     ),

@@ -12,9 +12,9 @@ from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.storage.folder import open_owned
 from sleap_rtc.io.transfer.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.io.transfer.transfers import Transfers
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
 
-T = TypeVar("T", bound=m.Message)
+T = TypeVar("T", bound=messages.Message)
 
 CHUNK_SIZE = 4096
 
@@ -25,7 +25,7 @@ class ScriptedWorker:
     def __init__(self, link: Link) -> None:
         self.link = link
         self.transfers = Transfers(link)
-        self._put, self._got = trio.open_memory_channel[m.Message](1000)
+        self._put, self._got = trio.open_memory_channel[messages.Message](1000)
 
     async def run(self) -> None:
         async with trio.open_nursery() as nursery:
@@ -38,8 +38,8 @@ class ScriptedWorker:
             except LinkClosedError:
                 self._put.close()
 
-    async def send(self, *messages: m.Message) -> None:
-        for message in messages:
+    async def send(self, *batch: messages.Message) -> None:
+        for message in batch:
             await self.link.send_message(message)
 
     async def expect(self, kind: type[T]) -> T:
@@ -48,7 +48,7 @@ class ScriptedWorker:
         assert isinstance(message, kind), message
         return message
 
-    async def wait_closed(self) -> list[m.Message]:
+    async def wait_closed(self) -> list[messages.Message]:
         """Wait until the client has closed the link; return the last messages."""
         return [message async for message in self._got]
 
@@ -56,22 +56,22 @@ class ScriptedWorker:
         """Return the number of messages that the test has not read."""
         return self._got.statistics().current_buffer_used
 
-    async def greet(self, *, shared: bool = False) -> m.Greeting:
-        hello = await self.expect(m.Hello)
-        greeting = m.Greeting(
-            m.PROTOCOL_VERSION, "1.0", "worker", shared_storage=shared
+    async def greet(self, *, shared: bool = False) -> messages.Greeting:
+        hello = await self.expect(messages.Hello)
+        greeting = messages.Greeting(
+            messages.PROTOCOL_VERSION, "1.0", "worker", shared_storage=shared
         )
-        await self.send(m.Hello(greeting))
+        await self.send(messages.Hello(greeting))
         return hello.greeting
 
     async def accept(self) -> str:
         """Accept a submission; return the job id."""
-        job_id = (await self.expect(m.JobSubmit)).job_id
-        await self.send(m.JobAccepted(job_id))
+        job_id = (await self.expect(messages.JobSubmit)).job_id
+        await self.send(messages.JobAccepted(job_id))
         return job_id
 
     async def receive_package(self, folder: Path) -> Path:
-        offer = await self.expect(m.FileOffer)
+        offer = await self.expect(messages.FileOffer)
         sink = await trio.to_thread.run_sync(
             lambda: ChunkWriter.open(
                 folder,
@@ -84,10 +84,10 @@ class ScriptedWorker:
 
     async def send_result(self, source: Path) -> None:
         """Answer one request for a result with this file."""
-        await self.answer(await self.expect(m.FileRequest), source)
+        await self.answer(await self.expect(messages.FileRequest), source)
 
-    async def answer(self, request: m.FileRequest, source: Path) -> None:
-        offer = m.OfferedFile(source.name, result_file(source).size, CHUNK_SIZE)
+    async def answer(self, request: messages.FileRequest, source: Path) -> None:
+        offer = messages.OfferedFile(source.name, result_file(source).size, CHUNK_SIZE)
         with closing(ChunkReader(open_owned(source), chunk_size=CHUNK_SIZE)) as reader:
             await self.transfers.send_file(request.transfer_id, offer, reader)
 
@@ -95,13 +95,13 @@ class ScriptedWorker:
         """Report the results of a job and its end."""
         files = tuple(map(result_file, results))
         await self.send(
-            m.JobResults(job_id, m.ResultPage(files)),
-            m.JobComplete(job_id, "models"),
+            messages.JobResults(job_id, messages.ResultPage(files)),
+            messages.JobComplete(job_id, "models"),
         )
 
 
-def result_file(path: Path) -> m.ResultFile:
-    return m.ResultFile(path.name, path.stat().st_size)
+def result_file(path: Path) -> messages.ResultFile:
+    return messages.ResultFile(path.name, path.stat().st_size)
 
 
 @asynccontextmanager

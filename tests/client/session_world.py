@@ -11,7 +11,7 @@ from sleap_rtc.client.events import SessionEvent
 from sleap_rtc.client.reach import WorkerGoneError
 from sleap_rtc.client.session import OpenLink, Plan, run_job
 from sleap_rtc.io.link.link import Link
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
 from sleap_rtc.proto.job.client_outputs import JobEnded
 from tests.client.scripted import ScriptedWorker, scripted_worker
 from tests.io.link.memory import MemoryLink
@@ -59,7 +59,7 @@ class Client:
             self.plan,
             link,
             open_again,
-            greeting=m.Greeting(m.PROTOCOL_VERSION, "1.0", "client"),
+            greeting=messages.Greeting(messages.PROTOCOL_VERSION, "1.0", "client"),
             on_event=self.events.append,
             cancel_asked=self.cancel_asked,
         )

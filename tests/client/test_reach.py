@@ -13,7 +13,7 @@ from sleap_rtc.client.events import LinkOpened, WorkerChosen
 from sleap_rtc.client.reach import ANSWER_TIMEOUT, Reach, WorkerGoneError
 from sleap_rtc.errors import NoWorkerError, RefusedError, UsageError
 from sleap_rtc.io.link.link import LinkClosedError
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
 from sleap_rtc.proto.rendezvous.messages import Challenge, ErrorSignal, encode_signal
 from sleap_rtc.proto.rendezvous.workers import WorkerCard
 from sleap_rtc.proto.route.routes import RoutePreference
@@ -100,8 +100,8 @@ async def test_a_link_to_the_chosen_worker_is_opened(server: Server) -> None:
         mine.reach.open_first(None) as (worker_id, link),
     ):
         its = await listener.accept()
-        await link.send_message(m.Error("hello"))
-        assert await its.receive_message() == m.Error("hello")
+        await link.send_message(messages.Error("hello"))
+        assert await its.receive_message() == messages.Error("hello")
         assert worker_id == "worker-1"
         chosen, opened = mine.events
         assert isinstance(chosen, WorkerChosen)

@@ -11,12 +11,12 @@ from sleap_rtc.client.results import RESULTS_AT_ONCE, Results
 from sleap_rtc.io.link.link import LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.storage.folder import StorageError
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
 from tests.client.scripted import ScriptedWorker, result_file, scripted_worker
 from tests.io.link.memory import MemoryLink
 
 JOB = "job_0123abcd"
-FILES = (m.ResultFile("best.ckpt", 7), m.ResultFile("logs/a.csv", 3))
+FILES = (messages.ResultFile("best.ckpt", 7), messages.ResultFile("logs/a.csv", 3))
 
 
 def new_results(directory: Path | None = None) -> Results:
@@ -90,7 +90,7 @@ class Pair:
             if not self.results.deliver_offer(message):
                 assert self.connection.transfers.deliver_message(message)
 
-    async def fetch(self, *files: m.ResultFile) -> None:
+    async def fetch(self, *files: messages.ResultFile) -> None:
         self.failures = await self.results.fetch(self.connection, files)
 
 
@@ -146,21 +146,21 @@ async def test_each_failure_is_named_and_the_rest_arrives(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(
                 pair.fetch,
-                m.ResultFile("gone", 1),
-                m.ResultFile("grown", 1),
-                m.ResultFile("taken", 9000),
+                messages.ResultFile("gone", 1),
+                messages.ResultFile("grown", 1),
+                messages.ResultFile("taken", 9000),
                 result_file(made[3]),
             )
             requests = {}
             for _ in range(4):
-                request = await worker.expect(m.FileRequest)
+                request = await worker.expect(messages.FileRequest)
                 requests[request.path] = request
             numbers = {path: each.transfer_id for path, each in requests.items()}
-            await worker.send(m.FileError(numbers["gone"], "not found"))
-            offer = m.OfferedFile("grown", 2, 4096)
-            await worker.send(m.FileOffer(numbers["grown"], offer))
-            offer = m.OfferedFile("taken", 9000, 4096)
-            await worker.send(m.FileOffer(numbers["taken"], offer))
+            await worker.send(messages.FileError(numbers["gone"], "not found"))
+            offer = messages.OfferedFile("grown", 2, 4096)
+            await worker.send(messages.FileOffer(numbers["grown"], offer))
+            offer = messages.OfferedFile("taken", 9000, 4096)
+            await worker.send(messages.FileOffer(numbers["taken"], offer))
             await worker.answer(requests[made[3].name], made[3])
     assert pair.failures is not None
     assert sorted(text.partition(":")[0] for text in pair.failures) == [
@@ -185,8 +185,8 @@ async def test_a_lost_link_ends_the_fetching(made: list[Path], tmp_path: Path) -
 async def test_an_answer_that_was_not_asked_for_is_left_to_others() -> None:
     results = new_results()
     results.start_link(0)
-    assert not results.deliver_offer(m.FileError(7, "what?"))
-    assert not results.deliver_offer(m.JobAccepted(JOB))
+    assert not results.deliver_offer(messages.FileError(7, "what?"))
+    assert not results.deliver_offer(messages.JobAccepted(JOB))
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ import trio.testing
 from sleap_rtc.client import events
 from sleap_rtc.errors import NoWorkerError
 from sleap_rtc.io.link.link import Link
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
 from sleap_rtc.proto.job.client import CANCEL_TIMEOUT
 from sleap_rtc.proto.job.client_outputs import RouteChosen
 from sleap_rtc.proto.job.reports import LinePrinted, StageComplete, StateChanged
@@ -43,15 +43,15 @@ async def test_a_package_arrives_and_results_come_home(
         package = await worker.receive_package(tmp_path / "worker")
         received.append(package.read_bytes())
         await worker.send(
-            m.JobState(job_id, m.JobProgress("QUEUED", position=2)),
-            m.JobState(job_id, m.JobProgress("RUNNING")),
-            m.JobLog(job_id, 0, 0, "epoch 1"),
-            m.TrainingComplete(),
-            m.InferenceComplete(),
+            messages.JobState(job_id, messages.JobProgress("QUEUED", position=2)),
+            messages.JobState(job_id, messages.JobProgress("RUNNING")),
+            messages.JobLog(job_id, 0, 0, "epoch 1"),
+            messages.TrainingComplete(),
+            messages.InferenceComplete(),
         )
         await worker.complete(job_id, made)
         await worker.send_result(made)
-        await worker.expect(m.ResultsReceived)
+        await worker.expect(messages.ResultsReceived)
 
     ending = await client.run(script)
     assert ending.outcome == "complete"
@@ -81,8 +81,8 @@ async def test_a_package_arrives_and_results_come_home(
 async def test_a_rejected_job_ends_with_the_reason(client: Client) -> None:
     async def script(worker: ScriptedWorker) -> None:
         await worker.greet()
-        await worker.expect(m.JobSubmit)
-        await worker.send(m.JobRejected(JOB, "disk full; ask the owner"))
+        await worker.expect(messages.JobSubmit)
+        await worker.send(messages.JobRejected(JOB, "disk full; ask the owner"))
 
     ending = await client.run(script)
     assert (ending.outcome, ending.reason) == ("rejected", "disk full; ask the owner")
@@ -97,12 +97,12 @@ async def test_a_failed_job_brings_its_partial_results(
         await worker.receive_package(tmp_path / "worker")
         file = result_file(made)
         await worker.send(
-            m.JobState(JOB, m.JobProgress("RUNNING")),
-            m.JobResults(JOB, m.ResultPage((file,))),
-            m.JobFailed(JOB, "exit code 1"),
+            messages.JobState(JOB, messages.JobProgress("RUNNING")),
+            messages.JobResults(JOB, messages.ResultPage((file,))),
+            messages.JobFailed(JOB, "exit code 1"),
         )
         await worker.send_result(made)
-        await worker.expect(m.ResultsReceived)
+        await worker.expect(messages.ResultsReceived)
 
     ending = await client.run(script)
     assert (ending.outcome, ending.reason) == ("failed", "exit code 1")
@@ -116,10 +116,10 @@ async def test_a_result_that_the_worker_can_not_send_fails_the_transfer(
         await worker.greet()
         await worker.accept()
         await worker.receive_package(tmp_path / "worker")
-        await worker.send(m.JobState(JOB, m.JobProgress("RUNNING")))
+        await worker.send(messages.JobState(JOB, messages.JobProgress("RUNNING")))
         await worker.complete(JOB, made)
-        request = await worker.expect(m.FileRequest)
-        await worker.send(m.FileError(request.transfer_id, "it is gone"))
+        request = await worker.expect(messages.FileRequest)
+        await worker.send(messages.FileError(request.transfer_id, "it is gone"))
 
     ending = await client.run(script)
     assert ending.outcome == "transfer_failed"
@@ -136,7 +136,7 @@ async def test_a_directory_that_can_not_be_made_fails_the_transfer(
         await worker.greet()
         await worker.accept()
         await worker.receive_package(tmp_path / "worker")
-        await worker.send(m.JobState(JOB, m.JobProgress("RUNNING")))
+        await worker.send(messages.JobState(JOB, messages.JobProgress("RUNNING")))
         await worker.complete(JOB, made)
 
     ending = await client.run(script)
@@ -150,7 +150,7 @@ async def test_a_package_that_changed_is_not_sent(client: Client) -> None:
     async def script(worker: ScriptedWorker) -> None:
         await worker.greet()
         await worker.accept()
-        await worker.expect(m.JobCancel)
+        await worker.expect(messages.JobCancel)
 
     ending = await client.run(script)
     assert ending.outcome == "transfer_failed"
@@ -163,7 +163,7 @@ async def test_a_package_that_is_gone_is_not_sent(client: Client) -> None:
     async def script(worker: ScriptedWorker) -> None:
         await worker.greet()
         await worker.accept()
-        await worker.expect(m.JobCancel)
+        await worker.expect(messages.JobCancel)
 
     ending = await client.run(script)
     assert ending.outcome == "transfer_failed"
@@ -180,10 +180,10 @@ async def test_a_cancelled_job_ends_when_the_worker_confirms(
         await worker.greet()
         await worker.accept()
         await worker.receive_package(tmp_path)
-        await worker.send(m.JobState(JOB, m.JobProgress("RUNNING")))
+        await worker.send(messages.JobState(JOB, messages.JobProgress("RUNNING")))
         client.cancel_asked.set()
-        await worker.expect(m.JobCancel)
-        await worker.send(m.JobFailed(JOB, "cancelled"))
+        await worker.expect(messages.JobCancel)
+        await worker.send(messages.JobFailed(JOB, "cancelled"))
 
     tmp_path = tmp_path / "worker"
     tmp_path.mkdir()
@@ -196,7 +196,7 @@ async def test_a_worker_that_does_not_confirm_is_given_some_time(
 ) -> None:
     async def script(worker: ScriptedWorker) -> None:
         await worker.greet()
-        await worker.expect(m.JobSubmit)
+        await worker.expect(messages.JobSubmit)
         client.cancel_asked.set()
 
     began = trio.current_time()
@@ -223,7 +223,7 @@ async def test_a_job_is_cancelled_while_its_link_is_lost(
 
         async def script() -> None:
             await worker.greet()
-            await worker.expect(m.JobSubmit)
+            await worker.expect(messages.JobSubmit)
             its.cut("the network is gone")
 
         nursery.start_soon(script)
@@ -240,18 +240,18 @@ async def test_a_package_is_continued_over_the_next_link(
     async def first(worker: ScriptedWorker) -> None:
         await worker.greet()
         await worker.accept()
-        await worker.expect(m.FileOffer)
+        await worker.expect(messages.FileOffer)
         assert isinstance(worker.link, MemoryLink)
         worker.link.cut("the network is gone")
 
     async def second(worker: ScriptedWorker) -> None:
         await worker.greet()
-        await worker.expect(m.JobResume)
-        progress = m.JobProgress("RECEIVING", received=1024 * 1024)
-        await worker.send(m.ResumeAccepted(JOB, progress))
+        await worker.expect(messages.JobResume)
+        progress = messages.JobProgress("RECEIVING", received=1024 * 1024)
+        await worker.send(messages.ResumeAccepted(JOB, progress))
         await worker.receive_package(folder)
-        await worker.send(m.JobState(JOB, m.JobProgress("RUNNING")))
-        await worker.send(m.JobFailed(JOB, "enough"))
+        await worker.send(messages.JobState(JOB, messages.JobProgress("RUNNING")))
+        await worker.send(messages.JobFailed(JOB, "enough"))
 
     folder = tmp_path / "worker"
     folder.mkdir()
@@ -268,19 +268,21 @@ async def test_results_are_fetched_over_the_next_link(
         await worker.greet()
         await worker.accept()
         await worker.receive_package(tmp_path / "worker")
-        await worker.send(m.JobState(JOB, m.JobProgress("RUNNING")))
+        await worker.send(messages.JobState(JOB, messages.JobProgress("RUNNING")))
         await worker.complete(JOB, made)
-        await worker.expect(m.FileRequest)
+        await worker.expect(messages.FileRequest)
         assert isinstance(worker.link, MemoryLink)
         worker.link.cut("the network is gone")
 
     async def second(worker: ScriptedWorker) -> None:
         await worker.greet()
-        await worker.expect(m.JobResume)
-        await worker.send(m.ResumeAccepted(JOB, m.JobProgress("COMPLETE")))
+        await worker.expect(messages.JobResume)
+        await worker.send(
+            messages.ResumeAccepted(JOB, messages.JobProgress("COMPLETE"))
+        )
         await worker.complete(JOB, made)
         await worker.send_result(made)
-        await worker.expect(m.ResultsReceived)
+        await worker.expect(messages.ResultsReceived)
 
     ending = await client.run(first, second)
     assert ending.outcome == "complete"
@@ -299,10 +301,12 @@ async def test_a_job_of_an_earlier_process_is_resumed(
 
     async def script(worker: ScriptedWorker) -> None:
         await worker.greet()
-        await worker.expect(m.JobResume)
-        await worker.send(m.ResumeAccepted(JOB, m.JobProgress("COMPLETE")))
+        await worker.expect(messages.JobResume)
+        await worker.send(
+            messages.ResumeAccepted(JOB, messages.JobProgress("COMPLETE"))
+        )
         await worker.complete(JOB, made)
-        await worker.expect(m.ResultsReceived)
+        await worker.expect(messages.ResultsReceived)
 
     assert (await client.run(script)).outcome == "complete"
     assert client.events[0] == events.JobResumed(JOB)
@@ -314,7 +318,7 @@ async def test_a_worker_that_is_gone_is_given_up(
 ) -> None:
     async def script(worker: ScriptedWorker) -> None:
         await worker.greet()
-        await worker.expect(m.JobSubmit)
+        await worker.expect(messages.JobSubmit)
         assert isinstance(worker.link, MemoryLink)
         worker.link.cut("the worker ended")
 
@@ -346,10 +350,10 @@ async def test_a_worker_that_never_greets_is_tried_with_pauses_and_given_up(
     assert client.attempts < 20
 
 
-GREETINGS: dict[str, m.Message] = {
-    "it did not greet first": m.JobAccepted(JOB),
-    "it speaks protocol 7": m.Hello(m.Greeting(7, "2.0", "worker")),
-    "go away": m.Error("go away"),
+GREETINGS: dict[str, messages.Message] = {
+    "it did not greet first": messages.JobAccepted(JOB),
+    "it speaks protocol 7": messages.Hello(messages.Greeting(7, "2.0", "worker")),
+    "go away": messages.Error("go away"),
 }
 
 
@@ -357,10 +361,10 @@ GREETINGS: dict[str, m.Message] = {
 async def test_a_worker_that_greets_wrongly_ends_the_job(
     client: Client, words: str
 ) -> None:
-    told: list[m.Message] = []
+    told: list[messages.Message] = []
 
     async def script(worker: ScriptedWorker) -> None:
-        await worker.expect(m.Hello)
+        await worker.expect(messages.Hello)
         await worker.send(GREETINGS[words])
         told.extend(await worker.wait_closed())
 
@@ -368,35 +372,35 @@ async def test_a_worker_that_greets_wrongly_ends_the_job(
     assert ending.outcome == "lost"
     assert "the worker broke the protocol" in ending.reason
     assert words in ending.reason
-    assert [type(message) for message in told] == [m.Error]
+    assert [type(message) for message in told] == [messages.Error]
 
 
 async def test_a_worker_that_breaks_the_protocol_later_gets_the_reason(
     client: Client,
 ) -> None:
-    told: list[m.Message] = []
+    told: list[messages.Message] = []
 
     async def script(worker: ScriptedWorker) -> None:
         await worker.greet()
-        await worker.expect(m.JobSubmit)
-        await worker.send(m.JobComplete(JOB, "models"))
+        await worker.expect(messages.JobSubmit)
+        await worker.send(messages.JobComplete(JOB, "models"))
         told.extend(await worker.wait_closed())
 
     ending = await client.run(script)
     assert ending.outcome == "lost"
-    assert [type(message) for message in told] == [m.Error]
+    assert [type(message) for message in told] == [messages.Error]
 
 
 async def test_a_silent_worker_is_tried_again(
     client: Client, autojump_clock: trio.testing.MockClock
 ) -> None:
     async def silent(worker: ScriptedWorker) -> None:
-        await worker.expect(m.Hello)
+        await worker.expect(messages.Hello)
 
     async def rejecting(worker: ScriptedWorker) -> None:
         await worker.greet()
-        await worker.expect(m.JobSubmit)
-        await worker.send(m.JobRejected(JOB, "busy"))
+        await worker.expect(messages.JobSubmit)
+        await worker.send(messages.JobRejected(JOB, "busy"))
 
     ending = await client.run(silent, rejecting)
     assert ending.outcome == "rejected"

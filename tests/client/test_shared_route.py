@@ -7,7 +7,7 @@ import pytest
 from blake3 import blake3
 
 from sleap_rtc.client import events
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
 from sleap_rtc.proto.job.client_outputs import RouteChosen
 from tests.client.scripted import ScriptedWorker
 from tests.client.session_world import CONTENT, JOB, Client, names
@@ -17,16 +17,16 @@ from tests.io.link.memory import MemoryLink
 async def share(worker: ScriptedWorker, root: Path) -> Path:
     """Answer like a worker on the shared route; return the path of the package."""
     await worker.greet(shared=True)
-    probe = await worker.expect(m.MountProbe)
+    probe = await worker.expect(messages.MountProbe)
     content = (root / probe.path).read_bytes()
-    await worker.send(m.MountProbed(JOB, blake3(content).hexdigest()))
-    await worker.expect(m.JobIdentity)
-    path = (await worker.expect(m.SharedInputPath)).path
-    await worker.send(m.PathValidated("input"))
-    await worker.expect(m.SharedOutputPath)
-    await worker.send(m.PathValidated("output"))
-    await worker.expect(m.SharedStorageJob)
-    await worker.send(m.JobState(JOB, m.JobProgress("RUNNING")))
+    await worker.send(messages.MountProbed(JOB, blake3(content).hexdigest()))
+    await worker.expect(messages.JobIdentity)
+    path = (await worker.expect(messages.SharedInputPath)).path
+    await worker.send(messages.PathValidated("input"))
+    await worker.expect(messages.SharedOutputPath)
+    await worker.send(messages.PathValidated("output"))
+    await worker.expect(messages.SharedStorageJob)
+    await worker.send(messages.JobState(JOB, messages.JobProgress("RUNNING")))
     return root / path
 
 
@@ -51,7 +51,7 @@ async def test_shared_results_stay_where_they_are(client: Client, root: Path) ->
     async def script(worker: ScriptedWorker) -> None:
         copies.append((await share(worker, root)).read_bytes())
         await worker.complete(JOB, make_result(root))
-        await worker.expect(m.ResultsReceived)
+        await worker.expect(messages.ResultsReceived)
 
     ending = await client.run(script)
     assert ending.outcome == "complete"
@@ -123,11 +123,11 @@ async def test_a_worker_with_other_storage_gets_the_package_by_the_channel(
 
     async def script(worker: ScriptedWorker) -> None:
         await worker.greet(shared=True)
-        await worker.expect(m.MountProbe)
-        await worker.send(m.MountProbeFailed(JOB, "no such file"))
+        await worker.expect(messages.MountProbe)
+        await worker.send(messages.MountProbeFailed(JOB, "no such file"))
         await worker.accept()
         await worker.receive_package(tmp_path / "worker")
-        await worker.send(m.JobFailed(JOB, "enough"))
+        await worker.send(messages.JobFailed(JOB, "enough"))
 
     (tmp_path / "worker").mkdir()
     assert (await client.run(script)).outcome == "failed"
@@ -142,7 +142,7 @@ async def test_storage_that_is_gone_is_not_used(
     async def script(worker: ScriptedWorker) -> None:
         await worker.greet(shared=True)
         await worker.accept()
-        await worker.send(m.JobFailed(JOB, "enough"))
+        await worker.send(messages.JobFailed(JOB, "enough"))
 
     assert (await client.run(script)).outcome == "failed"
     (route,) = client.of(RouteChosen)
@@ -157,11 +157,11 @@ async def test_a_package_that_can_not_be_copied_goes_by_the_channel(
 
     async def script(worker: ScriptedWorker) -> None:
         await worker.greet(shared=True)
-        probe = await worker.expect(m.MountProbe)
+        probe = await worker.expect(messages.MountProbe)
         content = (root / probe.path).read_bytes()
-        await worker.send(m.MountProbed(JOB, blake3(content).hexdigest()))
+        await worker.send(messages.MountProbed(JOB, blake3(content).hexdigest()))
         await worker.accept()
-        await worker.expect(m.JobCancel)
+        await worker.expect(messages.JobCancel)
 
     ending = await client.run(script)
     assert ending.reason == "job.zip changed in the meantime"

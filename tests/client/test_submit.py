@@ -24,7 +24,7 @@ from sleap_rtc.errors import (
     UserError,
 )
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
 from tests.client.room_lab import Script, environ_of, serve, worker_in
 from tests.client.scripted import ScriptedWorker, result_file
 from tests.e2e.packages import make_package
@@ -115,8 +115,8 @@ async def test_a_job_completes_and_leaves_no_note(
         job_id = await worker.accept()
         await worker.receive_package(made.parent)
         await worker.send(
-            m.JobState(job_id, m.JobProgress("QUEUED")),
-            m.JobState(job_id, m.JobProgress("RUNNING")),
+            messages.JobState(job_id, messages.JobProgress("QUEUED")),
+            messages.JobState(job_id, messages.JobProgress("RUNNING")),
         )
         await worker.complete(job_id, made)
         await worker.send_result(made)
@@ -142,8 +142,8 @@ async def test_a_directory_is_packed_and_sent(
         await worker.greet()
         job_id = await worker.accept()
         names.append((await worker.receive_package(made.parent)).name)
-        await worker.send(m.JobState(job_id, m.JobProgress("RUNNING")))
-        await worker.send(m.JobComplete(job_id, "models"))
+        await worker.send(messages.JobState(job_id, messages.JobProgress("RUNNING")))
+        await worker.send(messages.JobComplete(job_id, "models"))
 
     result = await sender.submit_to(server, script, package=folder)
     assert names == ["my job.zip"]
@@ -159,15 +159,17 @@ async def test_the_same_package_continues_its_job(
         await worker.greet()
         jobs.append(await worker.accept())
         await worker.receive_package(made.parent)
-        await worker.send(m.JobState(jobs[0], m.JobProgress("RUNNING")))
+        await worker.send(messages.JobState(jobs[0], messages.JobProgress("RUNNING")))
         stopped.set()
 
     async def second(worker: ScriptedWorker) -> None:
         await worker.greet()
-        resume = await worker.expect(m.JobResume)
+        resume = await worker.expect(messages.JobResume)
         jobs.append(resume.job_id)
-        await worker.send(m.ResumeAccepted(resume.job_id, m.JobProgress("RUNNING")))
-        await worker.send(m.JobComplete(resume.job_id, "models"))
+        await worker.send(
+            messages.ResumeAccepted(resume.job_id, messages.JobProgress("RUNNING"))
+        )
+        await worker.send(messages.JobComplete(resume.job_id, "models"))
 
     stopped = trio.Event()
     async with trio.open_nursery() as nursery:
@@ -197,7 +199,7 @@ async def test_another_worker_gets_a_new_job(
         await worker.greet()
         job_id = await worker.accept()
         await worker.receive_package(made.parent)
-        await worker.send(m.JobComplete(job_id, "models"))
+        await worker.send(messages.JobComplete(job_id, "models"))
 
     async with (
         worker_in(server, "worker-2") as listener,
@@ -243,7 +245,7 @@ async def test_fresh_starts_another_job(
         await worker.greet()
         assert await worker.accept() != job_id
         await worker.receive_package(made.parent)
-        await worker.send(m.JobFailed(job_id, "enough"))
+        await worker.send(messages.JobFailed(job_id, "enough"))
 
     with pytest.raises(UserError):
         await sender.submit_to(server, script, fresh=True)
@@ -268,7 +270,7 @@ async def test_a_job_that_can_not_be_noted_runs_all_the_same(
         await worker.greet()
         job_id = await worker.accept()
         await worker.receive_package(made.parent)
-        await worker.send(m.JobComplete(job_id, "models"))
+        await worker.send(messages.JobComplete(job_id, "models"))
 
     await sender.submit_to(server, script)
     (trouble,) = sender.of(client.NoteTrouble)
@@ -280,18 +282,18 @@ async def test_a_job_that_can_not_be_noted_runs_all_the_same(
 
 
 async def reject(worker: ScriptedWorker, made: Path) -> None:
-    job_id = (await worker.expect(m.JobSubmit)).job_id
-    await worker.send(m.JobRejected(job_id, "disk full; ask the owner"))
+    job_id = (await worker.expect(messages.JobSubmit)).job_id
+    await worker.send(messages.JobRejected(job_id, "disk full; ask the owner"))
 
 
 async def fail(worker: ScriptedWorker, made: Path) -> None:
     job_id = await worker.accept()
     await worker.receive_package(made.parent)
-    page = m.ResultPage((result_file(made),))
+    page = messages.ResultPage((result_file(made),))
     await worker.send(
-        m.JobState(job_id, m.JobProgress("RUNNING")),
-        m.JobResults(job_id, page),
-        m.JobFailed(job_id, "exit code 1"),
+        messages.JobState(job_id, messages.JobProgress("RUNNING")),
+        messages.JobResults(job_id, page),
+        messages.JobFailed(job_id, "exit code 1"),
     )
     await worker.send_result(made)
 
@@ -299,10 +301,10 @@ async def fail(worker: ScriptedWorker, made: Path) -> None:
 async def lose_results(worker: ScriptedWorker, made: Path) -> None:
     job_id = await worker.accept()
     await worker.receive_package(made.parent)
-    await worker.send(m.JobState(job_id, m.JobProgress("RUNNING")))
+    await worker.send(messages.JobState(job_id, messages.JobProgress("RUNNING")))
     await worker.complete(job_id, made)
-    request = await worker.expect(m.FileRequest)
-    await worker.send(m.FileError(request.transfer_id, "it is gone"))
+    request = await worker.expect(messages.FileRequest)
+    await worker.send(messages.FileError(request.transfer_id, "it is gone"))
 
 
 async def leave(worker: ScriptedWorker, made: Path) -> None:
@@ -399,10 +401,10 @@ async def test_a_cancelled_job_is_cancelled_at_the_worker(
         await worker.greet()
         job_id = await worker.accept()
         await worker.receive_package(made.parent)
-        await worker.send(m.JobState(job_id, m.JobProgress("RUNNING")))
+        await worker.send(messages.JobState(job_id, messages.JobProgress("RUNNING")))
         sender.cancel_asked.set()
-        await worker.expect(m.JobCancel)
-        await worker.send(m.JobFailed(job_id, "cancelled"))
+        await worker.expect(messages.JobCancel)
+        await worker.send(messages.JobFailed(job_id, "cancelled"))
 
     with pytest.raises(InterruptedJobError) as caught:
         await sender.submit_to(server, script)
@@ -417,7 +419,7 @@ async def test_a_cancellation_that_is_not_confirmed_keeps_the_note(
         await worker.greet()
         await worker.accept()
         sender.cancel_asked.set()
-        while not isinstance(await worker.expect(m.Message), m.JobCancel):
+        while not isinstance(await worker.expect(messages.Message), messages.JobCancel):
             pass
         await trio.testing.wait_all_tasks_blocked()
         mock_clock.jump(CANCEL_PATIENCE)
@@ -436,10 +438,10 @@ async def test_the_timeout_of_a_request_cancels_its_job(
         await worker.greet()
         job_id = await worker.accept()
         await worker.receive_package(made.parent)
-        await worker.send(m.JobState(job_id, m.JobProgress("RUNNING")))
+        await worker.send(messages.JobState(job_id, messages.JobProgress("RUNNING")))
         mock_clock.jump(5)
-        await worker.expect(m.JobCancel)
-        await worker.send(m.JobFailed(job_id, "cancelled"))
+        await worker.expect(messages.JobCancel)
+        await worker.send(messages.JobFailed(job_id, "cancelled"))
 
     with pytest.raises(JobTimeoutError, match="cancelled after 5 s"):
         await sender.submit_to(server, script, timeout=5.0)

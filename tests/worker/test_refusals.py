@@ -8,7 +8,7 @@ import trio
 import trio.testing
 
 from sleap_rtc.io.storage.folder import StorageError
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.worker.jobs import MAX_RESULTS_AT_ONCE
 from sleap_rtc.worker.storage import (
@@ -25,20 +25,20 @@ from tests.worker.world import JOB, SUBMIT, World, greeting, open_world, record
 @pytest.mark.parametrize(
     ("sent", "reason"),
     [
-        (m.Hello(greeting()), "one HELLO comes first, and only one"),
-        (m.Error("tired"), "the client gave up: tired"),
-        (m.JobAccepted(JOB), "JobAccepted is not expected"),
-        (m.SharedStorageJob(), "SharedStorageJob"),
+        (messages.Hello(greeting()), "one HELLO comes first, and only one"),
+        (messages.Error("tired"), "the client gave up: tired"),
+        (messages.JobAccepted(JOB), "JobAccepted is not expected"),
+        (messages.SharedStorageJob(), "SharedStorageJob"),
     ],
     ids=lambda value: type(value).__name__,
 )
 async def test_a_client_that_breaks_the_protocol_gets_the_reason(
-    tmp_path: Path, sent: m.Message, reason: str
+    tmp_path: Path, sent: messages.Message, reason: str
 ) -> None:
     async with open_world(tmp_path) as world:
         client = await world.connect()
         await client.send(sent)
-        assert reason in (await client.expect(m.Error)).reason
+        assert reason in (await client.expect(messages.Error)).reason
         assert len(world.jobs) == 0
 
 
@@ -46,22 +46,22 @@ async def test_a_client_that_does_not_greet_first_is_refused(tmp_path: Path) -> 
     async with open_world(tmp_path) as world:
         client = world.open_silent_link()
         await client.send(SUBMIT)
-        assert "HELLO comes first" in (await client.expect(m.Error)).reason
+        assert "HELLO comes first" in (await client.expect(messages.Error)).reason
 
 
 async def test_a_job_is_resumed_before_another_is_named(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
         client = await world.begin()
-        await client.send(m.JobResume("job_ffff0000", m.ResumePoint()))
-        assert "JOB_RESUME comes before" in (await client.expect(m.Error)).reason
+        await client.send(messages.JobResume("job_ffff0000", messages.ResumePoint()))
+        assert "JOB_RESUME comes before" in (await client.expect(messages.Error)).reason
 
 
 async def test_a_job_that_can_be_resumed_is_not_started_again(tmp_path: Path) -> None:
     async with open_world(tmp_path, shared_root=tmp_path) as world:
         await world.begin()
         other = await world.connect()
-        await other.send(m.JobIdentity(JOB))
-        error = await other.expect(m.Error)
+        await other.send(messages.JobIdentity(JOB))
+        error = await other.expect(messages.Error)
         assert error.reason == f"{JOB} is known; it can be resumed"
 
 
@@ -71,11 +71,13 @@ async def test_a_job_that_can_be_resumed_is_not_started_again(tmp_path: Path) ->
 async def test_without_shared_storage_every_path_is_refused(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
         client = await world.connect()
-        await client.send(m.MountProbe(JOB, f"jobs/{JOB}/probe"))
-        probe = await client.expect(m.MountProbeFailed)
+        await client.send(messages.MountProbe(JOB, f"jobs/{JOB}/probe"))
+        probe = await client.expect(messages.MountProbeFailed)
         assert probe.reason == "Shared storage not configured on the worker"
-        await client.send(m.JobIdentity(JOB), m.SharedInputPath(f"jobs/{JOB}/job.zip"))
-        error = await client.expect(m.PathError)
+        await client.send(
+            messages.JobIdentity(JOB), messages.SharedInputPath(f"jobs/{JOB}/job.zip")
+        )
+        error = await client.expect(messages.PathError)
         assert error.reason == "Shared storage not configured on the worker"
 
 
@@ -94,8 +96,8 @@ async def test_a_package_is_a_file_in_a_job_directory(
     (tmp_path / "job.zip").touch()
     async with open_world(tmp_path, shared_root=tmp_path) as world:
         client = await world.connect()
-        await client.send(m.JobIdentity(JOB), m.SharedInputPath(path))
-        assert reason in (await client.expect(m.PathError)).reason
+        await client.send(messages.JobIdentity(JOB), messages.SharedInputPath(path))
+        assert reason in (await client.expect(messages.PathError)).reason
 
 
 async def test_results_stay_beside_the_package(tmp_path: Path) -> None:
@@ -103,11 +105,14 @@ async def test_results_stay_beside_the_package(tmp_path: Path) -> None:
     (tmp_path / "shared/jobs/mine/job.zip").touch()
     async with open_world(tmp_path, shared_root=tmp_path / "shared") as world:
         client = await world.connect()
-        await client.send(m.JobIdentity(JOB), m.SharedInputPath("jobs/mine/job.zip"))
-        await client.expect(m.PathValidated)
-        await client.send(m.SharedOutputPath("jobs/other/models"))
+        await client.send(
+            messages.JobIdentity(JOB), messages.SharedInputPath("jobs/mine/job.zip")
+        )
+        await client.expect(messages.PathValidated)
+        await client.send(messages.SharedOutputPath("jobs/other/models"))
         assert (
-            "is not in the job directory" in (await client.expect(m.PathError)).reason
+            "is not in the job directory"
+            in (await client.expect(messages.PathError)).reason
         )
         assert not (tmp_path / "shared/jobs/other").exists()
 
@@ -115,8 +120,8 @@ async def test_results_stay_beside_the_package(tmp_path: Path) -> None:
 async def test_the_error_of_failing_storage_names_the_worker(tmp_path: Path) -> None:
     async with open_world(tmp_path, shared_root=tmp_path / "unmounted") as world:
         client = await world.connect()
-        await client.send(m.MountProbe(JOB, f"jobs/{JOB}/probe"))
-        failed = await client.expect(m.MountProbeFailed)
+        await client.send(messages.MountProbe(JOB, f"jobs/{JOB}/probe"))
+        failed = await client.expect(messages.MountProbeFailed)
         assert failed.reason.startswith("the worker's shared storage: ")
 
 
@@ -138,12 +143,12 @@ async def test_a_result_that_is_gone_is_refused_alone(tmp_path: Path) -> None:
         (directory / "models").mkdir()
         (directory / "models/b").write_bytes(b"abc")
         client = await world.resume()
-        await client.send(m.FileRequest(1, JOB, "models/a"))
-        error = await client.expect(m.FileError)
+        await client.send(messages.FileRequest(1, JOB, "models/a"))
+        error = await client.expect(messages.FileError)
         assert error.transfer_id == 1
         assert "File not found" in error.reason
-        await client.send(m.FileRequest(2, JOB, "models/b"))
-        assert (await client.expect(m.FileOffer)).file.size == 3
+        await client.send(messages.FileRequest(2, JOB, "models/b"))
+        assert (await client.expect(messages.FileOffer)).file.size == 3
 
 
 async def test_a_file_that_is_not_a_result_is_refused(tmp_path: Path) -> None:
@@ -151,8 +156,8 @@ async def test_a_file_that_is_not_a_result_is_refused(tmp_path: Path) -> None:
         directory = await open_ended_job(world, "models/a")
         (directory / "secret").write_bytes(b"abc")
         client = await world.resume()
-        await client.send(m.FileRequest(1, JOB, "secret"))
-        assert "not a result" in (await client.expect(m.FileError)).reason
+        await client.send(messages.FileRequest(1, JOB, "secret"))
+        assert "not a result" in (await client.expect(messages.FileError)).reason
 
 
 async def test_one_link_sends_a_limited_number_of_results_at_once(
@@ -166,10 +171,10 @@ async def test_one_link_sends_a_limited_number_of_results_at_once(
             (directory / name).write_bytes(b"abc")
         client = await world.resume()
         for number, name in enumerate(names[:-1]):
-            await client.send(m.FileRequest(number, JOB, name))
-            await client.expect(m.FileOffer)
-        await client.send(m.FileRequest(99, JOB, names[-1]))
-        error = await client.expect(m.FileError)
+            await client.send(messages.FileRequest(number, JOB, name))
+            await client.expect(messages.FileOffer)
+        await client.send(messages.FileRequest(99, JOB, names[-1]))
+        error = await client.expect(messages.FileError)
         assert (error.transfer_id, error.reason) == (
             99,
             "only 16 files are sent at once",
@@ -180,7 +185,7 @@ async def test_results_that_were_fetched_are_removed(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
         directory = await open_ended_job(world, "models/a")
         client = await world.resume()
-        await client.send(m.ResultsReceived(JOB))
+        await client.send(messages.ResultsReceived(JOB))
         while len(world.jobs):
             await trio.lowlevel.checkpoint()
         assert not directory.exists()

@@ -10,7 +10,7 @@ from blake3 import blake3
 from trio.testing import MockClock
 
 from sleap_rtc.io.storage.call import GRACE_TIMEOUT
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
 from sleap_rtc.proto.job.worker_table import WorkerState
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
 from sleap_rtc.worker.jobs import (
@@ -39,9 +39,9 @@ async def test_a_client_whose_job_was_taken_over_gets_an_error(tmp_path: Path) -
         second = await world.connect()
         await second.send(RESUME)
         # After this error a client does not come back and take the job again.
-        error = await first.expect(m.Error)
+        error = await first.expect(messages.Error)
         assert error.reason == "a newer connection has taken over the job"
-        await second.expect(m.ResumeAccepted)
+        await second.expect(messages.ResumeAccepted)
 
 
 async def test_of_two_that_resume_at_once_the_later_one_has_the_job(
@@ -55,10 +55,10 @@ async def test_of_two_that_resume_at_once_the_later_one_has_the_job(
         for other in others:
             await other.send(RESUME)
             await trio.testing.wait_all_tasks_blocked()
-        await others[-1].expect(m.ResumeAccepted)
+        await others[-1].expect(messages.ResumeAccepted)
         await until(lambda: all(other.link.is_cut for other in (first, *others[:-1])))
         await others[-1].send(OFFER)
-        await others[-1].expect(m.ChunkGrant)
+        await others[-1].expect(messages.ChunkGrant)
 
 
 async def test_messages_of_an_older_link_are_ignored(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ async def test_messages_of_an_older_link_are_ignored(tmp_path: Path) -> None:
         older = job._link
         assert older is not None
         await world.resume()
-        job.receive_message(older, m.JobCancel(JOB))
+        job.receive_message(older, messages.JobCancel(JOB))
         assert job.state is WorkerState.ADMITTED
 
 
@@ -93,7 +93,7 @@ async def test_a_job_can_be_resumed_while_room_is_made_for_it(tmp_path: Path) ->
         await first.send(SUBMIT)
         second = await world.resume()
         await second.send(OFFER)
-        await second.expect(m.ChunkGrant)
+        await second.expect(messages.ChunkGrant)
 
 
 async def test_a_refused_job_does_not_touch_the_other_job_of_its_id(
@@ -106,17 +106,20 @@ async def test_a_refused_job_does_not_touch_the_other_job_of_its_id(
         (directory / "job.zip").write_bytes(b"a package")
         hostile = await world.connect()
         await hostile.send(
-            m.JobIdentity("job_ffff0000"), m.SharedInputPath(f"jobs/{JOB}/job.zip")
+            messages.JobIdentity("job_ffff0000"),
+            messages.SharedInputPath(f"jobs/{JOB}/job.zip"),
         )
-        await hostile.expect(m.PathValidated)
-        await hostile.send(m.JobSubmit("job_ffff0000", m.Submission("job.zip", 1)))
-        await hostile.send(m.JobCancel("job_ffff0000"))
-        await hostile.expect(m.JobFailed)
+        await hostile.expect(messages.PathValidated)
+        await hostile.send(
+            messages.JobSubmit("job_ffff0000", messages.Submission("job.zip", 1))
+        )
+        await hostile.send(messages.JobCancel("job_ffff0000"))
+        await hostile.expect(messages.JobFailed)
         await until(lambda: world.jobs.get("job_ffff0000") is None)
         assert (directory / "job.zip").read_bytes() == b"a package"
         another = await world.connect()
         await another.send(SUBMIT)
-        rejected = await another.expect(m.JobRejected)
+        rejected = await another.expect(messages.JobRejected)
         assert rejected.reason == f"{JOB} is known to the worker"
         assert (directory / "job.zip").exists()
         assert world.state() is WorkerState.ADMITTED
@@ -127,15 +130,15 @@ async def test_an_id_is_free_once_nothing_is_left_of_its_job(tmp_path: Path) -> 
         directory = world.directory / JOB
         for _ in range(30):
             first, second = await world.connect(), await world.connect()
-            await first.send(SUBMIT, m.JobCancel(JOB))
-            await first.expect(m.JobFailed)
+            await first.send(SUBMIT, messages.JobCancel(JOB))
+            await first.expect(messages.JobFailed)
             await second.send(SUBMIT)
-            await second.expect(m.JobAccepted)
+            await second.expect(messages.JobAccepted)
             await second.send(OFFER)
-            await second.expect(m.ChunkGrant)
+            await second.expect(messages.ChunkGrant)
             assert directory.exists()
-            await second.send(m.JobCancel(JOB))
-            await second.expect(m.JobFailed)
+            await second.send(messages.JobCancel(JOB))
+            await second.expect(messages.JobFailed)
             await until(lambda: not world.jobs)
             assert not directory.exists()
 
@@ -144,7 +147,7 @@ async def test_nothing_is_left_of_a_link_that_named_no_job(tmp_path: Path) -> No
     async with open_world(tmp_path) as world:
         client = await world.connect()
         await client.send(RESUME)
-        await client.expect(m.JobUnknown)
+        await client.expect(messages.JobUnknown)
         client.link.cut("gone")
         await trio.testing.wait_all_tasks_blocked()
         assert len(world.jobs) == 0
@@ -180,15 +183,15 @@ async def test_a_state_directory_may_be_moved_between_two_runs(tmp_path: Path) -
         await world.jobs.restore([record("RECEIVING", time.time(), earlier)])
         client = await world.resume()
         await client.send(OFFER)
-        await client.expect(m.ChunkGrant)
+        await client.expect(messages.ChunkGrant)
         assert list((world.directory / JOB).iterdir()) != []
 
 
 class _Stalling(MemoryLink):
     """A link that never delivers the number of bytes that were received before."""
 
-    async def send_message(self, message: m.Message) -> None:
-        if isinstance(message, m.JobState) and message.progress.received:
+    async def send_message(self, message: messages.Message) -> None:
+        if isinstance(message, messages.JobState) and message.progress.received:
             await trio.sleep_forever()
         await super().send_message(message)
 
@@ -201,7 +204,7 @@ async def test_a_part_is_free_again_when_its_link_stalls_at_once(
     async with open_world(tmp_path) as world:
         first = await world.begin()
         await first.send(OFFER)
-        await first.expect(m.ChunkGrant)
+        await first.expect(messages.ChunkGrant)
         journal = tmp_path / "jobs" / JOB / ".job.zip.map"
         empty = journal.read_bytes()
         await first.link.send_frame(Frame(header, payload))
@@ -211,16 +214,16 @@ async def test_a_part_is_free_again_when_its_link_stalls_at_once(
         mine, its = _Stalling.pair()
         world.serve(its)
         second = Client(mine)
-        await second.send(m.Hello(greeting()), RESUME)
-        await second.expect(m.ResumeAccepted)
+        await second.send(messages.Hello(greeting()), RESUME)
+        await second.expect(messages.ResumeAccepted)
         await second.send(OFFER)
         await until(lambda: world.job().progress.received > 0)
         await second.link.aclose()
 
         third = await world.resume()
         await third.send(OFFER)
-        assert (await third.expect(m.JobState)).progress.state == "RECEIVING"
-        assert (await third.expect(m.ChunkGrant)).first == 1
+        assert (await third.expect(messages.JobState)).progress.state == "RECEIVING"
+        assert (await third.expect(messages.ChunkGrant)).first == 1
 
 
 async def test_a_job_on_storage_that_hangs_obeys_its_client(
@@ -233,20 +236,20 @@ async def test_a_job_on_storage_that_hangs_obeys_its_client(
         )
         async with open_world(tmp_path) as world:
             client = await world.connect()
-            submission = m.Submission("job.zip", len(payload))
-            await client.send(m.JobSubmit(JOB, submission))
-            await client.expect(m.JobAccepted)
-            offer = m.OfferedFile("job.zip", len(payload), CHUNK_SIZE)
-            await client.send(m.FileOffer(0, offer))
-            await client.expect(m.ChunkGrant)
+            submission = messages.Submission("job.zip", len(payload))
+            await client.send(messages.JobSubmit(JOB, submission))
+            await client.expect(messages.JobAccepted)
+            offer = messages.OfferedFile("job.zip", len(payload), CHUNK_SIZE)
+            await client.send(messages.FileOffer(0, offer))
+            await client.expect(messages.ChunkGrant)
             digest = blake3(payload).digest()
             header = ChunkHeader(0, 0, len(payload), digest)
             await client.link.send_frame(Frame(header, payload))
-            await client.expect(m.FileReceived)
-            await client.send(m.FileVerified(0))
+            await client.expect(messages.FileReceived)
+            await client.send(messages.FileVerified(0))
             await storage.wait_touched()
-            await client.send(m.JobCancel(JOB))
+            await client.send(messages.JobCancel(JOB))
             await trio.testing.wait_all_tasks_blocked()
             mock_clock.jump(GRACE_TIMEOUT)
-            await client.expect(m.JobFailed)
+            await client.expect(messages.JobFailed)
             assert world.state() is WorkerState.ENDED

@@ -10,7 +10,7 @@ import trio
 import trio.testing
 
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.proto import messages as m
+from sleap_rtc.proto import messages
 from sleap_rtc.proto.job.worker_table import WorkerState
 from sleap_rtc.worker.jobs import (
     Job,
@@ -23,14 +23,14 @@ from sleap_rtc.worker.slots import SlotQueue
 from sleap_rtc.worker.store import JobRecord, JobStore, open_store_writer
 from tests.io.link.memory import MemoryLink
 
-T = TypeVar("T", bound=m.Message)
+T = TypeVar("T", bound=messages.Message)
 
 DEADLINE = 20.0
 JOB = "job_0123abcd"
 SIZE = 3 * 1024 * 1024
-SUBMIT = m.JobSubmit(JOB, m.Submission("job.zip", SIZE))
-RESUME = m.JobResume(JOB, m.ResumePoint())
-OFFER = m.FileOffer(0, m.OfferedFile("job.zip", SIZE, 1024 * 1024))
+SUBMIT = messages.JobSubmit(JOB, messages.Submission("job.zip", SIZE))
+RESUME = messages.JobResume(JOB, messages.ResumePoint())
+OFFER = messages.FileOffer(0, messages.OfferedFile("job.zip", SIZE, 1024 * 1024))
 
 
 class Client:
@@ -39,8 +39,8 @@ class Client:
     def __init__(self, link: MemoryLink) -> None:
         self.link = link
 
-    async def send(self, *messages: m.Message) -> None:
-        for message in messages:
+    async def send(self, *batch: messages.Message) -> None:
+        for message in batch:
             await self.link.send_message(message)
 
     async def expect(self, kind: type[T]) -> T:
@@ -74,21 +74,21 @@ class World:
     async def connect(self) -> Client:
         """Open a link, and greet."""
         client = self.open_silent_link()
-        await client.send(m.Hello(greeting()))
+        await client.send(messages.Hello(greeting()))
         return client
 
     async def begin(self) -> Client:
         """Open a link, and submit the job over it."""
         client = await self.connect()
         await client.send(SUBMIT)
-        await client.expect(m.JobAccepted)
+        await client.expect(messages.JobAccepted)
         return client
 
     async def resume(self) -> Client:
         """Open a link, and resume the job over it."""
         client = await self.connect()
         await client.send(RESUME)
-        await client.expect(m.ResumeAccepted)
+        await client.expect(messages.ResumeAccepted)
         return client
 
     def job(self, job_id: str = JOB) -> Job:
@@ -106,8 +106,8 @@ async def until(condition: Callable[[], bool]) -> None:
         await trio.lowlevel.checkpoint()
 
 
-def greeting() -> m.Greeting:
-    return m.Greeting(m.PROTOCOL_VERSION, "1.0", "client")
+def greeting() -> messages.Greeting:
+    return messages.Greeting(messages.PROTOCOL_VERSION, "1.0", "client")
 
 
 @asynccontextmanager
@@ -127,7 +127,7 @@ async def open_world(
 
 
 def record(
-    state: m.JobStateName,
+    state: messages.JobStateName,
     updated: float,
     directory: Path,
     *,

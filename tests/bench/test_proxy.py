@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="Windows has no recvmsg(2)"
 )
 
-DEADLINE = 20.0
+DEADLINE = 60.0
 COMMAND = python_module("bench.proxy")
 
 

@@ -29,7 +29,7 @@ from sleap_rtc.worker.store import JobStore, open_store
 from tests.io.storage.places import HangingStorage
 from tests.worker.test_store import record
 
-DEADLINE = 30.0
+DEADLINE = 60.0
 
 pytestmark = pytest.mark.skipif(
     sys.platform == "win32", reason="workers run on Linux and macOS"

@@ -90,7 +90,7 @@ class Lifeline:
     async def ends(self) -> None:
         """Fail unless the program, which has begun, has ended or is about to."""
         async with self._stream:
-            with trio.fail_after(5):
+            with trio.fail_after(60):
                 assert await self._stream.receive_some() == b"begun"
                 assert await self._stream.receive_some() == b""
 

@@ -235,7 +235,7 @@ async def test_a_killed_job_left_its_models_and_its_log(tmp_path: Path) -> None:
     for path in ("models/a", "job.log", "data/b", "train.sh"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).write_bytes(b"abc")
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         assert await results_left(tmp_path, "jobs/x/models") == {
             "models/a": 3,
             "job.log": 3,

@@ -365,7 +365,7 @@ def test_two_processes_make_and_fill_one_store_at_once(path: Path) -> None:
 
 @contextmanager
 def deadline() -> Iterator[None]:
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         yield
 
 

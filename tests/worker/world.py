@@ -25,7 +25,7 @@ from tests.io.link.memory import MemoryLink
 
 T = TypeVar("T", bound=messages.Message)
 
-DEADLINE = 20.0
+DEADLINE = 60.0
 JOB = "job_0123abcd"
 SIZE = 3 * 1024 * 1024
 SUBMIT = messages.JobSubmit(JOB, messages.Submission("job.zip", SIZE))

@@ -35,7 +35,7 @@ def address_of(udp: UdpSocket) -> tuple[str, int]:
 
 @pytest.fixture(autouse=True)
 async def deadline() -> AsyncIterator[None]:
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         yield
 
 

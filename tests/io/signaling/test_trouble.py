@@ -255,7 +255,7 @@ async def test_another_server_is_named_as_such(
 # ----------------------------------------------------- deadlines, on a clock of its own
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 async def test_a_silent_connection_is_dropped(mock_clock: MockClock) -> None:
     async with (
         running_server() as server,
@@ -266,7 +266,7 @@ async def test_a_silent_connection_is_dropped(mock_clock: MockClock) -> None:
         assert await stream.receive_some() == b""
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 async def test_a_peer_that_answers_no_pings_is_dropped(mock_clock: MockClock) -> None:
     """Of two silent peers, the one that does not answer pings is dropped."""
     async with (
@@ -285,7 +285,7 @@ async def test_a_peer_that_answers_no_pings_is_dropped(mock_clock: MockClock) ->
         assert await healthy.discover() == []
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 async def test_a_stop_of_the_server_waits_for_no_peer(mock_clock: MockClock) -> None:
     async with (
         running_server() as server,
@@ -301,7 +301,7 @@ async def test_a_stop_of_the_server_waits_for_no_peer(mock_clock: MockClock) -> 
         assert await known.rest() == []
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 async def test_the_connection_to_a_silent_server_is_closed(
     mock_clock: MockClock,
 ) -> None:

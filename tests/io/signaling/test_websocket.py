@@ -135,7 +135,7 @@ async def test_a_ping_is_heard(end: OneEnd) -> None:
     assert end.user.signs == 3
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 async def test_a_peer_that_does_not_read_is_dropped(
     mock_clock: MockClock, end: OneEnd
 ) -> None:
@@ -146,7 +146,7 @@ async def test_a_peer_that_does_not_read_is_dropped(
     assert end.reason == "it does not read what it is sent"
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 async def test_a_peer_that_lets_too_much_wait_is_dropped(
     mock_clock: MockClock, end: OneEnd
 ) -> None:
@@ -218,7 +218,7 @@ async def test_an_endless_page_is_cut_off(is_page: bool) -> None:
     assert reason == "it sends no whole message"
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 async def test_a_peer_that_never_shakes_hands_is_dropped(
     mock_clock: MockClock, nursery: trio.Nursery
 ) -> None:
@@ -230,7 +230,7 @@ async def test_a_peer_that_never_shakes_hands_is_dropped(
     assert end.reason == "it did not open a WebSocket"
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 async def test_a_server_that_is_gone_before_the_request_is_noticed_at_once(
     autojump_clock: MockClock,
 ) -> None:
@@ -254,7 +254,7 @@ async def test_a_close_does_not_wait_for_the_handshake(
     assert end.reason == "enough"
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 async def test_a_peer_that_answers_no_ping_is_dropped(
     mock_clock: MockClock, end: OneEnd
 ) -> None:

@@ -291,7 +291,7 @@ def test_a_link_that_takes_the_place_of_a_file_is_not_followed(
 
 
 @open_in_both_ways
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(60)
 def test_a_pipe_that_takes_the_place_of_a_file_is_neither_waited_for_nor_read(
     root: Path, open_file: Opener
 ) -> None:

@@ -16,7 +16,7 @@ from sleap_rtc.proto.messages import FileOffer, Message, OfferedFile
 from tests.io.link.memory import MemoryLink
 
 CHUNK_SIZE = 64 * 1024
-DEADLINE = 20.0
+DEADLINE = 60.0
 
 
 class Side:

@@ -137,7 +137,7 @@ class Receiver(TransferMachine[ReceiverState, ReceiverOutput]):
         self._storing: dict[int, bytes] = {}  # the hash of each chunk
         self._again: set[int] = set()
         self._never_granted = chunk_map.next_missing(0)
-        self._damages_of: dict[int, int] = {}  # of chunks that are not stored yet
+        self._damages_of: dict[int, int] = {}
         self._ask_for_more()
 
     @property
@@ -181,7 +181,6 @@ class Receiver(TransferMachine[ReceiverState, ReceiverOutput]):
         """
         if self._move(ReceiverTrigger.CHUNK_STORED):
             self._map.set(index, self._end_storing(index))
-            self._damages_of.pop(index, None)
             self._ask_for_more()
 
     def chunk_damaged(self, index: int) -> None:
@@ -259,7 +258,7 @@ class Receiver(TransferMachine[ReceiverState, ReceiverOutput]):
                 f"chunk {index} came with {header.length} bytes instead of "
                 f"{self._map.length(index)}"
             )
-        if index >= self._never_granted and not self._map.has(index):
+        if index >= self._never_granted:
             return f"chunk {index} came and was not granted"
         return None
 

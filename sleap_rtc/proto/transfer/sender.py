@@ -154,7 +154,6 @@ class Sender(TransferMachine[SenderState, SenderOutput]):
                 self._receive_grant_untrusted(message)
             case FileReceived(root=root):
                 self._claimed_root = root
-                self._queue.clear()
                 self._verify()
             case FileError(reason=reason):
                 self._report_failure(reason, tell_peer=False)

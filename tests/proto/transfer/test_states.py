@@ -239,6 +239,13 @@ def test_input_of_another_transfer_is_the_callers_fault() -> None:
         assert outputs_of(machine) == []
 
 
+def test_a_failure_takes_the_place_of_all_that_waits_to_be_done() -> None:
+    receiver = new_receiver()
+    receiver.chunk_arrived(HEADERS[0])
+    receiver.cancel("enough")
+    assert outputs_of(receiver) == failure("enough")
+
+
 def test_an_answer_to_no_store_is_the_callers_fault() -> None:
     receiver = receiver_in(ReceiverState.RECEIVING)
     for answer in (receiver.chunk_stored, receiver.chunk_damaged):
@@ -392,13 +399,13 @@ def test_the_verdict_waits_for_chunks_that_are_in_hand() -> None:
 
 
 def test_hashes_that_are_missing_are_read_in_batches() -> None:
-    count = HASH_BATCH + 2
+    count = HASH_BATCH + 3
     sender = new_sender(count * CHUNK_SIZE)
     sender.receive_message(ChunkGrant(TRANSFER_ID, 1, 1), NOW)
     outputs_of(sender)
     sender.chunk_sent(1, bytes(32))
     sender.receive_message(FileReceived(TRANSFER_ID, NO_HASH), NOW)
-    batches = [(0, 1), (2, HASH_BATCH)]
+    batches = [(0, 1), (2, HASH_BATCH), (2 + HASH_BATCH, 1)]
     for first, size in batches:
         assert outputs_of(sender) == [HashMissing(first, size)]
         sender.hashes_read([bytes(32)] * size)

@@ -104,8 +104,8 @@ async def test_frames_go_both_ways_at_once_to_a_slow_reader(
     async def receive(link: Link) -> None:
         for index in range(32):
             if index % 8 == 0:
-                # Longer than a frame takes: the senders get ahead.
-                await trio.sleep(0.2)
+                # The senders get ahead, as far as they may.
+                await trio.testing.wait_all_tasks_blocked(0.02)
             frame = await link.receive_frame()
             assert frame.header.index == index
             assert bytes(frame.payload) == make_frame(index).payload

@@ -398,6 +398,20 @@ def test_bulk_takes_the_fast_path_after_each_renewal_of_keys(
     assert slow < sent / 50
 
 
+def test_accepted_packets_are_recorded_as_aioquic_records_them(
+    fast_path: FastPath,
+) -> None:
+    pair = Pair(fast_path)
+    pair.transfer(MEGABYTE)
+    space = pair.server.connection.packet_space
+    largest = space.largest_received_packet
+    assert largest > 700
+    assert space.expected_packet_number in (largest, largest + 1)
+    assert all(number in space.received_packets for number in range(largest + 1))
+    assert space.largest_received_time == pair.now
+    assert pair.server.connection.receive_window.used == MEGABYTE
+
+
 class Sealed(NamedTuple):
     """A packet with the right keys and any content.
 
@@ -453,8 +467,10 @@ def test_the_fast_path_accepts_what_aioquic_accepts(packets: list[Sealed]) -> No
         pair.run_until(lambda: pair.client.unacknowledged(BULK) == 0)  # noqa: B023
         client, server = pair.client.connection, pair.server.connection
         number = server.packet_space.largest_received_packet
+        numbers = []
         for packet in packets:
             number += 1 + packet.skipped
+            numbers.append(number)
             context = client.sealing_context
             header = bytes((0x43 | context.key_phase << 2,)) + client.peer_connection_id
             header += number.to_bytes(4)
@@ -473,6 +489,7 @@ def test_the_fast_path_accepts_what_aioquic_accepts(packets: list[Sealed]) -> No
                 server.receive_window.used,
                 space.largest_received_packet - number,
                 len(space.ack_queue),
+                [number in space.received_packets for number in numbers],
             )
         )
     assert results[0] == results[1]

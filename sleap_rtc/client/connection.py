@@ -43,7 +43,7 @@ class Connection:
             if isinstance(message, messages.Error):
                 raise RemoteProtocolError(message.reason)
             if not isinstance(message, messages.Hello):
-                raise RemoteProtocolError("it did not greet first")
+                raise RemoteProtocolError("its first message was not HELLO")
             if message.greeting.protocol != messages.PROTOCOL_VERSION:
                 raise RemoteProtocolError(
                     f"it speaks protocol {message.greeting.protocol}, this side "

@@ -369,7 +369,7 @@ class Job:
     def _client(self) -> ClientLink:
         """Return the link, which the core needs for this effect."""
         if self._link is None:
-            raise RuntimeError("the job needs its client, who is not connected")
+            raise RuntimeError("the job needs its client, which is not connected")
         return self._link
 
     # --------------------------------------------------------------------- the record

@@ -97,7 +97,7 @@ class _Session:
             if isinstance(message, messages.Error):
                 raise RemoteProtocolError(f"the client gave up: {message.reason}")
             if isinstance(message, messages.Hello) is has_greeted:
-                raise RemoteProtocolError("one HELLO comes first, and only one")
+                raise RemoteProtocolError("HELLO must come first, and only once")
             has_greeted = True
             if self._client.transfers.deliver_message(message):
                 continue
@@ -116,7 +116,9 @@ class _Session:
     async def _resume(self, message: messages.JobResume) -> None:
         """Attach to the job of an earlier link, or report that it is unknown."""
         if self._job.state is not WorkerState.NEW:
-            raise RemoteProtocolError("JOB_RESUME comes before all else about a job")
+            raise RemoteProtocolError(
+                "JOB_RESUME must be the first message about a job"
+            )
         job = await self._jobs.attach(self._client, message)
         if job is None:
             self._client.outbox.put(messages.JobUnknown(message.job_id))

@@ -351,7 +351,7 @@ async def test_a_worker_that_never_greets_is_tried_with_pauses_and_given_up(
 
 
 GREETINGS: dict[str, messages.Message] = {
-    "it did not greet first": messages.JobAccepted(JOB),
+    "its first message was not HELLO": messages.JobAccepted(JOB),
     "it speaks protocol 7": messages.Hello(messages.Greeting(7, "2.0", "worker")),
     "go away": messages.Error("go away"),
 }

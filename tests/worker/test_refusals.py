@@ -25,7 +25,7 @@ from tests.worker.world import JOB, SUBMIT, World, greeting, open_world, record
 @pytest.mark.parametrize(
     ("sent", "reason"),
     [
-        (messages.Hello(greeting()), "one HELLO comes first, and only one"),
+        (messages.Hello(greeting()), "HELLO must come first, and only once"),
         (messages.Error("tired"), "the client gave up: tired"),
         (messages.JobAccepted(JOB), "JobAccepted is not expected"),
         (messages.SharedStorageJob(), "SharedStorageJob"),
@@ -46,14 +46,17 @@ async def test_a_client_that_does_not_greet_first_is_refused(tmp_path: Path) -> 
     async with open_world(tmp_path) as world:
         client = world.open_silent_link()
         await client.send(SUBMIT)
-        assert "HELLO comes first" in (await client.expect(messages.Error)).reason
+        assert "HELLO must come first" in (await client.expect(messages.Error)).reason
 
 
 async def test_a_job_is_resumed_before_another_is_named(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
         client = await world.begin()
         await client.send(messages.JobResume("job_ffff0000", messages.ResumePoint()))
-        assert "JOB_RESUME comes before" in (await client.expect(messages.Error)).reason
+        assert (
+            "JOB_RESUME must be the first"
+            in (await client.expect(messages.Error)).reason
+        )
 
 
 async def test_a_job_that_can_be_resumed_is_not_started_again(tmp_path: Path) -> None:

@@ -197,7 +197,9 @@ class _Unpacking:
                 write_at(fd, data, offset - len(data))
                 self._check()
         if offset != size:
-            raise ArchiveError(f"Entry {entry.path!r} is not as long as it says")
+            raise ArchiveError(
+                f"Entry {entry.path!r} has another size than the zip declares"
+            )
 
     def _remove_all(self) -> None:
         """Remove the new files and directories, in reverse order."""

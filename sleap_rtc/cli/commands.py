@@ -1,7 +1,7 @@
 """The commands and their options; the code of a command is imported when it runs.
 
-``--help`` and ``version`` need this module only, so it imports nothing that takes time:
-no event loop, no links, no consoles.
+``--help`` and ``version`` need this module only, so it imports nothing slow: no event
+loop, no links, no consoles.
 """
 
 import os

@@ -42,7 +42,7 @@ def reported_errors(*, as_json: bool = False) -> Iterator[None]:
 def _only_expected(
     group: BaseExceptionGroup[BaseException],
 ) -> UserError | KeyboardInterrupt | None:
-    """Return the first expected failure of a group that has no others."""
+    """Return the first failure of a group in which all failures are expected."""
     expected, rest = group.split((UserError, KeyboardInterrupt))
     if expected is None or rest is not None:
         return None

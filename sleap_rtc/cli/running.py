@@ -1,4 +1,4 @@
-"""Running the async code of a command, and where its logs go."""
+"""Execution of the async code of a command, and the destination of its logs."""
 
 import logging
 import os

@@ -37,7 +37,7 @@ class Watch(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """End what is being shown; safe to call again."""
+        """End the output in progress; safe to call again."""
 
 
 class TerminalWatch(Watch):
@@ -62,7 +62,7 @@ class TerminalWatch(Watch):
         self._lines = _Lines()
 
     def close(self) -> None:
-        """End what is being shown; safe to call again."""
+        """End the output in progress; safe to call again."""
         self._end_bar()
         self._lines.finish()
 
@@ -195,7 +195,7 @@ class JsonWatch(Watch):
     """Prints each event as one JSON object on a line."""
 
     def close(self) -> None:
-        """End what is being shown; safe to call again."""
+        """End the output in progress; safe to call again."""
         sys.stdout.flush()
 
     def __call__(self, event: client.Event) -> None:

@@ -8,7 +8,7 @@ import trio
 Args = TypeVarTuple("Args")
 
 STOP_TIMEOUT = 10.0
-"""Seconds that an effect waits for the one before it, which may hang on a mount."""
+"""Seconds that an effect waits for its predecessor, which may hang on a mount."""
 
 
 class Effects:
@@ -47,7 +47,7 @@ class Effects:
     ) -> None:
         try:
             with scope:
-                # Even if cancelled: this effect may remove the traces of that one.
+                # Wait even if cancelled: this effect may remove files of that one.
                 with trio.move_on_after(STOP_TIMEOUT, shield=True):
                     await before.wait()
                 await effect()

@@ -13,7 +13,7 @@ class WorkerChosen(msgspec.Struct, frozen=True):
 
     Args:
         worker: The worker.
-        reason: Why it is this one, for people.
+        reason: Why this worker was chosen, for people.
     """
 
     worker: Candidate
@@ -26,7 +26,7 @@ class LinkOpened(msgspec.Struct, frozen=True):
     Args:
         kind: The transport.
         address: The worker's ``host:port``.
-        reason: Why it is this link, for people.
+        reason: Why this link was chosen, for people.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class JobResumed(msgspec.Struct, frozen=True):
 
 
 class NoteTrouble(msgspec.Struct, frozen=True):
-    """Event: the job could not be noted, so after a crash it would start over."""
+    """Event: the job could not be recorded, so after a crash it would start over."""
 
     reason: str
 

@@ -29,8 +29,8 @@ CLEANUP_TIMEOUT = 10.0
 class JobFolder:
     """Prepares, fills, reads and discards the directory of one job.
 
-    All methods but `discard` raise `InvalidInput` for a path that leads elsewhere, and
-    `StorageError` if the storage failed or does not answer.
+    All methods but `discard` raise `InvalidInput` for a path that leads out of the
+    root, and `StorageError` if the storage fails or does not answer.
 
     Args:
         root: Where this machine mounts the shared storage.

@@ -83,7 +83,7 @@ def _find_package(named: Path, directory: Path) -> PackageFile:
 
 
 def look_again(package: PackageFile) -> PackageFile:
-    """Return the package as it is now; it blocks.
+    """Return the current state of the package (blocking).
 
     Raises:
         UsageError: If it is gone.

@@ -79,7 +79,7 @@ class Reach:
 
         Args:
             wanted: Id, name or host name of the worker; None chooses one.
-            because: Why it is the wanted one, unless the user asked for it.
+            because: Why this worker is wanted, unless the user asked for it.
 
         Yields:
             The peer id of the worker, and the link.

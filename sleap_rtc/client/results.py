@@ -197,7 +197,7 @@ class Results:
         await connection.transfers.receive_file(transfer_id, sink, on_progress=progress)
 
     def _open_part(self, path: str, offer: messages.OfferedFile) -> ChunkWriter:
-        """Open the part of a result that an earlier link delivered; it blocks."""
+        """Open the part of a result that an earlier link delivered (blocking)."""
         return ChunkWriter.open(
             self._chosen(),
             path,

@@ -67,7 +67,8 @@ class Plan(msgspec.Struct, frozen=True):
         patience: Seconds to keep trying to reopen a lost link.
         resumes: True if an earlier process of this client submitted the job.
         route: The route that the earlier process took; None if it took none.
-        chosen_output: Where the earlier process put results; None if it chose nothing.
+        chosen_output: Directory that the earlier process chose for results; None if it
+            chose none.
     """
 
     job_id: str
@@ -429,7 +430,7 @@ class _Session:
         self._job.results_fetched()
 
     def _progress(self, what: str, done: int, total: int) -> None:
-        """Report the progress of a transfer now and then, and its end."""
+        """Report the progress of a transfer at intervals, and its end."""
         now = trio.current_time()
         if done >= total or now - self._last_progress >= PROGRESS_INTERVAL:
             self._last_progress = now

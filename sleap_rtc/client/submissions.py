@@ -5,8 +5,8 @@ hash of its path, and a lock beside it. The lock ends with the process that hold
 note without a lock was left by a process that crashed, and the next process takes over
 its job.
 
-A job does not fail because it could not be noted: nothing here raises for storage that
-fails. `NoteFile.trouble` says what was wrong.
+A job must not fail because its note cannot be kept: no function here raises an error of
+the storage. `NoteFile.trouble` holds the last one.
 """
 
 import os
@@ -70,11 +70,11 @@ class NoteFile:
     """The note about one package, held by this process; `open_note` makes it.
 
     Attributes:
-        shared: True if another living process is sending this package. Then nothing is
-            written, and the job of this process is a job of its own.
+        shared: True if another living process is sending this package. Then this
+            process writes no note, and its job is independent.
         earlier: The note that an earlier process left about this very package.
-        changed: The note that one left about a package of this path that has changed
-            since.
+        changed: The note that an earlier process left about this path, if the package
+            has changed since.
         trouble: Why the last access failed, for people; empty if all is well.
     """
 
@@ -195,9 +195,10 @@ class _NotKeptError(Exception):
 
 
 async def _access(path: Path, function: Callable[[], T]) -> T:
-    """Call a function that touches a note in a thread.
+    """Run a function that accesses a note, in a worker thread.
 
-    Not cancellable, but limited in time: half a change helps no later process.
+    Not cancellable, but limited in time: an interrupted change would be useless to a
+    later process.
 
     Raises:
         _NotKeptError: If it failed or took too long.
@@ -217,7 +218,7 @@ async def _access(path: Path, function: Callable[[], T]) -> T:
 
 
 def _lock_and_read(path: Path) -> tuple[BaseFileLock | None, SubmissionNote | None]:
-    """Lock a note and read it; without the lock there is nothing to read."""
+    """Lock a note and read it; return no note if another process holds the lock."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     _remove_old_notes(path.parent)
     lock = _acquire(path)
@@ -252,7 +253,7 @@ def _remove_old_notes(directory: Path) -> None:
 
 def _remove_old_note(path: Path, limit: float) -> None:
     if path.exists() and not _is_older(path, limit):
-        return  # only its lock is old
+        return  # the note is recent; only its lock is old
     lock = _acquire(path)
     if lock is not None:
         try:
@@ -286,7 +287,7 @@ def _release(lock: BaseFileLock, path: Path) -> None:
     lock_path = path.with_suffix(_LOCK)
     try:
         if os.name != "nt" and not path.exists():
-            # While it is still locked: a process that has opened it will see it gone.
+            # Removed while locked: a process that has opened it notices the removal.
             lock_path.unlink(missing_ok=True)
     finally:
         lock.release()

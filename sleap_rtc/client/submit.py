@@ -76,8 +76,8 @@ async def submit(
 ) -> JobResult:
     """Run a package on a worker of this machine's room, and fetch its results.
 
-    If the task is cancelled, the worker continues a job whose package it has, and an
-    upload is given up. Set `cancel_asked` to end the job as well.
+    If the task is cancelled, an upload stops, but the worker continues a job whose
+    package has arrived. Set `cancel_asked` to end the job as well.
 
     Args:
         request: The package, and how to run it.
@@ -173,7 +173,7 @@ class _Submission:
         ending: JobEnded | None = None
         try:
             async with reach.open_first(wanted, because) as (worker_id, link):
-                self._connecting = trio.CancelScope()  # from now on the job cancels
+                self._connecting = trio.CancelScope()  # the job cancels itself now
                 plan = await self._prepare(worker_id)
                 ending = await self._run_job(
                     plan, link, partial(reach.open_again, worker_id), cancel_asked
@@ -331,7 +331,7 @@ def _make_plan(
     root: Path | None,
     earlier: SubmissionNote | None,
 ) -> Plan:
-    """Combine the request with the note of an earlier process; it blocks."""
+    """Combine the request with the note of an earlier process (blocking)."""
     stem = package.named.resolve().name.removesuffix(".zip")
     output = None if request.output is None else request.output.absolute()
     chosen = None if earlier is None or not earlier.output else Path(earlier.output)

@@ -36,7 +36,7 @@ class MachineInfo(msgspec.Struct, frozen=True):
 
 
 def describe_machine(directory: Path, *, path: str | None = None) -> MachineInfo:
-    """Return the description of this machine; it blocks, so call it in a thread.
+    """Return the description of this machine. Blocking: call it in a thread.
 
     Args:
         directory: The directory for jobs.

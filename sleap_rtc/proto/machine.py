@@ -40,7 +40,7 @@ class Machine(Protocol[MessageT, OutputT]):
 
         Raises:
             RemoteProtocolError: If the peer may not send it now. The connection that it
-                came over has to end; the machine is as it was.
+                came over has to end; the machine has not changed.
         """
 
     def next_output(self) -> OutputT | None:

@@ -557,7 +557,8 @@ def decode_message_untrusted(data: bytes | str) -> Message:
         The message, or `Unknown` for a well-formed name that is not in `TABLE`.
 
     Raises:
-        RemoteProtocolError: For anything else; it names the message and the field.
+        RemoteProtocolError: For anything else; the reason names the message and the
+            field.
     """
     text = _text_untrusted(data)
     name, separator, rest = text.partition(SEPARATOR)

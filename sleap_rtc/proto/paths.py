@@ -1,6 +1,6 @@
 """Checks of the text of a path or file name that came from a peer.
 
-Nothing here looks at a file system. Code that opens a checked path must still refuse
+This module accesses no file system. Code that opens a checked path must still refuse
 symbolic links on the way, as `sleap_rtc.io.storage.folder` does.
 """
 

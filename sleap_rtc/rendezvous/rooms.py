@@ -53,7 +53,7 @@ def load_invite(environ: Mapping[str, str]) -> Invite | None:
         return decode_invite_untrusted(text)
     except InvalidInput as error:
         raise UsageError(
-            f"The stored invite can't be used: {error.reason}.",
+            f"Cannot use the stored invite: {error.reason}.",
             f"Join again with `sleap-rtc join <invite>`, or remove "
             f"{invite_path(environ)}.",
         ) from None
@@ -76,7 +76,7 @@ def require_invite(environ: Mapping[str, str]) -> Invite:
 
 
 def join_room(text: str, environ: Mapping[str, str]) -> Invite:
-    """Join the room of an invite, and leave the room of before.
+    """Join the room of an invite, and leave the previous room.
 
     Raises:
         UsageError: If the invite is damaged.
@@ -114,7 +114,7 @@ def hosting(environ: Mapping[str, str]) -> Hosting | None:
 def host_room(
     where: Hosting, environ: Mapping[str, str], public_url: str | None = None
 ) -> Invite:
-    """Make the room whose signaling a worker of this machine serves, or keep it.
+    """Create or keep the room whose signaling a worker of this machine serves.
 
     Args:
         where: The address that the server is bound to, with its real port.
@@ -167,14 +167,14 @@ def _make_invite(url: str, secret: bytes) -> Invite:
     try:
         return Invite(url, secret)
     except InvalidInput as error:
-        raise UsageError(f"'{url}' can't be used: {error.reason}.") from None
+        raise UsageError(f"Cannot use '{url}': {error.reason}.") from None
 
 
 def parse_listen_address(text: str) -> Hosting:
     """Parse ``HOST:PORT``, with brackets around an IPv6 address.
 
     Raises:
-        UsageError: If the text is something else.
+        UsageError: If the text has another form.
     """
     host, separator, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
@@ -198,7 +198,7 @@ def bind_problem(where: Hosting, error: OSError) -> ConfigError:
 
 
 def _reachable_url(where: Hosting) -> str:
-    """Return a guess of the address at which other machines reach a server here."""
+    """Guess the address at which other machines reach a server on this machine."""
     host = where.host
     if host in ("0.0.0.0", "::"):
         family = socket.AF_INET if host == "0.0.0.0" else None

@@ -1,4 +1,4 @@
-"""The worker role: be found in the room, accept links, own jobs."""
+"""The worker role: register in the room, accept links, own jobs."""
 
 import errno
 import shutil

@@ -46,7 +46,7 @@ def take_identity(state_directory: Path, slug: str) -> Identity:
 
     The files are ``workers/<slug>-<n>.json``, with n = 1, 2, ... Each name has its own
     numbers, so workers with several names, or on several machines with one home, get
-    their ids back in any order of starting.
+    their ids back in whatever order they start.
 
     Args:
         state_directory: The directory for the ids; it is created if it does not exist.

@@ -110,7 +110,7 @@ class JobLog:
     # ---------------------------------------------------------------------- in threads
 
     def _write(self) -> None:
-        with self._writing:  # an abandoned thread comes first
+        with self._writing:  # wait for an abandoned thread
             lines, self._unwritten = self._unwritten, []
             try:
                 if self._file is None:
@@ -128,4 +128,4 @@ class JobLog:
                 if self._file is not None:
                     self._file.close()
             except OSError:
-                return  # it tried again to write what had no room
+                return  # closing retries a failed write

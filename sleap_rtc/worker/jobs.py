@@ -96,8 +96,8 @@ async def open_jobs(
 class Jobs:
     """All jobs of a worker; made by `open_jobs`.
 
-    Each link begins with a job of its own that has no name yet. A job is found by its
-    id once it was recorded or has claimed the id, until nothing is left of it.
+    Each link begins with a new job that has no id yet. A job is found by its id from
+    the moment it is recorded, or has claimed the id, until it is removed.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Jobs:
         return self._by_id.get(job_id)
 
     def begin(self, link: ClientLink) -> "Job":
-        """Return a new job for a client that has named none."""
+        """Return a new job for a client that has not named one."""
         return Job(self, WorkerJob(), link=link)
 
     async def attach(
@@ -145,16 +145,16 @@ class Jobs:
         return other is not None and other is not job and other.can_resume
 
     def register(self, job: "Job") -> None:
-        """Make a job the one of its id."""
+        """Register a job under its id."""
         self._by_id[job.job_id] = job
 
     def forget(self, job: "Job") -> None:
-        """Remove a job if it is the one of its id."""
+        """Remove a job if it is registered under its id."""
         if self._by_id.get(job.job_id) is job:
             del self._by_id[job.job_id]
 
     async def claim(self, job_id: str, job: "Job") -> None:
-        """Make a job the one of an id, once nothing is left of a discarded one.
+        """Register a job under an id, once a discarded job of that id is removed.
 
         Raises:
             StorageError: If the worker has another job of this id.
@@ -197,7 +197,8 @@ class Jobs:
     async def sweep(self) -> None:
         """Discard parts of packages whose client stays away too long, until cancelled.
 
-        It begins with a pause: no client could come back while the worker was away.
+        The first search comes after a pause, in which clients can return after a
+        restart of the worker.
         """
         while True:
             await trio.sleep(SWEEP_INTERVAL)
@@ -212,7 +213,7 @@ class Job:
         jobs: All jobs of the worker.
         core: The machine that decides.
         link: The link of the client, if it is connected.
-        directory: The job directory, if there is one already.
+        directory: The job directory, if it exists already.
         updated: Time of the last change, or of the end of the last link, in seconds
             since the epoch.
     """
@@ -321,7 +322,7 @@ class Job:
             self.drain()
 
     async def wait_removed(self) -> None:
-        """Wait until nothing is left of a discarded job."""
+        """Wait until a discarded job is removed."""
         await self._removed.wait()
 
     # ------------------------------------------------------------ effects of the core
@@ -342,7 +343,7 @@ class Job:
             case worker_outputs.MakeOutput(path=path):
                 self._client().start(self._make_output, path)
             case worker_outputs.Admit(job_id=job_id, submission=submission):
-                self._directory = None  # on the shared route it had another one
+                self._directory = None  # the shared route used another one
                 self._settled = trio.Event()
                 self._jobs.nursery.start_soon(self._admit, job_id, submission)
             case worker_outputs.ReceivePackage(transfer_id=transfer_id, file=file):
@@ -455,7 +456,7 @@ class Job:
     # -------------------------------------------------------------- the channel route
 
     async def _admit(self, job_id: str, submission: messages.Submission) -> None:
-        """Admit or reject a package; the client may go, and come back, meanwhile."""
+        """Admit or reject a package; the client may disconnect and return meanwhile."""
         try:
             check_file_name_untrusted(submission.name)
             await self._jobs.claim(job_id, self)
@@ -506,7 +507,7 @@ class Job:
             raise
 
     def _open_part(self, file: messages.OfferedFile) -> ChunkWriter:
-        """Open the part of the package that an earlier link left; it blocks."""
+        """Open the part of the package that an earlier link left (blocking)."""
         return ChunkWriter.open(
             self._known_directory(),
             file.name,

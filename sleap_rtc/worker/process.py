@@ -31,10 +31,10 @@ KILL_TIMEOUT = 5.0
 """Seconds to wait after SIGKILL; only a process inside the kernel takes longer."""
 
 START_TIMEOUT = 60.0
-"""Seconds for the folder of a command to answer; network mounts fail over in 30."""
+"""Seconds for the folder of a command to answer; a mount may fail over in 30."""
 
 DRAIN_TIMEOUT = 2.0
-"""Seconds to wait for output after the end of a command whose child has the pipe."""
+"""Seconds to wait for output after a command has ended; a child may hold the pipe."""
 
 DRAIN_BYTES = 1024 * 1024
 """Bytes of output that are read after the end of a command; a pipe holds no more."""
@@ -139,13 +139,13 @@ async def run_script(
 
 
 async def _require_answer(program: str, cwd: Path) -> None:
-    """Check that the folder answers in which a program is to start.
+    """Check that the storage of a program's folder answers.
 
-    Python holds its global lock until a new program runs, so one that hangs at the
-    change to its folder would freeze the whole worker.
+    Python holds its global lock until a new program runs. A program that hangs while
+    it changes to its folder would freeze the whole worker.
 
     Raises:
-        ProgramStartError: If the folder does not answer.
+        ProgramStartError: If the storage does not answer.
     """
     health = await probe_storage(cwd, START_TIMEOUT)
     if not health.answered:
@@ -171,7 +171,7 @@ async def _resolve(
 
 
 def find_program(program: str, cwd: Path, path: str) -> str | None:
-    """Find an executable; it blocks.
+    """Find an executable (blocking).
 
     Args:
         program: A name, or a path relative to `cwd`.
@@ -264,7 +264,7 @@ def job_environment(
     }
     result["PYTHONUNBUFFERED"] = "1"
     if gpus is not None:
-        # CUDA counts the fastest GPU first unless told to count as the driver does.
+        # By default CUDA numbers the fastest GPU first; the driver does not.
         result["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
         result["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     return result
@@ -300,7 +300,7 @@ class _Output:
         with trio.CancelScope(deadline=deadline) as self._scope:
             data = bytes(await self._stream.receive_some(_READ_SIZE))
         if self._ending:
-            # Only the waiting counts, so that a slow reader loses nothing.
+            # Only waiting counts against the limit, so a slow reader loses nothing.
             self._seconds -= trio.current_time() - self._since
             self._bytes -= len(data)
         return data
@@ -350,7 +350,7 @@ async def _stop(process: trio.Process, grace: float) -> None:
 
 
 async def _wait_for_all(process: trio.Process, stdout: trio.abc.ReceiveStream) -> None:
-    """Wait for the end of a program and of all processes that have its output."""
+    """Wait for the end of a program and of all processes that hold its output open."""
     # A program whose last output is not read may wait forever to print it.
     while await stdout.receive_some(_READ_SIZE):
         pass
@@ -363,9 +363,9 @@ def _signal_all(process: trio.Process, *, kill: bool) -> None:
         process.kill()
         return
     try:
-        # With the program reaped and its children gone, the number could in theory
-        # belong to a new group; but the kernel hands numbers out in turn, and the
-        # program was reaped only now.
+        # Once the program is reaped and its children are gone, a new group could in
+        # theory get the number. But the kernel assigns numbers in turn, and the program
+        # was reaped only now.
         os.killpg(process.pid, signal.SIGKILL if kill else signal.SIGTERM)
     except (ProcessLookupError, PermissionError):
-        pass  # no process is left; macOS reports it as the second error
+        pass  # no process is left; macOS raises the second error

@@ -38,7 +38,7 @@ class RunReport(msgspec.Struct, frozen=True):
     """The end of a run.
 
     Args:
-        failure: The reason of a failure, for people; None if it succeeded.
+        failure: The reason of a failure, for people; None if the run succeeded.
         results: Size in bytes of each file that the job made or changed, by its path
             relative to the job directory.
     """
@@ -109,7 +109,7 @@ async def _list_after_stop(
 
 
 def _unpack(run: Run) -> tuple[Script, ...]:
-    """Unpack the package and read its scripts; it blocks.
+    """Unpack the package and read its scripts (blocking).
 
     Raises:
         ArchiveError: If the package is broken or hostile.

@@ -1,4 +1,4 @@
-"""The session of one client with the worker: finds its job, and routes its messages."""
+"""The session of one client with the worker: it finds the job and routes messages."""
 
 from collections.abc import Callable
 from typing import NoReturn
@@ -123,12 +123,12 @@ class _Session:
         if job is None:
             self._client.outbox.put(messages.JobUnknown(message.job_id))
         else:
-            # Nothing waits between the attaching and this, so no loss is missed.
+            # No await separates this from `attach`, so a lost link is not missed.
             self._job = job
             self._log.info("client came back", job=message.job_id)
 
     def _check_is_free(self, message: messages.ClientJobMessage) -> None:
-        """Reject a new job whose id another job has; JOB_SUBMIT is answered by it.
+        """Reject a new job whose id another job has; JOB_SUBMIT gets an answer instead.
 
         Raises:
             RemoteProtocolError: If the id is not free.

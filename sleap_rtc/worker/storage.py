@@ -45,7 +45,7 @@ async def ask_shared(
 
 
 def look_at_package(root: Path, path: str) -> None:
-    """Check that a package exists and can be read; it blocks.
+    """Check that a package exists and can be read (blocking).
 
     Raises:
         InvalidInput: If it is not a file, or is not in a directory of its own.
@@ -58,10 +58,10 @@ def look_at_package(root: Path, path: str) -> None:
 
 
 def make_room(directory: Path, size: int) -> None:
-    """Make the directory of a job for a package of `size` bytes; it blocks.
+    """Make the directory of a job for a package of `size` bytes (blocking).
 
-    A directory with only a part of a package is used again: the worker no longer has
-    the record of its job, and the client sends the rest.
+    A directory with only a part of a package is reused: the worker no longer has the
+    record of its job, and the client sends the rest.
 
     Raises:
         StorageError: If the disk has too little room, or the job exists.
@@ -95,7 +95,7 @@ def _bytes_in(directory: Path) -> int:
 
 
 def open_result(directory: Path, path: str) -> ChunkReader:
-    """Open a result in a job directory; it blocks.
+    """Open a result in a job directory (blocking).
 
     Raises:
         InvalidInput: If it is not a file of the job.

@@ -112,7 +112,7 @@ _UPDATES = ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS)
 _SAVE = (
     f"INSERT INTO jobs ({', '.join(_COLUMNS)}) "
     f"VALUES ({', '.join('?' * len(_COLUMNS))}) "
-    # The row keeps its number, so the oldest job stays the first.
+    # The row keeps its number, so the oldest job stays first.
     f"ON CONFLICT (job_id) DO UPDATE SET {_UPDATES}"
 )
 _LOAD = f"SELECT {', '.join(_COLUMNS)} FROM jobs WHERE worker_id = ? ORDER BY number"
@@ -253,7 +253,7 @@ def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
 def _create_table(connection: sqlite3.Connection) -> None:
     connection.execute("BEGIN IMMEDIATE")
     with connection:  # commits, or rolls back
-        if _version(connection) == 0:  # no other process was faster
+        if _version(connection) == 0:  # no other process has created it
             connection.execute(_TABLE)
             connection.execute(f"PRAGMA user_version = {_VERSION}")
 

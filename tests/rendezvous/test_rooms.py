@@ -98,7 +98,7 @@ def test_a_damaged_invite_names_its_file(environ: dict[str, str]) -> None:
     host_room(HERE, environ)
     path = Path(environ["SLEAP_RTC_STATE_DIR"]) / "invite"
     path.write_text(path.read_text()[:-3])
-    with pytest.raises(UsageError, match="can't be used") as caught:
+    with pytest.raises(UsageError, match="Cannot use") as caught:
         load_invite(environ)
     assert str(path) in caught.value.hint
 
@@ -129,7 +129,7 @@ def test_a_joined_room_beats_the_configured_server(environ: dict[str, str]) -> N
 def test_an_invalid_public_address_is_a_usage_error(
     environ: dict[str, str], url: str
 ) -> None:
-    with pytest.raises(UsageError, match=f"'{url}' can't be used: the signaling"):
+    with pytest.raises(UsageError, match=f"Cannot use '{url}': the signaling"):
         host_room(HERE, environ, url)
     assert load_invite_text(environ) is None
 
@@ -137,7 +137,7 @@ def test_an_invalid_public_address_is_a_usage_error(
 def test_an_invalid_configured_address_is_a_usage_error(
     environ: dict[str, str],
 ) -> None:
-    with pytest.raises(UsageError, match="'ws://host#part' can't be used"):
+    with pytest.raises(UsageError, match="Cannot use 'ws://host#part'"):
         room_elsewhere(configured("ws://host#part"), environ)
     assert load_invite_text(environ) is None
 

@@ -79,7 +79,7 @@ class PeerUnreachableError(Exception):
     """
 
     def __init__(self, target: str, reason: str) -> None:
-        super().__init__(f"{target} can't be reached: {reason}")
+        super().__init__(f"Cannot reach {target}: {reason}")
         self.target = target
         self.reason = reason
 
@@ -92,8 +92,8 @@ class RoomConnection:
 
     Attributes:
         peer_id: The name of this peer.
-        offers: The sealed offers that arrive, as pairs of sender and text. It ends if
-            the server refuses the registration.
+        offers: A channel of the sealed offers that arrive, as pairs of sender and text.
+            It ends if the server refuses the registration.
         trouble: Why the last connection failed or ended; empty if none did.
         is_refused: True if the host of the server refused the last connection.
         failed: Set once a connection has failed or ended.
@@ -356,13 +356,13 @@ async def open_room(
 ) -> AsyncIterator[RoomConnection]:
     """Enter a room, and stay in it whatever happens to the connection.
 
-    It does not wait for the registration: see `RoomConnection.wait_registered`.
+    This does not wait for the registration: see `RoomConnection.wait_registered`.
 
     Args:
         url: The signaling server of the invite.
         keys: The keys of the invite.
         peer_id: A name that no other peer of the room uses.
-        role: Such as ``worker`` or ``client``.
+        role: The role of this peer, such as ``worker`` or ``client``.
         metadata: Metadata that the other peers of the room can read.
         log: Log of connections and reconnections.
         limits: Time limits.

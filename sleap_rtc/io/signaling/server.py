@@ -40,8 +40,8 @@ async def serve_signaling(
     """Run a signaling server until cancelled.
 
     Args:
-        listeners: Where connections come from, such as `trio.open_tcp_listeners`
-            returns them. They are closed at the end.
+        listeners: Sources of connections, as `trio.open_tcp_listeners` returns them.
+            They are closed at the end.
         log: Log of registrations, departures and refusals.
     """
     server = _Server(log)

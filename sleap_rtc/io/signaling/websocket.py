@@ -55,14 +55,14 @@ class WebSocketLimits(msgspec.Struct, frozen=True):
         max_queued: Bytes that wait to be sent, three lists of a full room. A peer that
             lets more of them wait does not read.
         max_unfinished: Bytes received without a whole message. The longest list of
-            peers is far below. The pongs of a silent peer take three months to get
-            there.
-        write_timeout: For one write, which nearly always goes into the kernel's buffer.
-            A cancellation waits for it, so that no frame is cut.
-        close_timeout: To send all that is queued and to receive the peer's close.
-        handshake_timeout: For the handshake of the WebSocket, after those of TCP and
-            TLS.
-        pong_timeout: For the reply to a ping, which RFC 6455 requires (5.5.3).
+            peers is far below this limit. The pongs of a silent peer take three months
+            to reach it.
+        write_timeout: Time for one write, which nearly always goes into the kernel's
+            buffer. A cancellation waits for it, so that no frame is cut.
+        close_timeout: Time to send all queued messages and to receive the peer's close.
+        handshake_timeout: Time for the handshake of the WebSocket, after those of TCP
+            and TLS.
+        pong_timeout: Time for the reply to a ping, which RFC 6455 requires (5.5.3).
     """
 
     max_message: int
@@ -93,7 +93,7 @@ class CloseCode(IntEnum):
 
 
 class WebSocketUser(Protocol):
-    """The receiver of all that comes in; the methods must not block."""
+    """The receiver of messages and pings; its methods must not block."""
 
     def received_text(self, text: str) -> None:
         """Handle a whole message."""
@@ -186,7 +186,7 @@ class WebSocket:
         """Read and write until the connection ends, and close the stream.
 
         Args:
-            user: The receiver of all that comes in.
+            user: The receiver of messages and pings.
 
         Returns:
             Why it ended: the argument of `close`, or the failure.
@@ -433,7 +433,7 @@ async def connect_websocket(url: str, max_message: int) -> WebSocket:
 
 
 async def _secured(stream: trio.abc.Stream, host: str) -> trio.abc.Stream:
-    """Put TLS over a stream."""
+    """Wrap a stream in TLS."""
     context = await trio.to_thread.run_sync(ssl.create_default_context)
     secured = trio.SSLStream(
         stream, context, server_hostname=host, https_compatible=True

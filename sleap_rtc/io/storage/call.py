@@ -49,7 +49,7 @@ async def call_storage(
     time is returned. Otherwise the thread is left behind.
 
     Args:
-        function: The function; it blocks.
+        function: The function, which may block.
         args: Its arguments.
         root: The storage, for the error message.
         timeout: Seconds for the call; None waits until the task is cancelled.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Write a file for its owner only, whole or not at all; it blocks.
+    """Write a file for its owner only, whole or not at all (blocking).
 
     The content and the name are on disk when it returns, so that both outlive a power
     cut. After a failure the file is as it was.

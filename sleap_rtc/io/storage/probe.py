@@ -87,7 +87,7 @@ async def ask_storage(
 
     Args:
         root: A directory on the storage.
-        function: The function; it blocks.
+        function: The function, which may block.
         args: Its arguments.
         timeout: Seconds for the probe and the call together.
 

@@ -36,14 +36,14 @@ CANCEL_TIMEOUT = 20.0
 """Seconds for the worker to stop a job: it gives the trainer ten to save its model."""
 
 PACKAGE_TRANSFER_ID = 0
-"""The package is the first file of a link; results follow it."""
+"""Transfer id of the package, the first file of a link; results follow it."""
 
 _HAS_PACKAGE = frozenset({"QUEUED", "RUNNING", "COMPLETE"})
 """States that a worker reports only after it has received the whole package."""
 
 
 class _Cancellation(msgspec.Struct, frozen=True):
-    """The wish of the user to stop the job, with its reason."""
+    """The user's request to stop the job, with its reason."""
 
     reason: str
     stopped: bool = False
@@ -260,7 +260,7 @@ class ClientJob:
             self._lose(f"the worker ended the connection: {message.reason}")
             return
         if isinstance(message, SharedAnswer) and self.route == "channel":
-            return  # the answer to a question of the shared route, which was given up
+            return  # the answer to a request of the shared route, which was given up
         move_untrusted(TRANSITIONS, self.state, type(message))
         if isinstance(message, messages.JobMessage) and message.job_id != self.job_id:
             raise RemoteProtocolError(f"{type(message).__name__} is for another job")
@@ -314,7 +314,7 @@ class ClientJob:
             return
         self._require_lost_link()
         if self._is_stopping():
-            self._end("cancelled", "the worker was not told", confirmed=False)
+            self._end("cancelled", "the worker was not informed", confirmed=False)
         else:
             self._lose(reason)
 
@@ -368,7 +368,7 @@ class ClientJob:
                 assert_never(decision)
 
     def _follow_shared(self, now: float) -> None:
-        """Carry out what the shared route asks for, and leave it at its end."""
+        """Run the outputs of the shared route, and leave it at its end."""
         shared = self._sharing()
         while (output := shared.next_output()) is not None:
             match output:
@@ -508,7 +508,7 @@ class ClientJob:
         ending: JobEnded,
         message: type[messages.JobComplete] | type[messages.JobFailed],
     ) -> None:
-        """End the job, after its results have come home."""
+        """End the job, after fetching its results."""
         self._abandon()
         self._move(message)
         self._ending = ending
@@ -532,7 +532,7 @@ class ClientJob:
         self._end("lost", reason)
 
     def _abandon(self) -> None:
-        """Stop the effect that is under way, and discard a copy that is of no use."""
+        """Stop the effect that is under way, and discard a useless copy."""
         if self.state is ClientState.SHARING:
             self._outputs.append(DiscardShared(self.job_id))
         self._stop_transfer()
@@ -589,7 +589,7 @@ class ClientJob:
         return self._transfer is not None and not self._transfer.stopped
 
     def _needs_no_link(self) -> bool:
-        """Return whether the results are copied without the worker, which is gone."""
+        """Return whether results are being copied while the worker is not connected."""
         fetching = self.state is ClientState.FETCHING and self.route == "shared"
         return fetching and not self._connected
 

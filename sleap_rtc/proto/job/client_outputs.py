@@ -54,7 +54,7 @@ class SendPackage(msgspec.Struct, frozen=True):
 class StopTransfer(msgspec.Struct, frozen=True):
     """Stop sending the package, or fetching the results.
 
-    The report of what was stopped changes nothing. It may come late, but not after the
+    A report of the stopped effect changes nothing. It may come late, but not after the
     next transfer has begun.
     """
 

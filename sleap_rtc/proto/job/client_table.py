@@ -17,7 +17,7 @@ class ClientState(Enum):
     SENDING = auto()  #     the package goes through the channel
     WAITING = auto()  #     the job is queued or runs
     CANCELLING = auto()  #  the worker has been asked to stop the job
-    FETCHING = auto()  #    the job has ended, and its results come home
+    FETCHING = auto()  # the job has ended, and its results are fetched
     RESUMING = auto()  #    the worker has been asked about the job over a new link
     ENDED = auto()
 

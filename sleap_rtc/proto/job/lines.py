@@ -1,6 +1,6 @@
 """The output of a program, as numbered lines that are safe to show.
 
-A program that believes it talks to a terminal redraws: a bare carriage return starts
+A program that writes to a terminal redraws lines: a bare carriage return starts
 its line again, and ``ESC [ A`` goes back up to one that it drew before (nested progress
 bars do). `LineAssembler` follows these moves, so that a redraw gives a new text for the
 number of the line that it redraws. All other terminal control is removed.
@@ -15,7 +15,7 @@ import msgspec
 from sleap_rtc.proto.terminal import TOKEN, UNFINISHED, without_marks
 
 MAX_LINE_BYTES = 16 * 1024
-"""UTF-8 bytes of the longest line; four times as many would still fit a message."""
+"""UTF-8 bytes of the longest line; a message would fit four times as many."""
 
 CUT_MARK = " [line cut]"
 
@@ -204,7 +204,7 @@ class LineAssembler:
             self._cursor = max(0, self._cursor - max(1, int(match[1] or 1)))
             self._fresh = True
             return
-        # Erasing what follows on the line takes nothing away at the end of its text.
+        # At the end of its text, erasing the rest of the line removes nothing.
         match = _ERASE_LINE.fullmatch(sequence)
         if match and (self._fresh or match[1] == "2"):
             self._rows[self._cursor].erase(now)

@@ -74,7 +74,7 @@ def _fitting(files: list[messages.ResultFile]) -> int:
 
 
 class ResultList:
-    """Results that a worker has listed, within what a client has memory for."""
+    """Results that a worker has listed, within the memory limits of a client."""
 
     def __init__(self) -> None:
         self._files: list[messages.ResultFile] = []

@@ -13,7 +13,7 @@ from sleap_rtc.proto.route.routes import (
 
 
 class RoutePlan(msgspec.Struct, frozen=True):
-    """The wish of the user, and the shared storage of both sides.
+    """The preference of the user, and the shared storage of both sides.
 
     Args:
         preference: The route that the user asked for.

@@ -1,7 +1,8 @@
 """The worker's side of a start over shared storage.
 
-The client may have a probe file read, names its job, and has the path of the package
-and that of the models checked. It need not wait for the answers about the paths.
+The client may ask for a probe file to be read. Then it names its job, and asks the
+worker to check the paths of the package and of the models, without waiting for the
+answers.
 """
 
 from collections import deque
@@ -55,8 +56,8 @@ class Report(Enum):
 
 _M, _S, _R = messages, IntakeState, Report
 
-# Where a request leads back to its state, it is kept until the owner has reported, or
-# ignored because it was sent before the client saw the refusal.
+# A request that leads back to its state is kept until the owner has reported, or
+# ignored because the client sent it before it saw the refusal.
 TRANSITIONS: Table[IntakeState] = {
     _S.NEW: {_M.MountProbe: _S.PROBING, _M.JobIdentity: _S.IDENTIFIED},
     _S.PROBING: {
@@ -150,7 +151,7 @@ class SharedIntake:
         self._report(Report.OUTPUT_MADE, messages.PathValidated("output"))
 
     def path_refused(self, reason: str) -> None:
-        """Handle a report: the path that was asked about is not acceptable."""
+        """Handle a report: the path in question is not acceptable."""
         move(TRANSITIONS, self.state, Report.PATH_REFUSED)
         self._early.clear()
         self._report(Report.PATH_REFUSED, messages.PathError(clean_text(reason)))

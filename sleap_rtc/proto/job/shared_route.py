@@ -188,7 +188,7 @@ class SharedRoute:
         self._ask_for_paths(now)
 
     def connection_restored(self, now: float) -> None:
-        """Repeat over the new link what the worker has not answered."""
+        """Repeat the unanswered request over the new link."""
         match self.state:
             case SharedState.PROBING if self._probe is not None:
                 self._ask_for_probe(self._probe, now)

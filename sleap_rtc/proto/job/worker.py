@@ -69,10 +69,10 @@ class WorkerJob:
     link, `connection_restored` and a `JobResume`. Reports on effects: one method for
     each, named in the effect. Command of the owner: `cancel`. After each of them call
     `next_output` until it returns None. It has no deadline of its own: the idle timeout
-    of the link ends what a silent client leaves behind.
+    of the link handles a silent client.
 
-    A job whose paths are being checked ends with its link. A later job outlives its
-    link, and its client may come back over another one.
+    A job whose paths are being checked ends with its link. In a later state the job
+    outlives its link, and its client may come back over another one.
     """
 
     def __init__(self) -> None:
@@ -271,7 +271,7 @@ class WorkerJob:
             self._follow_intake()
 
     def path_refused(self, reason: str) -> None:
-        """Handle a report: the path that was asked about is not acceptable."""
+        """Handle a report: the path in question is not acceptable."""
         if (intake := self._sharing()) is not None:
             intake.path_refused(reason)
             self._follow_intake()
@@ -332,7 +332,7 @@ class WorkerJob:
             self._send_state()
 
     def progressed(self, event: RunEvent) -> None:
-        """Handle a report: the run has come to this event."""
+        """Handle a report: the run has produced this event."""
         if not self._report(WorkerTrigger.PROGRESSED):
             return
         match event:
@@ -436,7 +436,7 @@ class WorkerJob:
             self._send_ending(self._ending)
 
     def _follow_intake(self) -> None:
-        """Carry out what the intake asks for, and queue the job that it started."""
+        """Run the outputs of the intake, and queue the job that it started."""
         while (output := self._intake.next_output()) is not None:
             if isinstance(output, SendMessage):
                 self._send(output.message)
@@ -467,7 +467,7 @@ class WorkerJob:
         self._outputs.append(Discard())
 
     def _send_ending(self, ending: _Ending) -> None:
-        """Send what the job made and how it ended; a client that misses it resumes."""
+        """Send the results and the outcome; a client that misses them resumes."""
         for page in result_pages(self._results):
             self._send(messages.JobResults(self.job_id, page))
         self._send_state()
@@ -487,10 +487,10 @@ class WorkerJob:
         raise LocalProtocolError(f"no path is checked in {self.state.name}")
 
     def _report(self, trigger: WorkerTrigger) -> bool:
-        """Move on for a report; return False if it comes after the end of the job.
+        """Change the state for a report; return False if it comes after the end.
 
         Raises:
-            LocalProtocolError: If nothing of the kind can have been asked for.
+            LocalProtocolError: If no such effect can have been asked for.
         """
         if self.has_ended:
             return False

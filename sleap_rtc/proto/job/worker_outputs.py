@@ -18,7 +18,7 @@ class ReadProbe(msgspec.Struct, frozen=True):
 
 
 class CheckInput(msgspec.Struct, frozen=True):
-    """Look at the package beneath the root; `input_valid` or `path_refused` follows."""
+    """Check the package beneath the root; `input_valid` or `path_refused` follows."""
 
     path: str
 

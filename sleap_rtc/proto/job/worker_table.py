@@ -12,7 +12,7 @@ class WorkerState(Enum):
     """Phase of a worker's job."""
 
     NEW = auto()  #        a link without a job
-    SHARING = auto()  #    `SharedIntake` checks what lies on the shared storage
+    SHARING = auto()  # `SharedIntake` checks the files on the shared storage
     ADMITTING = auto()  #  the owner decides whether it takes a package
     ADMITTED = auto()  #   the package may come
     RECEIVING = auto()  #  the package comes through the channel

@@ -3,7 +3,7 @@
 An offer is bound to both peer ids, to a fresh nonce of the client, to the nonce that
 the worker publishes (a new one at each start), and to a time. An answer is bound to the
 offer's nonce and to a nonce of its own. So the server can neither read, nor alter, nor
-replay them. `sleap_rtc.proto.rendezvous.proof` has what follows on the new link.
+replay them. `sleap_rtc.proto.rendezvous.proof` handles the proof on the new link.
 
 In this module ``now`` and ``expires`` are seconds since 1970 (wall clock), because two
 machines have to agree on them.
@@ -96,7 +96,7 @@ _Kind = Literal["offer", "answer"]
 
 
 class _Associated(msgspec.Struct, frozen=True):
-    """The associated data of the AEAD: all that a sealed content is bound to.
+    """The associated data of the AEAD, to which a sealed content is bound.
 
     Args:
         kind: Offer or answer.
@@ -104,7 +104,7 @@ class _Associated(msgspec.Struct, frozen=True):
         target: Peer id of the receiver.
         session: The client's nonce in hexadecimal digits.
         nonce: The worker's nonce in hexadecimal digits.
-        expires: When the text loses its value.
+        expires: When the text expires.
     """
 
     kind: _Kind
@@ -155,7 +155,7 @@ _INVALID = _Envelope(
     aead_nonce=bytes(AEAD_NONCE_BYTES),
     sealed=bytes(64),
 )
-"""Replaces a text that is not an envelope, so that it is refused after as much work."""
+"""Stand-in for a text that is not an envelope: its refusal takes as much work."""
 
 
 # ------------------------------------------------------------------------- sealing
@@ -182,7 +182,7 @@ def seal_offer(
         nonce: `NONCE_BYTES` fresh random bytes; they name the session.
         worker_nonce: The nonce that the worker publishes, see `worker_nonce_untrusted`.
         aead_nonce: `AEAD_NONCE_BYTES` fresh random bytes.
-        expires: When it loses its value: now plus `SEAL_LIFETIME`.
+        expires: When the text expires: now plus `SEAL_LIFETIME`.
 
     Returns:
         The text for the signaling server.

@@ -56,13 +56,13 @@ class MemberLimits(msgspec.Struct, frozen=True):
     """Time limits of a `RoomMember`, in seconds.
 
     Args:
-        registration_timeout: From the connection to the end of the registration; the
-            server allows as much.
-        silence_timeout: Without a sign of life of the server, after which the
-            connection counts as dead: three of its pings did not come.
+        registration_timeout: Time from the connection to the end of the registration;
+            the server has the same limit.
+        silence_timeout: Time without a sign of life of the server after which the
+            connection counts as dead: three missed pings.
         stable_after: A registration that lasted this long resets the backoff. So two
-            processes that use one peer id push each other out ever more slowly.
-        backoff: Between two attempts to connect.
+            processes that use one peer id replace each other ever more slowly.
+        backoff: Delays between two attempts to connect.
     """
 
     registration_timeout: float = 10.0
@@ -100,7 +100,7 @@ class MemberState(Enum):
     """The peer is in the room."""
 
     WAITING = auto()
-    """Not connected; the next attempt comes with the deadline."""
+    """Not connected; the next attempt starts at the deadline."""
 
     ENDED = auto()
     """Refused by the server: nothing more happens."""
@@ -146,7 +146,7 @@ TRANSITIONS: Table[MemberState] = {
     },
     _S.ENDED: {},
 }
-"""The transitions of `RoomMember`; messages that are not named change no state."""
+"""The transitions of `RoomMember`; other messages do not change the state."""
 
 _CONNECTED = frozenset({_S.OPENING, _S.REGISTERING, _S.REGISTERED})
 
@@ -172,7 +172,7 @@ class RoomMember:
     Args:
         keys: Keys of the room.
         peer_id: The name of this peer, unique in the room.
-        role: Such as ``worker`` or ``client``.
+        role: The role of this peer, such as ``worker`` or ``client``.
         metadata: Metadata that the other peers of the room can read.
         random: Source of the jitter of the backoff.
         limits: Time limits.
@@ -399,7 +399,7 @@ class RoomMember:
         self._publish()
 
     def _publish(self) -> None:
-        """Send the metadata if it changed since the room got it."""
+        """Send the metadata if it has changed since the room received it."""
         if self._state is not MemberState.REGISTERED:
             return
         if self._metadata != self._sent_metadata:

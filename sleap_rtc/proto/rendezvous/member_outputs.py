@@ -39,7 +39,7 @@ class Reconnecting(msgspec.Struct, frozen=True):
 
 
 class PeersListed(msgspec.Struct, frozen=True):
-    """Event: the peers that the discovery of this number found."""
+    """Event: the peers found by the discovery with this number."""
 
     request: int
     peers: tuple[PeerInfo, ...]

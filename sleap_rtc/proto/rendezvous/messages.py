@@ -21,7 +21,7 @@ MAX_METADATA_BYTES = 4096
 GPUs."""
 
 MAX_PEERS_PER_ROOM = 64
-"""Peers of a laboratory, with all its workers and terminals."""
+"""Peers in one room: enough for the workers and terminals of a laboratory."""
 
 MAX_LIST_BYTES = MAX_PEERS_PER_ROOM * (MAX_METADATA_BYTES + 1024)
 """Bytes of the longest message of a server, which lists a full room."""
@@ -85,7 +85,7 @@ class Filters(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class PeerInfo(msgspec.Struct, frozen=True):
-    """One peer of the room, in its own words."""
+    """One peer of the room, as it describes itself."""
 
     peer_id: PeerId
     role: Role
@@ -273,7 +273,7 @@ def decode_peer_signal_untrusted(text: str) -> PeerSignal:
         The message; `UnknownSignal` if it is not one that peers send.
 
     Raises:
-        RemoteProtocolError: For all other texts; it names the message and the field.
+        RemoteProtocolError: For all other texts; the reason names message and field.
     """
     signal = decode_signal_untrusted(text)
     return signal if isinstance(signal, PeerSignal) else _ignored(signal)
@@ -286,7 +286,7 @@ def decode_server_signal_untrusted(text: str) -> ServerSignal:
         The message; `UnknownSignal` if it is not one that servers send.
 
     Raises:
-        RemoteProtocolError: For all other texts; it names the message and the field.
+        RemoteProtocolError: For all other texts; the reason names message and field.
     """
     signal = decode_signal_untrusted(text, MAX_LIST_BYTES)
     return signal if isinstance(signal, ServerSignal) else _ignored(signal)
@@ -307,7 +307,7 @@ def decode_signal_untrusted(text: str, limit: int = MAX_SIGNAL_BYTES) -> Signal:
         A message of `TABLE`, or `UnknownSignal` if the name is not in it.
 
     Raises:
-        RemoteProtocolError: For all other texts; it names the message and the field.
+        RemoteProtocolError: For all other texts; the reason names message and field.
     """
     name = "a signaling message"
     try:

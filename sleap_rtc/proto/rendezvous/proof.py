@@ -19,7 +19,7 @@ from sleap_rtc.proto.rendezvous.invite import RoomKeys, join_fields
 
 MAX_OUTSTANDING_OFFERS = 1024
 """Offers in the table: three a second for the whole of `MAX_LIFETIME`. Only holders of
-the secret can add one, so it stops a faulty client and not an attacker."""
+the secret can add one, so the limit stops a faulty client, not an attacker."""
 
 
 def link_proof(
@@ -67,11 +67,11 @@ class _Expected(msgspec.Struct, frozen=True):
 
 
 _EXPIRED = _Expected(b"", "", float("-inf"))
-"""Replaces an unknown session, so that it is refused after as much work."""
+"""Stand-in for an unknown session: its refusal takes as much work."""
 
 
 class OfferTable:
-    """The offers that a worker has accepted: no offer twice, and one link for each.
+    """The offers that a worker has accepted: each only once, and for one link.
 
     Call `accept` for every opened offer, `expect` once it is answered, and
     `check_proof_untrusted` when a link presents its proof.

@@ -44,17 +44,19 @@ class ServerLimits(msgspec.Struct, frozen=True):
     """Limits of a `RoomServer`; times are in seconds.
 
     Args:
-        max_connections: Leaves room below the usual limit of open files of a process.
-        max_rooms: Any peer may open a room, so one must not fill the server with them.
-        messages_per_second: Of one connection, on average; a busy client sends a few in
-            a minute.
-        message_burst: Messages of one connection at once, such as a client sends that
-            asks several workers.
-        registration_timeout: For the WebSocket handshake and `Register`: ten round
+        max_connections: Connections at once, below the usual limit of open files of a
+            process.
+        max_rooms: Rooms at once. Any peer may open a room, so one peer could fill the
+            server.
+        messages_per_second: Messages of one connection, on average; a busy client sends
+            a few in a minute.
+        message_burst: Messages of one connection at once, as from a client that asks
+            several workers.
+        registration_timeout: Time for the WebSocket handshake and `Register`: ten round
             trips of a bad line.
-        ping_interval: Well below the 60 s after which home routers forget a silent
-            connection.
-        idle_timeout: Without a message or pong of a peer: four pings unanswered.
+        ping_interval: Time between two pings, well below the 60 s after which home
+            routers forget a silent connection.
+        idle_timeout: Time without a message or pong of a peer: four unanswered pings.
     """
 
     max_connections: int = 1024
@@ -85,7 +87,7 @@ class Ping(msgspec.Struct, frozen=True):
 
 
 class Drop(msgspec.Struct, frozen=True):
-    """Effect: close a connection once all texts are sent; it is forgotten already."""
+    """Effect: close a forgotten connection once all its texts are sent."""
 
     connection: int
     reason: str
@@ -153,7 +155,7 @@ class _Connection(msgspec.Struct):
 
 
 class _Refusal(Exception):
-    """Raised inside the machine only: the reply to one message is an `ErrorSignal`."""
+    """Raised inside the machine only; the reply to the message is an `ErrorSignal`."""
 
     def __init__(
         self,

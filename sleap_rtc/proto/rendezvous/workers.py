@@ -15,9 +15,9 @@ _Number = Annotated[int, Meta(ge=0, le=2**53)]
 class WorkerCard(msgspec.Struct, frozen=True):
     """The metadata properties of a worker.
 
-    The first four have the names that other SLEAP peers read. The owner of the
-    signaling server could change all of it, so it may be shown and serve a choice, but
-    it never decides about trust.
+    The first four have the names that other SLEAP peers read. A signaling server could
+    alter them all, so they may be shown and may guide a choice, but they never decide
+    about trust.
     """
 
     hostname: _Word = ""

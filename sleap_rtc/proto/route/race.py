@@ -11,7 +11,7 @@ STAGGER_INTERVAL = 0.25
 """Seconds between the starts of two attempts (RFC 8305, 5)."""
 
 GRACE_TIMEOUT = 0.3
-"""Seconds after the first open link that better kinds have to open one: a handshake
+"""Seconds that better kinds have to open a link once the first one is open: a handshake
 over TCP takes one round trip more than a handshake over QUIC."""
 
 
@@ -125,7 +125,7 @@ class LinkRace:
     # ------------------------------------------------------------------- decisions
 
     def _advance(self, now: float) -> None:
-        """Draw all conclusions; the last step of every input."""
+        """Settle the race or start attempts; the last step of every input."""
         if self._settled:
             return
         if self._opened:
@@ -154,7 +154,7 @@ class LinkRace:
                 return
 
     def _may_open(self, kind: LinkKindName) -> bool:
-        """Return whether attempts of a kind run or are still to come."""
+        """Return whether attempts of a kind are running or still to come."""
         running = any(attempt.kind == kind for attempt in self._running)
         return running or bool(self._waiting[kind])
 

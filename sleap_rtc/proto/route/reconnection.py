@@ -22,7 +22,7 @@ quickly."""
 
 GONE_TIMEOUT = 7.0
 """Seconds from the last sign of life until a worker that is gone is given up. A restart
-of a worker takes a few of them."""
+of a worker takes a few seconds."""
 
 GONE_ATTEMPTS = 2
 """Attempts in a row that must find the worker gone: it may register just after one."""
@@ -34,7 +34,8 @@ link that was silent for long may have used up `GONE_TIMEOUT` before it was lost
 
 PATIENCE = 1800.0
 """Seconds for which a client tries to reopen a lost link, unless the user chooses
-otherwise: a train passes a long tunnel, a laptop is carried to another building."""
+otherwise: enough for a train in a long tunnel, or for a laptop carried to another
+building."""
 
 
 class TryAgain(msgspec.Struct, frozen=True):

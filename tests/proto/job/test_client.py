@@ -575,7 +575,7 @@ def test_the_text_of_a_worker_does_not_undo_a_cancellation(
     answer: type[messages.JobRejected] | type[messages.JobFailed],
 ) -> None:
     job = job_at("channel", "cancelling")
-    job.receive_message(answer(JOB, "disk full; the worker was not told"), 0.0)
+    job.receive_message(answer(JOB, "disk full; the worker was not informed"), 0.0)
     ending = drain(job)[-1]
     assert isinstance(ending, JobEnded)
     assert (ending.outcome, ending.confirmed) == ("cancelled", True)

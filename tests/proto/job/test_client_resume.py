@@ -93,7 +93,7 @@ def test_giving_up_ends_the_job_in_every_place(route: str, place: str) -> None:
     if needs_no_link(route, place):
         assert outputs == []
     elif place == "cancelling":
-        reason = "the worker was not told"
+        reason = "the worker was not informed"
         assert outputs == [JobEnded("cancelled", reason, confirmed=False)]
     else:
         assert outputs[-1] == JobEnded("lost", "it stays away")

@@ -122,7 +122,7 @@ def test_an_import_upwards_is_noticed(copy: Path, contract: str) -> None:
             continue
         path = source(copy, importer)
         module = f"sleap_rtc.{importer}"
-        if path.name == "__init__.py":  # in a module of its own nothing is circular
+        if path.name == "__init__.py":  # a separate module makes no cycle
             path = path.with_name(f"breach_{number}.py")
             module += f".breach_{number}"
         whole = imported if imported == "socket" else f"sleap_rtc.{imported}"

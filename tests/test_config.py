@@ -350,7 +350,7 @@ def state(tmp_path: Path) -> dict[str, str]:
 
 
 @posix
-def test_the_state_directory_is_its_owners_alone(state: dict[str, str]) -> None:
+def test_only_the_owner_can_read_the_state_directory(state: dict[str, str]) -> None:
     before = os.umask(0)
     try:
         path = make_state_directory(state)
@@ -361,7 +361,7 @@ def test_the_state_directory_is_its_owners_alone(state: dict[str, str]) -> None:
     assert make_state_directory(state) == path
 
 
-def test_a_state_directory_that_can_not_be_made_is_named(tmp_path: Path) -> None:
+def test_a_state_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="SLEAP_RTC_STATE_DIR"):
         make_state_directory({"SLEAP_RTC_STATE_DIR": str(tmp_path / "file" / "state")})
@@ -389,7 +389,7 @@ def test_the_variable_beats_the_stored_invite(state: dict[str, str]) -> None:
 
 @posix
 @pytest.mark.parametrize("umask", [0, 0o022, 0o077])
-def test_other_users_can_not_read_an_invite_at_any_moment(
+def test_other_users_cannot_read_an_invite_at_any_moment(
     umask: int, state: dict[str, str]
 ) -> None:
     seen: list[int] = []
@@ -416,7 +416,7 @@ def test_other_users_can_not_read_an_invite_at_any_moment(
 
 
 @posix
-def test_an_invite_that_can_not_be_written_leaves_nothing(
+def test_an_invite_that_cannot_be_written_leaves_nothing(
     state: dict[str, str],
 ) -> None:
     directory = make_state_directory(state)
@@ -428,7 +428,7 @@ def test_an_invite_that_can_not_be_written_leaves_nothing(
     assert [path.name for path in directory.iterdir()] == ["invite"]
 
 
-def test_an_invite_that_can_not_be_read_is_not_shown(state: dict[str, str]) -> None:
+def test_an_invite_that_cannot_be_read_is_not_shown(state: dict[str, str]) -> None:
     path = save_invite_text("old", state)
     path.write_bytes(b"secret \xff")
     with pytest.raises(ConfigError, match="Cannot read") as caught:

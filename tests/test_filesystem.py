@@ -17,7 +17,7 @@ from sleap_rtc.filesystem import (
 )
 
 
-def test_a_copy_has_the_content_and_nothing_else_is_left(tmp_path: Path) -> None:
+def test_a_copy_has_the_content_and_leaves_no_other_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"content")
     safe_copy(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == b"content"
@@ -150,7 +150,7 @@ def test_links_count_when_they_are_resolved(tmp_path: Path) -> None:
         validate_path_in_root("a\0b", root)
 
 
-def test_paths_go_there_and_back(tmp_path: Path) -> None:
+def test_paths_survive_a_round_trip(tmp_path: Path) -> None:
     (tmp_path / "mount").symlink_to(tmp_path)
     path = to_absolute_path("jobs/a.zip", tmp_path / "mount")
     assert path == tmp_path / "mount/jobs/a.zip"

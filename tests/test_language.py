@@ -33,7 +33,7 @@ class Text(NamedTuple):
     path: str
     line: int
     kind: str
-    """docstring, constant (the docstring of one), comment, message, name or page."""
+    """One of: docstring, constant (its docstring), comment, message, name, page."""
     prose: str
 
 
@@ -347,7 +347,7 @@ def is_in(path: Path, places: Iterable[str]) -> bool:
 
 
 def search(places: Iterable[str]) -> list[Finding]:
-    """List what breaks a rule in some files and folders."""
+    """List the places in some files and folders that break a rule."""
     return [
         finding
         for path in files()

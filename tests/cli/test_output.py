@@ -146,7 +146,7 @@ def test_a_gap_in_the_output_is_shown(capsys: pytest.CaptureFixture[str]) -> Non
     ]
 
 
-def test_output_of_a_job_can_not_control_the_terminal(
+def test_output_of_a_job_cannot_control_the_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for watch in (TerminalWatch(), JsonWatch()):
@@ -159,7 +159,7 @@ def test_output_of_a_job_can_not_control_the_terminal(
         assert "[red]d" in text
 
 
-def test_progress_is_a_line_at_every_step_where_lines_can_not_be_redrawn(
+def test_progress_is_a_line_at_every_step_where_lines_cannot_be_redrawn(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with closing(TerminalWatch()) as watch:

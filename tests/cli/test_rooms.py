@@ -102,7 +102,7 @@ def test_a_damaged_invite_is_a_usage_error(
 # ----------------------------------------------------------------------------- workers
 
 
-def test_a_server_that_can_not_be_reached_is_exit_code_three(
+def test_a_server_that_cannot_be_reached_is_exit_code_three(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with reserved_port() as port:

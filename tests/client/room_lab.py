@@ -46,7 +46,7 @@ async def worker_in(
     at: tuple[str, int] | None = None,
     on_offer: Callable[[], None] | None = None,
 ) -> AsyncIterator[Listener]:
-    """Put a worker into the room, whose links the test accepts.
+    """Put a worker into the room; the test accepts its links.
 
     Args:
         server: The server of the room.

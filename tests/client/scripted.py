@@ -1,4 +1,4 @@
-"""A worker that does as its test says, over any link."""
+"""A worker that its test scripts, over any kind of link."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing

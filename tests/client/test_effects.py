@@ -1,4 +1,4 @@
-"""Effects run one at a time, can be stopped, and never wait for ever."""
+"""Effects run one at a time, can be stopped, and never wait forever."""
 
 import trio
 import trio.testing

@@ -71,7 +71,7 @@ async def test_a_machine_without_an_invite_has_no_workers(tmp_path: Path) -> Non
         await client.list_workers(environ={"SLEAP_RTC_STATE_DIR": str(tmp_path)})
 
 
-async def test_a_server_that_can_not_be_reached_is_named(
+async def test_a_server_that_cannot_be_reached_is_named(
     tmp_path: Path, nowhere: str, autojump_clock: trio.testing.MockClock
 ) -> None:
     began = trio.current_time()
@@ -156,7 +156,7 @@ async def test_a_worker_that_does_not_answer_is_given_up(
                 pass
 
 
-async def test_a_worker_that_can_not_be_dialled_is_an_error(
+async def test_a_worker_that_cannot_be_dialled_is_an_error(
     server: Server, dead_port: int
 ) -> None:
     async with worker_in(server, at=(HOST, dead_port)):
@@ -223,7 +223,7 @@ async def test_a_worker_whose_server_is_gone_counts_as_gone(nowhere: str) -> Non
             pass
 
 
-async def test_a_server_that_breaks_the_protocol_is_not_evidence_of_anything() -> None:
+async def test_a_server_that_breaks_the_protocol_does_not_count_as_gone() -> None:
     async with lying_server("garbage") as url:
         with pytest.raises(NoWorkerError) as caught:
             async with Client(url).reach.open_again("worker-1"):
@@ -240,7 +240,7 @@ async def test_a_server_that_refuses_ends_the_attempt() -> None:
                 pass
 
 
-async def test_a_server_that_is_silent_is_not_waited_for_for_ever(
+async def test_a_silent_server_does_not_block_forever(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
     async with lying_server() as url:

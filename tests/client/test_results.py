@@ -58,7 +58,7 @@ async def test_results_overwrite_nothing_in_a_named_directory(
     assert is_empty(tmp_path / "default")
 
 
-async def test_a_directory_that_can_not_be_made_is_an_error() -> None:
+async def test_a_directory_that_cannot_be_made_is_an_error() -> None:
     with pytest.raises(StorageError, match="/dev/null/x"):
         await new_results().choose_directory(Path("/dev/null/x"), Path("y"), FILES)
 

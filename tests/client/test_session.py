@@ -31,7 +31,7 @@ from tests.io.link.memory import MemoryLink
 # ------------------------------------------------------------------- the channel route
 
 
-async def test_a_package_arrives_and_results_come_home(
+async def test_a_package_arrives_and_its_results_are_fetched(
     client: Client, made: Path, tmp_path: Path
 ) -> None:
     received: list[bytes] = []
@@ -109,7 +109,7 @@ async def test_a_failed_job_brings_its_partial_results(
     assert (tmp_path / "results" / made.name).exists()
 
 
-async def test_a_result_that_the_worker_can_not_send_fails_the_transfer(
+async def test_a_result_that_the_worker_cannot_send_fails_the_transfer(
     client: Client, made: Path, tmp_path: Path
 ) -> None:
     async def script(worker: ScriptedWorker) -> None:
@@ -127,7 +127,7 @@ async def test_a_result_that_the_worker_can_not_send_fails_the_transfer(
     assert "best.ckpt: it is gone" in ending.reason
 
 
-async def test_a_directory_that_can_not_be_made_fails_the_transfer(
+async def test_a_directory_that_cannot_be_made_fails_the_transfer(
     client: Client, made: Path, tmp_path: Path
 ) -> None:
     client.plan = msgspec.structs.replace(client.plan, output=Path("/dev/null/x"))

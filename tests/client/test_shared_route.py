@@ -38,7 +38,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def make_result(root: Path) -> Path:
-    """Write a result as a worker does that shares the storage."""
+    """Write a result like a worker that shares the storage."""
     path = root / "jobs" / JOB / "best.ckpt"
     path.write_bytes(b"weights")
     return path
@@ -116,7 +116,7 @@ async def test_a_result_that_leads_out_of_the_storage_is_not_copied(
     assert names(tmp_path / "output") == []
 
 
-async def test_a_worker_with_other_storage_gets_the_package_by_the_channel(
+async def test_a_worker_with_other_storage_gets_the_package_through_the_channel(
     client: Client, root: Path, tmp_path: Path
 ) -> None:
     client.plan = msgspec.structs.replace(client.plan, shared_root=root)
@@ -150,7 +150,7 @@ async def test_storage_that_is_gone_is_not_used(
     assert route.route == "channel"
 
 
-async def test_a_package_that_can_not_be_copied_goes_by_the_channel(
+async def test_a_package_that_cannot_be_copied_goes_through_the_channel(
     client: Client, root: Path
 ) -> None:
     client.plan = msgspec.structs.replace(client.plan, shared_root=root, size=1)

@@ -142,7 +142,7 @@ async def test_a_package_that_has_changed_is_recognised(
         assert file.changed == note_of(package)
 
 
-async def test_a_finished_package_leaves_nothing(state: Path, package: Path) -> None:
+async def test_a_finished_package_leaves_no_files(state: Path, package: Path) -> None:
     await leave(state, package)
     async with opened(state, package) as file:
         await file.remove()
@@ -308,7 +308,7 @@ async def test_nothing_is_noted_after_the_note_was_removed(
     assert files(state) == []
 
 
-async def test_a_disk_that_hangs_stops_nothing(
+async def test_a_disk_that_hangs_does_not_raise(
     state: Path,
     package: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -333,7 +333,7 @@ async def test_a_disk_that_hangs_stops_nothing(
 # ------------------------------------------------------------------------- old notes
 
 
-async def test_old_notes_locks_and_halves_are_removed(
+async def test_old_notes_locks_and_partial_files_are_removed(
     state: Path, package: Path
 ) -> None:
     make_old(await leave(state, package.with_name("old.zip")))
@@ -377,7 +377,7 @@ async def test_an_old_note_that_is_in_use_stays(state: Path, package: Path) -> N
 # --------------------------------------------------------------------------- trouble
 
 
-async def test_a_state_directory_that_is_a_file_stops_nothing(
+async def test_a_state_directory_that_is_a_file_does_not_raise(
     state: Path, package: Path
 ) -> None:
     state.touch()  # noqa: ASYNC240
@@ -388,7 +388,7 @@ async def test_a_state_directory_that_is_a_file_stops_nothing(
     assert str(state) in file.trouble
 
 
-async def test_a_note_that_cannot_be_written_stops_nothing(
+async def test_a_note_that_cannot_be_written_does_not_raise(
     state: Path, package: Path
 ) -> None:
     path = await leave(state, package)
@@ -400,7 +400,7 @@ async def test_a_note_that_cannot_be_written_stops_nothing(
     assert {path.suffix for path in files(state)} == {".json", ".lock"}
 
 
-async def test_a_directory_in_the_place_of_a_note_stops_nothing(
+async def test_a_directory_in_the_place_of_a_note_does_not_raise(
     state: Path, package: Path
 ) -> None:
     path = await leave(state, package)

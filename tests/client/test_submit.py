@@ -259,7 +259,7 @@ async def test_a_changed_package_is_a_new_job(sender: Sender, server: Server) ->
     assert sender.of(client.PackageChanged) == [client.PackageChanged(job_id)]
 
 
-async def test_a_job_that_can_not_be_noted_runs_all_the_same(
+async def test_a_job_runs_even_if_its_note_cannot_be_written(
     sender: Sender, server: Server, made: Path
 ) -> None:
     state = made.parent.parent / "state"

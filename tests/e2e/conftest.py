@@ -21,7 +21,7 @@ def lab(tmp_path: Path) -> Iterator[Lab]:
 
 @pytest.fixture
 def nfs_lab() -> Callable[[list[str], float], LabResult]:
-    """Run commands on real NFS mounts, or skip the test and say what is missing."""
+    """Run commands on real NFS mounts; skip the test where a program is missing."""
     reason = nfs_lab_missing()
     if reason is not None:
         pytest.skip(f"NOT CHECKED ON NFS: {reason}")

@@ -1,6 +1,6 @@
 """A command of `sleap-rtc` whose job directories are on storage that may hang.
 
-While the FIFO exists that ``HANG`` names, everything that opens a file or a directory
+``HANG`` names a FIFO. While it exists, every call that opens a file or a directory
 beneath the folder ``HANG_BENEATH`` waits for the FIFO, inside the kernel.
 """
 

@@ -1,4 +1,4 @@
-"""Machines to throw away: each with a home, a state directory, daemons and commands.
+"""Disposable machines: each with a home, a state directory, daemons and commands.
 
 Everything is a real process of this machine. A `Lab` that closes ends the processes of
 its machines, and those of their jobs.
@@ -22,7 +22,7 @@ from bench.ports import reserved_port
 from tests.e2e import actor
 
 DEADLINE = 90.0
-"""Seconds that a wait may take on a busy machine unless the test names a time."""
+"""Seconds that a wait may take on a busy machine, unless the test sets a limit."""
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -42,7 +42,7 @@ UPLOADING = r"Sending big\.zip: [1-9]\d? %"
 """Output of a client in the middle of an upload of ``big.zip``."""
 
 _POLL = 0.02
-"""Seconds between two looks at another process."""
+"""Seconds between two checks of another process."""
 
 
 class Finished(NamedTuple):
@@ -131,7 +131,7 @@ class Running:
         self.process.wait(DEADLINE)
 
     def peak_memory(self) -> int:
-        """Return the most bytes ever resident in it; 0 once it ends; Linux only."""
+        """Return its peak resident memory in bytes; 0 once it has ended; Linux only."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         found = re.search(r"VmHWM:\s+(\d+) kB", status)
         return int(found[1]) * 1024 if found else 0
@@ -169,8 +169,8 @@ class Machine:
     def start_worker(self, *options: object, module: str = "sleap_rtc") -> Running:
         """Start a worker that may also run `act`, and wait until it is ready.
 
-        The first one of a room of its own listens on a reserved port, which it writes
-        down: the next one finds that port free.
+        The first one of a room of its own listens on a reserved port, and records it:
+        the next one finds that port free.
         """
         if not self._has_room and "SLEAP_RTC_SIGNALING_WS" not in self.variables:
             options = ("--listen", f"127.0.0.1:{self._lab.reserve_port()}", *options)
@@ -287,7 +287,7 @@ class Town:
         self.laptop.run("join", self.gpu.run("invite").expect(0).out.strip()).expect(0)
 
     def start_server(self) -> Running:
-        """Start the signaling server, again where it was."""
+        """Start the signaling server; a restarted one keeps its port."""
         listen = f"127.0.0.1:{self.port}"
         server = self._server_machine.start(
             "daemon", "--role", "signaling", "--listen", listen

@@ -8,7 +8,7 @@ from tests.e2e.harness import EXAMPLES, Lab, tree
 
 
 def main() -> None:
-    """Run a job, and print what its user and its storage have seen."""
+    """Run a job; print its output and the state of its storage."""
     mine, theirs = (Path(os.environ[name]) for name in ("NFS_A", "NFS_B"))
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(Path(folder))

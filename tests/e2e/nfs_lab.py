@@ -1,4 +1,4 @@
-"""A laboratory with a real kernel NFS server, on a machine that has none.
+"""A laboratory with a real kernel NFS server, on a machine without one.
 
 It boots a User Mode Linux kernel, which is an ordinary process, on the files of this
 machine. Inside it, a kernel NFS 4.2 server exports an XFS and the same kernel mounts it
@@ -10,7 +10,7 @@ twice, with caches of their own, as two hosts would. A command then runs there w
 
 The laboratory sees and may change every file of this machine; only its mounts, its
 processes and its network are its own. It has one processor and `MEMORY` of memory.
-``rpc.nfsd 0`` inside stalls the server, ``rpc.nfsd`` lets it go on; then locks wait
+Inside, ``rpc.nfsd 0`` stalls the server and ``rpc.nfsd`` resumes it; then locks wait
 for its grace period of 10 s.
 
 Run ``python -m tests.e2e.nfs_lab COMMAND ...`` to try something by hand.
@@ -170,7 +170,7 @@ def run_in_nfs_lab(command: list[str], timeout: float) -> LabResult:
 
 
 def _furnish(lab: Path, command: list[str]) -> None:
-    """Write the scripts that run inside, and lay the kernel's modules ready."""
+    """Write the scripts that run inside, and provide the kernel's modules."""
     (lab / "modules/lib/modules").mkdir(parents=True)
     for release in _MODULES.iterdir():
         (lab / "modules/lib/modules" / release.name).symlink_to(release)
@@ -210,7 +210,7 @@ def _run_kernel(lab: Path, timeout: float) -> bool:
             stdin=subprocess.DEVNULL,
             stdout=console,
             stderr=subprocess.STDOUT,
-            # A group of its own: each process inside is one out here.
+            # A group of its own: each process inside is also a process of this machine.
             start_new_session=True,
         )
         try:

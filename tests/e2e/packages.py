@@ -20,7 +20,7 @@ def make_package(
         commands: Lines of its script.
         files: Its other files, by name.
         script: Name of its script.
-        folder: The top folder that everything lies in, with a slash, or nothing.
+        folder: The top folder of all files, with a slash, or an empty text.
         big: Another file, which need not fit into memory.
 
     Returns:

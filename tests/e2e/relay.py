@@ -1,4 +1,4 @@
-"""A TCP relay before a worker: its connections can be cut, and it can be slow."""
+"""A TCP relay in front of a worker, which can cut connections and limit their rate."""
 
 import select
 import socket
@@ -61,7 +61,7 @@ class Relay:
                     time.sleep(len(data) / self.rate)
 
     def cut(self) -> None:
-        """Drop all connections, as a network does that goes away."""
+        """Drop all connections, like a network that fails."""
         for end in self._pairs:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""The benchmark measures what it says, shows all of it, and cleans up."""
+"""The benchmark measures and reports every row, and cleans up."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def check_usage(row: dict[str, Any]) -> None:
             assert MEBIBYTE < sample[side]["peak_bytes"] < 150 * MEBIBYTE
 
 
-def test_the_table_the_json_and_the_chart_tell_the_same(tmp_path: Path) -> None:
+def test_the_table_the_json_and_the_chart_agree(tmp_path: Path) -> None:
     folder, report, chart = tmp_path / "files", tmp_path / "json", tmp_path / "svg"
     folder.mkdir()
     options = ("--size", "64MiB", "--rounds", "1", "--sections", "tcp,start")

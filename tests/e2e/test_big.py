@@ -21,10 +21,10 @@ pytestmark = [
 
 MEGABYTE = 1024 * 1024
 SIZE = 300
-"""Megabytes of the package and of its result: twice what a side may keep."""
+"""Megabytes of the package and of its result: twice the memory that a side may use."""
 
 PATIENCE = 150.0
-"""Seconds for one way on a busy machine."""
+"""Seconds for a transfer in one direction on a busy machine."""
 
 MOST_MEMORY = 150 * MEGABYTE
 

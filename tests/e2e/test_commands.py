@@ -65,7 +65,7 @@ def test_an_impossible_command_is_a_usage_error(
     assert "Traceback" not in done.err
 
 
-def test_without_a_room_it_says_how_to_enter_one(lab: Lab) -> None:
+def test_without_a_room_the_way_to_enter_one_is_printed(lab: Lab) -> None:
     machine = lab.machine("laptop")
     for arguments in (("send", PACKAGE), ("workers",), ("invite",)):
         done = machine.run(*arguments).expect(2)

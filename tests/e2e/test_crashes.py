@@ -84,7 +84,7 @@ def test_a_client_notices_that_its_worker_died(lab: Lab, moment: str) -> None:
     assert "Traceback" not in done.err
 
 
-def test_a_client_does_not_wait_for_ever_for_a_worker_that_hangs(lab: Lab) -> None:
+def test_a_client_does_not_wait_forever_for_a_worker_that_hangs(lab: Lab) -> None:
     machine = lab.machine("gpu")
     worker = machine.start_worker()
     package = make_package(machine.home / "job.zip", f"act wait {lab.fifo()}")
@@ -98,7 +98,7 @@ def test_a_client_does_not_wait_for_ever_for_a_worker_that_hangs(lab: Lab) -> No
     assert worker.process.poll() is None
 
 
-def test_a_worker_that_is_stopped_tells_its_client_and_ends_the_job(lab: Lab) -> None:
+def test_a_worker_that_is_stopped_informs_its_client_and_ends_the_job(lab: Lab) -> None:
     machine = lab.machine("gpu")
     worker = machine.start_worker()
     package = make_package(machine.home / "job.zip", f"act wait {lab.fifo()}")

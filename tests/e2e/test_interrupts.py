@@ -38,7 +38,7 @@ def check_healthy(machine: Machine, worker: Running) -> None:
 
 @contextmanager
 def silent_server(machine: Machine) -> Iterator[socket.socket]:
-    """Put a machine into a room whose server never answers."""
+    """Join a machine to a room whose server never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(DEADLINE)
         invite = Invite(f"ws://127.0.0.1:{server.getsockname()[1]}", bytes(32))
@@ -106,7 +106,7 @@ def test_while_its_job_is_queued(lab: Lab) -> None:
 
 
 def hold_with_a_result(lab: Lab, machine: Machine) -> Running:
-    """Send a job that has made something and waits; return its client."""
+    """Send a job that makes a result and then waits; return its client."""
     package = make_package(
         machine.home / "job.zip",
         "act copy given.txt made.txt",
@@ -148,7 +148,7 @@ def test_while_it_fetches_results(lab: Lab) -> None:
     assert "Traceback" not in worker.err
 
 
-def test_a_second_time_it_leaves_at_once(lab: Lab) -> None:
+def test_a_second_interrupt_exits_at_once(lab: Lab) -> None:
     machine = lab.machine("gpu")
     worker = machine.start_worker()
     client = hold_with_a_result(lab, machine)

@@ -143,7 +143,7 @@ def test_a_chatty_job_is_kept_whole_in_its_log(lab: Lab) -> None:
     done = machine.run("send", package).expect(0)
     log = (machine.home / "job-results" / "job.log").read_text().splitlines()
     assert log[1:] == [f"line {number}" for number in range(100_000)]
-    # The live view may leave lines out, and says so; it ends with the newest.
+    # The live view may leave lines out, and marks the gap; it ends with the newest.
     shown = done.out.splitlines()
     assert shown[-2] == "line 99999"
     told = sum(int(n) for n in re.findall(r"\.\.\. (\d+) lines? left out", done.out))

@@ -223,7 +223,7 @@ def test_the_owner_can_allow_a_program(lab: Lab, tmp_path: Path) -> None:
     machine.run("send", package).expect(0)
 
 
-def test_the_worker_has_survived_all_that(house: House, tmp_path: Path) -> None:
+def test_the_worker_has_survived_all_packages(house: House, tmp_path: Path) -> None:
     package = make_package(tmp_path / "job.zip", "act say hello")
     done = house.machine.run("send", package, "--output", tmp_path / "out").expect(0)
     assert "hello" in done.out

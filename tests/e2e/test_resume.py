@@ -73,7 +73,7 @@ def test_a_cut_link_is_opened_again_and_the_job_goes_on(lab: Lab) -> None:
     assert len(results_of(machine, "job")["made.bin"]) == 1024 * 1024
 
 
-def test_output_of_the_time_without_a_link_is_shown(lab: Lab) -> None:
+def test_output_that_was_printed_without_a_link_is_shown(lab: Lab) -> None:
     town = Town(lab)
     fifo, second = lab.fifo(), lab.fifo("second")
     package = make_package(
@@ -221,7 +221,7 @@ def test_a_second_send_of_a_package_is_a_job_of_its_own(lab: Lab) -> None:
     assert len(logs) == 2
 
 
-def test_fresh_begins_a_new_job(lab: Lab) -> None:
+def test_fresh_starts_a_new_job(lab: Lab) -> None:
     machine = lab.machine("gpu")
     worker = machine.start_worker("--slots", 2)
     fifo = lab.fifo()
@@ -236,7 +236,7 @@ def test_fresh_begins_a_new_job(lab: Lab) -> None:
     again.finish().expect(130)
 
 
-def test_a_job_whose_worker_is_away_is_not_begun_elsewhere(lab: Lab) -> None:
+def test_a_job_whose_worker_is_away_is_not_started_elsewhere(lab: Lab) -> None:
     town = Town(lab)
     package = make_package(town.laptop.home / "job.zip", f"act wait {lab.fifo()}")
     client = town.laptop.start("send", package)

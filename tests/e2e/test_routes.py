@@ -104,7 +104,7 @@ def test_storage_of_one_side_only_is_not_used(lab: Lab) -> None:
     assert tree(storage) == {}
 
 
-def test_another_storage_is_noticed_before_anything_is_copied(lab: Lab) -> None:
+def test_different_storage_is_noticed_before_the_package_is_copied(lab: Lab) -> None:
     storage, other = make_storage(lab), lab.folder / "other"
     other.mkdir()
     machine = lab.machine("gpu")

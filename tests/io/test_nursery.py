@@ -48,7 +48,7 @@ async def test_tasks_end_with_the_body() -> None:
     assert ended.is_set()
 
 
-async def test_an_exception_of_the_body_leaves_as_it_is() -> None:
+async def test_an_exception_of_the_body_leaves_unwrapped() -> None:
     with pytest.raises(ValueError, match="from the body"):
         await run_body(trio.sleep_forever, ValueError("from the body"))
 
@@ -61,7 +61,9 @@ async def test_an_exception_of_a_task_leaves_in_a_group(task: Task) -> None:
 
 
 @pytest.mark.parametrize("task", [fail_at_once, fail_when_cancelled])
-async def test_a_task_that_fails_does_not_hide_what_the_body_raised(task: Task) -> None:
+async def test_a_task_that_fails_does_not_hide_an_exception_of_the_body(
+    task: Task,
+) -> None:
     with pytest.raises(ExceptionGroup) as raised:
         await run_body(task, ValueError("from the body"))
     assert [repr(error) for error in raised.value.exceptions] == [

@@ -43,7 +43,7 @@ NONCE = "0123456789abcdef" * 2
 DIGEST = NONCE * 2
 GREETING = '{"protocol":1,"version":"1.0","role":"worker"}'
 
-# One good text of every message, in the words of the protocol.
+# One valid text of every message.
 GOOD = {
     "AUTH": f"AUTH::{NONCE}::{DIGEST}",
     "HELLO": f"HELLO::{GREETING}",

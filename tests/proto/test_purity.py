@@ -1,4 +1,4 @@
-"""Nothing in proto/ can reach the world, and the checks of that are checked."""
+"""No module of proto/ can reach the world; the checks themselves are tested."""
 
 import ast
 import shutil

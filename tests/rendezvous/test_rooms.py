@@ -74,7 +74,9 @@ def test_a_wildcard_address_is_not_in_the_invite(environ: dict[str, str]) -> Non
     assert invite.url.endswith(":8787")
 
 
-def test_joining_a_room_leaves_the_own_room(environ: dict[str, str]) -> None:
+def test_joining_a_room_leaves_the_room_of_this_machine(
+    environ: dict[str, str],
+) -> None:
     host_room(HERE, environ)
     assert room_elsewhere(Settings(), environ) is None
     assert join_room(encode_invite(ELSEWHERE), environ) == ELSEWHERE
@@ -169,7 +171,7 @@ def test_only_the_owner_can_read_the_files(environ: dict[str, str]) -> None:
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
-def test_an_address_that_can_not_be_stored_leaves_the_old_one(
+def test_an_address_that_cannot_be_stored_leaves_the_old_one(
     environ: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host_room(HERE, environ)
@@ -253,7 +255,7 @@ def test_an_invalid_listen_address_is_a_usage_error(text: str) -> None:
         parse_listen_address(text)
 
 
-def test_a_server_that_can_not_listen_gives_the_reason() -> None:
+def test_a_server_that_cannot_listen_gives_the_reason() -> None:
     in_use = bind_problem(HERE, OSError(errno.EADDRINUSE, "in use"))
     assert "Port 8787 of 127.0.0.1 is in use" in in_use.message
     other = bind_problem(Hosting("::1", 80), OSError(errno.EACCES, "Forbidden"))

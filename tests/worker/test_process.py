@@ -118,7 +118,7 @@ async def test_output_and_errors_come_in_the_order_of_printing(
     assert output.data.decode() == expected
 
 
-async def test_a_program_gets_its_arguments_and_folder_and_nothing_to_read(
+async def test_a_program_gets_its_arguments_and_folder_and_an_empty_input(
     make_program: MakeProgram, tmp_path: Path
 ) -> None:
     program = make_program(

@@ -210,7 +210,7 @@ async def test_a_job_on_storage_that_hangs_can_be_stopped(
 
         def hang(*arguments: object, **_: object) -> None:
             if isinstance(arguments[0], int):
-                os.close(arguments[0])  # as the function does that it stands for
+                os.close(arguments[0])  # like the function that it replaces
             storage.touch()
 
         monkeypatch.setattr(f"sleap_rtc.worker.{step}", hang)

@@ -44,7 +44,7 @@ async def test_a_client_whose_job_was_taken_over_gets_an_error(tmp_path: Path) -
         await second.expect(messages.ResumeAccepted)
 
 
-async def test_of_two_that_resume_at_once_the_later_one_has_the_job(
+async def test_the_later_of_two_clients_that_resume_at_once_gets_the_job(
     tmp_path: Path,
 ) -> None:
     async with open_world(tmp_path) as world:
@@ -125,7 +125,7 @@ async def test_a_refused_job_does_not_touch_the_other_job_of_its_id(
         assert world.state() is WorkerState.ADMITTED
 
 
-async def test_an_id_is_free_once_nothing_is_left_of_its_job(tmp_path: Path) -> None:
+async def test_an_id_is_free_once_its_job_is_removed(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
         directory = world.directory / JOB
         for _ in range(30):
@@ -143,7 +143,7 @@ async def test_an_id_is_free_once_nothing_is_left_of_its_job(tmp_path: Path) -> 
             assert not directory.exists()
 
 
-async def test_nothing_is_left_of_a_link_that_named_no_job(tmp_path: Path) -> None:
+async def test_a_link_that_named_no_job_leaves_nothing_behind(tmp_path: Path) -> None:
     async with open_world(tmp_path) as world:
         client = await world.connect()
         await client.send(RESUME)

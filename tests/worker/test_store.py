@@ -143,7 +143,7 @@ def test_stricter_permissions_of_the_owner_are_kept(path: Path) -> None:
     try:
         open_store(path).close()
     except StoreError:
-        pass  # who is not root can't write it
+        pass  # only root could write it
     assert stat.S_IMODE(path.stat().st_mode) == 0o400
 
 
@@ -156,7 +156,7 @@ def test_every_write_waits_for_the_disk(path: Path) -> None:
     assert settings == [b"wal", 2]
 
 
-def test_a_store_may_be_closed_again_and_says_so_to_others(path: Path) -> None:
+def test_a_store_may_be_closed_twice_and_refuses_later_calls(path: Path) -> None:
     store = open_store(path)
     store.close()
     store.close()
@@ -340,7 +340,7 @@ def check_whole(path: Path, saved: dict[int, int]) -> None:
 
 def test_a_killed_process_leaves_whole_rows(path: Path) -> None:
     saved: dict[int, int] = {}
-    for first in (1000, 2000, 3000):  # each goes on in what the last one left
+    for first in (1000, 2000, 3000):  # each continues with the store of the last one
         with start_child(path, first, 1000) as child:
             saved[first] = read_saved(child, 25)
             child.kill()
@@ -378,7 +378,7 @@ async def until_written(writer: StoreWriter) -> None:
         await trio.lowlevel.checkpoint()
 
 
-async def test_what_is_put_is_written_in_order(path: Path) -> None:
+async def test_records_are_written_in_order(path: Path) -> None:
     with opened(path) as store, deadline():
         writer = make_writer(store)
         async with trio.open_nursery() as nursery:
@@ -394,7 +394,9 @@ async def test_what_is_put_is_written_in_order(path: Path) -> None:
         assert store.load(ME).records == [record(2), record(3, state="COMPLETE")]
 
 
-async def test_only_the_latest_of_a_job_waits_for_a_slow_disk(path: Path) -> None:
+async def test_only_the_latest_record_of_a_job_waits_for_a_slow_disk(
+    path: Path,
+) -> None:
     with opened(path) as store, deadline():
         writer = make_writer(store)
         for number in range(10_000):
@@ -411,7 +413,7 @@ async def test_only_the_latest_of_a_job_waits_for_a_slow_disk(path: Path) -> Non
         ]
 
 
-async def test_what_waits_is_still_written_when_the_worker_ends(path: Path) -> None:
+async def test_waiting_records_are_written_when_the_worker_ends(path: Path) -> None:
     with opened(path) as store, deadline():
         writer = make_writer(store)
         async with trio.open_nursery() as nursery:

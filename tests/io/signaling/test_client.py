@@ -367,7 +367,7 @@ def make_tls(folder: Path) -> tuple[ssl.SSLContext, Path]:
 async def test_a_secure_server_is_used_only_if_it_is_trusted(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trusted: bool
 ) -> None:
-    """A proxy in front of the server ends TLS, as is usual."""
+    """A proxy in front of the server terminates TLS, as usual."""
     context, certificate = make_tls(tmp_path)
     if trusted:
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))

@@ -67,7 +67,7 @@ async def end(nursery: trio.Nursery) -> OneEnd:
 
 
 async def test_a_cancelled_owner_cuts_no_frame(end: OneEnd) -> None:
-    """The peer gets whole frames, however much of them is still to be written."""
+    """The peer gets whole frames, even if most of a frame is still unwritten."""
     end.socket.send_text("x" * 50_000)
     await trio.testing.wait_all_tasks_blocked()
     end.scope.cancel()

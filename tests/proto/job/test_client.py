@@ -426,7 +426,7 @@ def test_every_input_in_every_place(route: str, place: str, name: str) -> None:
 
 @pytest.mark.parametrize("ending", ["cancel", "error", "give_up"])
 @EVERY_PLACE
-def test_an_end_stops_what_is_under_way(route: str, place: str, ending: str) -> None:
+def test_an_end_stops_the_effect_under_way(route: str, place: str, ending: str) -> None:
     job = job_at(route, place)
     if ending == "error":
         job.receive_message(messages.Error("shutting down"), 0.0)

@@ -89,7 +89,7 @@ def test_a_shared_job_sends_the_fixed_flow() -> None:
     ]
 
 
-def test_a_channel_job_brings_its_results_home() -> None:
+def test_the_results_of_a_channel_job_are_fetched() -> None:
     world = World(Scenario(mount="none")).run()
     check_peace(world)
     assert world.ended == client_outputs.JobEnded("complete", path="models")
@@ -98,7 +98,7 @@ def test_a_channel_job_brings_its_results_home() -> None:
 
 
 @pytest.mark.parametrize("mount", ["same", "none"])
-def test_three_thousand_results_come_home(mount: Mount) -> None:
+def test_three_thousand_results_are_fetched(mount: Mount) -> None:
     world = World(Scenario(mount=mount, results=3000)).run()
     check_peace(world)
     pages = [
@@ -215,7 +215,7 @@ FLOW: list[messages.Message] = [
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_a_client_that_waits_for_nothing_is_served(first: int) -> None:
+def test_a_client_that_does_not_wait_is_served(first: int) -> None:
     world = World(Scenario())
     world.worker_storage |= {PROBE_PATH: b"nonce", f"jobs/{JOB}/{NAME}": b"package"}
     world.run_script(FLOW[first:])
@@ -228,7 +228,7 @@ def test_a_client_that_waits_for_nothing_is_served(first: int) -> None:
     assert world.worker.has_ended
 
 
-def test_a_client_that_waits_for_nothing_can_be_refused_and_fall_back() -> None:
+def test_a_client_that_does_not_wait_can_be_refused_and_fall_back() -> None:
     world = World(Scenario())
     world.run_script(
         [*FLOW[1:], messages.JobSubmit(JOB, messages.Submission(NAME, SIZE))]

@@ -218,7 +218,7 @@ def test_a_refused_name_cannot_harm_a_terminal() -> None:
     assert "\u202e" not in reason
 
 
-def test_a_script_has_limits() -> None:
+def test_scripts_are_limited() -> None:
     assert len(read("sleap\n" * MAX_COMMANDS)) == MAX_COMMANDS
     assert "more than" in refusal("sleap\n" * (MAX_COMMANDS + 1))
     assert read("#" * MAX_SCRIPT_LENGTH) == []

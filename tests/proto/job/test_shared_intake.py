@@ -208,7 +208,7 @@ def test_the_flow_has_an_order(
     assert snapshot(intake) == known
 
 
-def test_a_refusal_drops_what_was_sent_without_waiting() -> None:
+def test_a_refusal_drops_requests_that_were_sent_without_waiting() -> None:
     intake = SharedIntake()
     for kind in FLOW:
         receive(kind)(intake)

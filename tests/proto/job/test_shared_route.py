@@ -225,7 +225,7 @@ REPEATED: dict[SharedState, list[SharedOutput]] = {
 
 
 @pytest.mark.parametrize("state", TRANSITIONS)
-def test_a_new_link_repeats_what_the_worker_has_not_answered(
+def test_unanswered_requests_are_repeated_over_a_new_link(
     state: SharedState,
 ) -> None:
     route = route_at(state)

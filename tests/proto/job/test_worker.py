@@ -475,7 +475,7 @@ def test_a_client_may_start_a_job_without_waiting_for_answers() -> None:
 
 
 @pytest.mark.parametrize("place", ["probing", "checking input", "making output"])
-def test_a_fallback_drops_what_was_sent_without_waiting(place: str) -> None:
+def test_a_fallback_drops_requests_that_were_sent_without_waiting(place: str) -> None:
     job = job_at("shared", place)
     for kind in FLOW[{"probing": 0, "checking input": 2}.get(place, 3) :]:
         receive(kind)(job)
@@ -505,7 +505,7 @@ def test_a_result_is_sent_on_request_and_nothing_else_is() -> None:
         messages.OfferedFile(NAME, SIZE + 1, 4096),
     ],
 )
-def test_another_file_than_the_announced_one_is_an_error(
+def test_a_file_that_was_not_announced_is_an_error(
     file: messages.OfferedFile,
 ) -> None:
     job = job_at("channel", "admitted")

@@ -1,8 +1,8 @@
 """Both sides of a job in memory: a clock, links with delays, and fake storage.
 
 The world runs the effects of the two machines, as their drivers would, and a scenario
-decides which of them fail. Reports on effects come even when they come too late, but
-not from a process that was restarted, and not once the next transfer has begun.
+decides which of them fail. Late reports on effects are delivered, but not those of a
+process that was restarted, and not once the next transfer has begun.
 """
 
 import functools
@@ -100,7 +100,7 @@ class _Note(msgspec.Struct, frozen=True):
 
 
 class World:
-    """Runs one scenario; look at its attributes afterwards."""
+    """Runs one scenario; its attributes hold the outcome."""
 
     def __init__(self, scenario: Scenario) -> None:
         self.scenario = scenario
@@ -157,7 +157,7 @@ class World:
         return self._go_on()
 
     def run_script(self, script: list[messages.Message]) -> "World":
-        """Run with a client of another kind, which sends all this at once."""
+        """Run with a scripted client, which sends these messages at once."""
         self._scripted = True
         for message in script:
             self._send("worker", message, self._link)
@@ -395,7 +395,7 @@ class World:
         job.receive_message(message, self.now)
 
     def _close(self) -> None:
-        """Close the link as a client does whose job has ended; its messages arrive."""
+        """Close the link like a client whose job has ended; its messages arrive."""
         link = self._link
         if link is not None:
             arrival = max(link.arrivals["worker"], self.now + self.scenario.delay())

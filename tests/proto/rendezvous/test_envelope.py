@@ -240,7 +240,7 @@ def test_hostile_json_is_refused(text: str) -> None:
         opened_offer(text)
 
 
-def test_a_sealed_text_has_a_longest_length() -> None:
+def test_the_length_of_a_sealed_text_is_limited() -> None:
     longest = sealed_offer().ljust(MAX_SEALED_CHARACTERS)
     assert opened_offer(longest).offer == OFFER
     with refused():

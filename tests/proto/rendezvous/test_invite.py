@@ -173,7 +173,7 @@ def test_the_same_secret_gives_the_same_room() -> None:
 
 
 def verified(keys: RoomKeys, signature: bytes, **change: object) -> bool:
-    """Verify a registration of "peer" with all arguments of `keys` but the changed."""
+    """Verify a registration of "peer" with all `keys`, except the changed arguments."""
     arguments: dict[str, object] = {
         "public_key": keys.public_key,
         "room_id": keys.room_id,

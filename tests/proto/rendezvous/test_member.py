@@ -444,7 +444,7 @@ ACTIONS: dict[Trigger, tuple[Callable[[RoomMember], object], list[type]]] = {
     Challenge: (lambda m: m.receive_message(Challenge(NONCE), NOW), [SendText]),
     RegisteredAuth: (lambda m: m.receive_message(WELCOME, NOW), [Registered]),
 }
-"""The cause of each trigger, and the outputs of it where the table allows it."""
+"""The cause of each trigger, and its outputs where the table allows it."""
 
 
 def test_every_state_and_trigger_is_tested() -> None:

@@ -127,7 +127,7 @@ def test_each_direction_has_its_messages() -> None:
             assert received in ([signal, ignored], [ignored, signal])
 
 
-def test_a_message_of_tomorrow_is_unknown() -> None:
+def test_a_message_of_a_newer_version_is_unknown() -> None:
     assert decode_signal_untrusted('{"type":"ping"}') == UnknownSignal("ping")
 
 
@@ -184,7 +184,7 @@ def test_garbage_is_the_peers_fault(text: str) -> None:
         pass
 
 
-def test_the_longest_message_is_taken_and_no_longer_one() -> None:
+def test_the_longest_message_is_accepted_and_a_longer_one_is_not() -> None:
     frame = '{"type":"of_tomorrow","x":""}'
     full = frame.replace('""', '"' + "x" * (MAX_SIGNAL_BYTES - len(frame)) + '"')
     assert decode_signal_untrusted(full) == UnknownSignal("of_tomorrow")
@@ -195,7 +195,7 @@ def test_the_longest_message_is_taken_and_no_longer_one() -> None:
         decode_signal_untrusted("é" * (MAX_SIGNAL_BYTES // 2 + 1))
 
 
-def test_what_json_does_not_know_is_our_own_fault() -> None:
+def test_a_value_that_json_lacks_is_our_own_fault() -> None:
     with pytest.raises(LocalProtocolError):
         encode_signal(ErrorSignal("X", "\ud800"))
 

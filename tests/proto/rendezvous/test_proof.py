@@ -107,7 +107,7 @@ def test_a_replayed_offer_is_refused_until_it_expires() -> None:
     offers.accept(NONCE, NOW + 30, NOW + 10)
 
 
-def test_a_used_offer_can_not_be_used_again() -> None:
+def test_a_used_offer_cannot_be_used_again() -> None:
     offers = expecting()
     offers.check_proof_untrusted(NONCE.hex(), proof(), NOW)
     with refused():

@@ -100,7 +100,7 @@ def registration(
 
 
 def heard(outputs: Outputs, connection: int) -> list[Signal]:
-    """Return the signals that a connection was sent."""
+    """Return the signals that were sent on a connection."""
     return [
         decode_signal_untrusted(output.text, 10**6)
         for output in outputs
@@ -156,7 +156,7 @@ def test_a_signature_by_another_key_is_refused() -> None:
     assert not [output for output in outputs if isinstance(output, PeerJoined)]
 
 
-def test_a_stranger_can_not_open_a_room_with_a_key_of_their_own() -> None:
+def test_a_stranger_cannot_open_a_room_with_a_key_of_their_own() -> None:
     """Key and signature fit each other, but the room is named after another key."""
     world = World()
     world.open(1)
@@ -288,7 +288,7 @@ def test_a_message_that_only_servers_send_is_ignored(signal: Signal) -> None:
     assert world.send(1, signal) == []
 
 
-def test_a_message_of_tomorrow_is_ignored() -> None:
+def test_a_message_of_a_newer_version_is_ignored() -> None:
     world = World()
     world.join(1, "me")
     world.server.receive_message(1, UnknownSignal("ping"), NOW)
@@ -310,7 +310,7 @@ def test_a_rejected_message_ends_its_connection_only() -> None:
 # ----------------------------------------------------------------------- discovery
 
 
-def test_discovery_lists_the_others_of_the_own_room() -> None:
+def test_discovery_lists_the_other_peers_of_the_same_room() -> None:
     world = World()
     world.join(1, "me", "worker")
     world.join(2, "you", "worker")

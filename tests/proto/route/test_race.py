@@ -16,7 +16,7 @@ TCP_A, TCP_B = Attempt("tcp", *A), Attempt("tcp", *B)
 QUIC_A, QUIC_B = Attempt("quic", *A), Attempt("quic", *B)
 
 THREE = ("tcp", "quic", "relay")
-"""A third kind, which the race knows nothing about."""
+"""A third kind, which the race does not name."""
 
 RELAY_A, RELAY_B = Attempt("relay", *A), Attempt("relay", *B)  # type: ignore[arg-type]
 

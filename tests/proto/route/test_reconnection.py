@@ -37,11 +37,11 @@ def delays(kinds: list[bool], jitter: float) -> list[float]:
     return found
 
 
-# what the attempts found, the delays with full jitter
+# findings of the attempts, the delays with full jitter
 DELAYS = [
     ([AWAY] * 9, [0.25, 0.5, 1, 2, 4, 8, 15, 15, 15]),
     ([GONE] * 6, [0.25, 0.5, 1, 1, 1, 1]),
-    # The network is back and the worker is not: look often.
+    # The network is back and the worker is not: try often.
     ([AWAY] * 7 + [GONE] * 4, [0.25, 0.5, 1, 2, 4, 8, 15, 0.25, 0.5, 1, 1]),
     # A worker that is gone says nothing about the network.
     ([GONE] * 5 + [AWAY] * 3, [0.25, 0.5, 1, 1, 1, 0.25, 0.5, 1]),
@@ -137,7 +137,7 @@ def test_nothing_follows_the_end(kind: bool) -> None:
 
 attempt = st.tuples(
     st.floats(0, 30), st.booleans(), st.floats(0, 1, exclude_max=True)
-)  # how long it took, what it found, the jitter
+)  # duration of the attempt, its finding, the jitter
 
 
 @given(

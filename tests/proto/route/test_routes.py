@@ -58,7 +58,7 @@ def test_a_failed_shared_route_that_was_asked_for_is_the_end() -> None:
 
 # ------------------------------------------------------------------- kinds of link
 
-# preference, what the worker listens for, kinds or None, words of the reason
+# preference, kinds that the worker offers, kinds or None, words of the reason
 KINDS: list[
     tuple[
         RoutePreference,
@@ -83,7 +83,7 @@ KINDS: list[
 
 
 @pytest.mark.parametrize(("preference", "offered", "kinds", "words"), KINDS)
-def test_the_kinds_of_link_are_what_both_sides_want(
+def test_the_kinds_of_link_are_those_of_both_sides(
     preference: RoutePreference,
     offered: tuple[LinkKindName, ...],
     kinds: tuple[LinkKindName, ...] | None,

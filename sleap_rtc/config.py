@@ -31,7 +31,7 @@ ENVIRONMENTS = ("development", "staging", "production")
 
 
 class ConfigError(UsageError):
-    """The configuration cannot be used; the message names the key, the file and why."""
+    """The configuration cannot be used; the message names the key, file and cause."""
 
 
 class SharedStorageConfigError(ConfigError):

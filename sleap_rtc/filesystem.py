@@ -51,7 +51,7 @@ def safe_copy(src: StrPath, dst: StrPath, preserve_metadata: bool = False) -> No
 
     Raises:
         SharedStorageError: If the copy failed, or less than 120 % of the size is free.
-            Nothing of the copy is left then.
+            The copy is removed then.
     """
     source, target = Path(src), Path(dst)
     if target.is_dir():
@@ -113,7 +113,7 @@ def get_disk_usage(path: StrPath) -> DiskUsage:
             above it counts.
 
     Raises:
-        SharedStorageError: If the storage does not say.
+        SharedStorageError: If the storage does not answer.
     """
     place = Path(path).absolute()
     with explain_errors(f"Failed to get the disk usage of {path}"):

@@ -227,7 +227,7 @@ def rows(document: str, columns: int) -> list[list[str]]:
     return [row for row in cells if len(row) == columns]
 
 
-def test_the_protocol_document_has_a_row_forevery_message() -> None:
+def test_the_protocol_document_has_a_row_for_every_message() -> None:
     documented = {row[0].strip("`"): row for row in rows("protocol.md", 5)}
     for name, cls in messages.TABLE.items():
         assert name in documented, f"docs/protocol.md has no row for {name}"
@@ -245,7 +245,7 @@ def test_the_protocol_document_has_every_structured_key() -> None:
     assert not {key for key in keys if f"`{key}`" not in text}
 
 
-def test_the_protocol_document_has_a_row_forevery_signal() -> None:
+def test_the_protocol_document_has_a_row_for_every_signal() -> None:
     documented = {row[0].strip("`"): row[2] for row in rows("protocol.md", 4)}
     for name, cls in rendezvous.TABLE.items():
         assert name in documented, f"docs/protocol.md has no row for {name}"

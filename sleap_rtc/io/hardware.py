@@ -13,7 +13,8 @@ from sleap_rtc.proto.messages import Gpu
 from sleap_rtc.proto.terminal import printable
 
 _PROGRAMS = ("sleap-nn", "sleap-nn-train", "sleap")
-"""Programs whose place leads to the installation of sleap-nn, the surest first."""
+"""Programs whose place leads to the installation of sleap-nn, the most reliable
+first."""
 
 _SHEBANG_LENGTH = 512
 """Bytes of the first line of a script; Linux itself reads 256."""

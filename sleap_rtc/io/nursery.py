@@ -10,9 +10,9 @@ import trio
 async def open_background_nursery() -> AsyncIterator[trio.Nursery]:
     """Open a nursery whose tasks serve the body, and are cancelled after it.
 
-    An exception of the body leaves as it is: a plain nursery would wrap it into an
-    `ExceptionGroup`, because its tasks are not secondary to the body there. If a task
-    also fails, the exceptions of the body and of the tasks leave in one group.
+    An exception of the body leaves unwrapped. A plain nursery would wrap it into an
+    `ExceptionGroup`, because it treats the body like its tasks. If a task also fails,
+    the exceptions of the body and of the tasks leave in one group.
     """
     raised: Exception | None = None
     try:

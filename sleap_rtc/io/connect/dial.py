@@ -28,10 +28,10 @@ class _Dialing:
     The winner keeps its link open until `released`, the others close theirs at once.
 
     Args:
-        race: Decides when to dial what, and which link to keep.
+        race: Decides when to dial which address, and which link to keep.
         certificate_der: The only certificate that the peer may show.
         limits: The limits of each link.
-        nursery: Where the attempts run.
+        nursery: The nursery of the attempts.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ async def dial(
         The link, and the reason for its choice.
 
     Raises:
-        DialError: If all attempts failed; it has the reason of each.
+        DialError: If all attempts failed; the error holds the reason of each.
     """
     async with open_background_nursery() as nursery:
         race = LinkRace(addresses, kinds, trio.current_time())

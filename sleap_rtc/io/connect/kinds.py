@@ -52,7 +52,7 @@ class LinkKind(Protocol):
         Args:
             bound: A socket of `bind`; the caller closes it.
             certificate: Shown to clients.
-            acceptor: Gets the proofs of the clients.
+            acceptor: Receives the proofs of the clients.
             limits: The limits of each link.
         """
 
@@ -62,7 +62,7 @@ class LinkKind(Protocol):
         """Open a link without a proof, whose first message must be `Auth`.
 
         Args:
-            host: Where the listener is.
+            host: The host of the listener.
             port: Its port.
             certificate_der: The only certificate that it may show.
             limits: The limits of the link.

@@ -26,7 +26,7 @@ class Listener:
 
     Args:
         bound: One of its sockets.
-        acceptor: Gets the proofs of the clients.
+        acceptor: Receives the proofs of the clients.
 
     Attributes:
         port: The port number.

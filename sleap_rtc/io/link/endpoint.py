@@ -18,7 +18,7 @@ from sleap_rtc.proto.route.kinds import LinkKindName
 
 Authenticate = Callable[[Auth], str]
 """Returns the name of the client that a proof belongs to, or raises
-`RemoteProtocolError`. The client learns no more than that it is refused."""
+`RemoteProtocolError`. The client learns only that it is refused."""
 
 AnyLink = SessionLink[Any]
 
@@ -35,7 +35,7 @@ class Acceptor:
 
     def __init__(self, authenticate: Authenticate) -> None:
         self._authenticate = authenticate
-        # Without a bound: each link in it has used up a proof of its own.
+        # Unbounded: each link in it has used up a proof of its own.
         self._ready, self._accepted = trio.open_memory_channel[Link](math.inf)
 
     def judge(self, link: AnyLink, auth: Auth) -> None:
@@ -58,8 +58,8 @@ class LinkServer(ABC, Generic[LinkT]):
     """The links of one kind that came in on one socket.
 
     Args:
-        nursery: Where the tasks of the links run.
-        acceptor: Gets the proofs of the clients.
+        nursery: The nursery of the links' tasks.
+        acceptor: Receives the proofs of the clients.
         limits: The limits of each link.
     """
 

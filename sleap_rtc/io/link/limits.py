@@ -26,8 +26,8 @@ class LinkLimits(msgspec.Struct, frozen=True, kw_only=True):
     4.2.2.13)."""
 
     max_unproven: int = 64
-    """Clients of one kind in their handshake at once: more than a room has peers, and
-    the few 100 KiB of each add up to little."""
+    """Clients of one kind in their handshake at once: more than the peers of a room,
+    with a few 100 KiB for each."""
 
     max_unsent_messages: int = _MEBIBYTE
     """Bytes of messages in the send queue: 16 of the longest."""

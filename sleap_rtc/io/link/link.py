@@ -128,7 +128,7 @@ class Link(ABC):
 
     @abstractmethod
     async def aclose(self, reason: str = "") -> None:
-        """Send what was accepted for sending, then end with a reason for the peer.
+        """Send all accepted data, then end the link with a reason for the peer.
 
         It takes at most `LinkLimits.flush_timeout`, and may be called again. When
         cancelled, it ends the link at once.
@@ -136,4 +136,4 @@ class Link(ABC):
 
     @abstractmethod
     def close_now(self, reason: str = "") -> None:
-        """End the link without waiting for what is on its way."""
+        """End the link without waiting for data on its way."""

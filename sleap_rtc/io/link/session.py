@@ -1,7 +1,7 @@
 """The common part of the sessions of all kinds of link, without sockets.
 
-A session is one connection as a link sees it: who may talk, what has arrived, and how
-it ends. How its bytes travel depends on the kind.
+A session holds the state of one connection: its phase, the messages and frames that
+have arrived, and its end. Each kind transports the bytes in its own way.
 """
 
 import enum
@@ -39,7 +39,7 @@ MAX_REASON_BYTES = 512
 handshake."""
 
 REFUSED = "refused"
-"""Reason of every refused proof: one word, which does not help to guess."""
+"""Reason of every refused proof: one word, which reveals nothing."""
 
 
 class Client(msgspec.Struct, frozen=True):
@@ -75,8 +75,8 @@ class Ended(msgspec.Struct, frozen=True):
         reason: Why it ended, for people.
         is_fault: True if the peer or the path is to blame; false for an orderly close.
         silent_for: Seconds without traffic, if the silence was the reason.
-        finished: True once the peer has learned of the end, or cannot any longer. The
-            session may be dropped then.
+        finished: True once the peer has received the reason, or can no longer receive
+            it. The session may be dropped then.
     """
 
     reason: str
@@ -111,7 +111,7 @@ TRANSITIONS: Table[Phase] = {
 class ProofShown(msgspec.Struct, frozen=True):
     """Event: the client showed this proof; answer with `admit` or `refuse`.
 
-    Until then nothing else is read of what the client sends.
+    Until then no other data of the client is read.
     """
 
     auth: Auth
@@ -123,7 +123,7 @@ OutputT = TypeVar("OutputT")
 class Session(ABC, Generic[OutputT]):
     """The messages and frames of one connection.
 
-    After each input and command the driver sends what is to be sent, drains
+    After each input and command the driver sends waiting data, drains
     `next_output`, and arms a timer for `deadline`. Received messages and frames wait in
     `next_message` and `next_frame`. Taking one may allow the peer to send more;
     `has_news` then asks for another turn of the driver. An ended session still informs
@@ -133,7 +133,7 @@ class Session(ABC, Generic[OutputT]):
         address: The peer's ``host:port``, for people.
         role: Which side of the connection this is.
         limits: The limits of the link.
-        now: The time in seconds, of any clock that only goes forward.
+        now: The time in seconds, of any monotonic clock.
     """
 
     def __init__(
@@ -271,7 +271,7 @@ class Session(ABC, Generic[OutputT]):
     @property
     @abstractmethod
     def all_sent(self) -> bool:
-        """True if nothing that was queued needs this side any longer."""
+        """True if no queued data needs this side any longer."""
 
     # ------------------------------------------------------------ inside, by kind
 

@@ -1,4 +1,4 @@
-"""A link over a session: the calls of its users, and what wakes them."""
+"""A link over a session: the calls of its users, and the events that wake them."""
 
 import math
 from abc import abstractmethod
@@ -21,8 +21,8 @@ SessionT = TypeVar("SessionT", bound=Session[Any])
 class SessionLink(Link, Generic[SessionT]):
     """A link whose protocol is a session; the kinds differ in how its bytes travel.
 
-    A waiting call registers an event and its condition. `pump` is synchronous: it
-    sends, carries out the outputs of the session, and sets the event of every call
+    A waiting call registers an event and its condition. `pump` is synchronous: it sends
+    waiting data, runs the outputs of the session, and sets the event of every call
     whose condition is true.
 
     Args:
@@ -102,7 +102,7 @@ class SessionLink(Link, Generic[SessionT]):
         )
 
     async def aclose(self, reason: str = "") -> None:
-        """Send what was accepted for sending, then end with a reason for the peer."""
+        """Send all accepted data, then end the link with a reason for the peer."""
         session = self.session
         try:
             with trio.move_on_after(self._limits.flush_timeout):
@@ -113,7 +113,7 @@ class SessionLink(Link, Generic[SessionT]):
             self.close_now(reason)
 
     def close_now(self, reason: str = "") -> None:
-        """End the link without waiting for what is on its way."""
+        """End the link without waiting for data on its way."""
         self.session.close(reason, trio.current_time())
         self.pump()
 
@@ -134,7 +134,7 @@ class SessionLink(Link, Generic[SessionT]):
         """Close a socket that the link owns, after its tasks have ended."""
 
     def pump(self) -> None:
-        """Send what is to be sent, carry out the outputs, and wake the waiting calls.
+        """Send waiting data, run the outputs, and wake the waiting calls.
 
         Sending is not a task of its own, so no cancellation can cut a record in two.
         """
@@ -163,7 +163,7 @@ class SessionLink(Link, Generic[SessionT]):
 
     @abstractmethod
     def _send(self) -> None:
-        """Send what the session has to send, as far as the socket takes it."""
+        """Send as much data of the session as the socket takes."""
 
     @abstractmethod
     def _packets_lost(self) -> int:
@@ -205,7 +205,8 @@ class SessionLink(Link, Generic[SessionT]):
     async def _until(self, condition: Callable[[], bool]) -> None:
         """Wait until the session is open and the condition is true.
 
-        Nothing else happens between that and the return, so the caller may act on it.
+        No other task runs between the check and the return, so the caller may rely on
+        it.
 
         Raises:
             LinkClosedError: If the session has ended.

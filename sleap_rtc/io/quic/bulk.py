@@ -1,4 +1,4 @@
-"""The sending half of a stream for bulk, which keeps what it sends without a copy."""
+"""The sending half of a bulk stream, which keeps sent bytes without copying them."""
 
 from bisect import bisect_right
 from typing import NamedTuple

@@ -63,7 +63,7 @@ class AioquicCongestion(QuicCongestionControl):
             self._mtu.packet_lost(packet.sent_bytes)
 
     def on_persistent_congestion(self) -> None:
-        """Forward that nothing has arrived for long."""
+        """Report that no packet has arrived for a long time."""
         self._control.persistent_congestion()
 
     def on_rtt_measurement(self, *, now: float, rtt: float) -> None:
@@ -75,12 +75,12 @@ class AioquicPacer(QuicPacketPacer):
     """Decides when aioquic may make a packet.
 
     aioquic makes all packets of a turn before it reports their sizes. Until then each
-    takes up a full packet of the pacer's budget; `end_turn` gives that back, as the
-    packets have been charged with their sizes then.
+    packet counts as a full one in the pacer's budget. `end_turn` removes these counts,
+    because the real sizes have been charged by then.
 
     Args:
-        control: Has the size of a full packet.
-        pacer: Has the budget.
+        control: Provides the size of a full packet.
+        pacer: Holds the budget.
     """
 
     def __init__(self, control: CongestionControl, pacer: Pacer) -> None:

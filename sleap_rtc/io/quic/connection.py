@@ -92,7 +92,7 @@ class AioquicConnection(QuicConnection):
     def renew_keys(self) -> None:
         """Seal the packets that follow with new keys."""
         self.request_key_update()
-        # Only a packet of aioquic's own making begins to use them.
+        # Only a packet that aioquic makes itself starts to use them.
         self._send_probe()
 
     # ------------------------------------------------------- packets made elsewhere
@@ -199,7 +199,7 @@ class AioquicConnection(QuicConnection):
             peer_cid=self._peer_cid.cid,
             now=now,
         )
-        # RFC 9000, 14.4: congestion control must not learn of its fate.
+        # RFC 9000, 14.4: its loss must not count as congestion.
         sent_packets = self._spaces[Epoch.ONE_RTT].sent_packets
         packet = sent_packets[self._packet_number - 1]
         self._loss._cc.on_packets_expired(packets=[packet])
@@ -255,10 +255,10 @@ class AioquicConnection(QuicConnection):
         self._granted = total
 
     def datagrams_to_send(self, now: float) -> list[Datagram]:
-        """Return what to send now; the peer may send what was granted, and no more.
+        """Return the datagrams to send now; the peer may send only the granted bytes.
 
         aioquic doubles the window whenever half of it has arrived, whether it was read
-        or not. For the time of the call, nothing has arrived.
+        or not. So the received bytes count as 0 during the call.
         """
         window = self._local_max_data
         window.value = max(window.value, self._granted)

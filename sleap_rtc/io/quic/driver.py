@@ -1,4 +1,4 @@
-"""QUIC links: listening for them, and dialing."""
+"""QUIC links: listening and dialing."""
 
 import socket
 from collections.abc import AsyncIterator
@@ -60,12 +60,12 @@ class QuicServer(LinkServer[QuicLink]):
     Args:
         udp: The socket.
         certificate: Shown to clients.
-        nursery: Where the tasks of the links run.
-        acceptor: Gets the proofs of the clients.
+        nursery: The nursery of the links' tasks.
+        acceptor: Receives the proofs of the clients.
         limits: The limits of each link.
 
     Attributes:
-        ignored: Datagrams that belong to no link and began none.
+        ignored: Datagrams that neither belong to a link nor began one.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class QuicServer(LinkServer[QuicLink]):
             nursery.start_soon(resume_sending, self._udp, self._pump)
 
     def _receive(self, batch: list[Datagram]) -> None:
-        """Bring each datagram of a batch to its link."""
+        """Deliver each datagram of a batch to its link."""
         touched: dict[QuicLink, list[Datagram]] = {}
         for datagram in batch:
             link = self._find_link(*datagram)
@@ -251,7 +251,7 @@ async def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, Address]
 
 
 def _largest_datagram(udp: UdpSocket, limits: LinkLimits) -> int:
-    """Return how large datagrams may grow: a probe that is cut proves nothing."""
+    """Return how large datagrams may grow: a fragmented probe proves nothing."""
     largest = limits.largest_datagram
     return largest if udp.never_fragments else min(DATAGRAM_SIZE, largest)
 

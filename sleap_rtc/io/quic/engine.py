@@ -38,26 +38,26 @@ __all__ = [
     "server_engine",
 ]
 
-# aioquic warns about every fault of a peer; without a handler that is printed.
+# aioquic warns about every fault of a peer; without a handler, Python prints it.
 logging.getLogger("quic").addHandler(logging.NullHandler())
 
 DATAGRAM_SIZE = 1350
 """UDP payload in bytes: with IPv6 and UDP headers 1398, which most tunnels let pass."""
 
 FIRST_WINDOW = 256 * 1024
-"""Bytes that a peer may send before it is proven: a message, and frames that overtook
-it."""
+"""Bytes that a peer may send before its proof is accepted: a message, and frames that
+overtook it."""
 
 STREAM_WINDOW = 32 * 1024 * 1024
-"""Bytes of one stream that a peer may send: as many as on the whole connection, whose
-window is the one that counts."""
+"""Bytes of one stream that a peer may send: as many as on the whole connection, so that
+only the window of the connection counts."""
 
 PACKETS_PER_KEY = 4_000_000
 """Packets after which the keys are renewed: AES-GCM allows 2^23 (RFC 9001, 6.6)."""
 
 
 class FastPath(enum.Flag):
-    """Directions of bulk data that do without aioquic; docs/performance.md has both."""
+    """Directions of bulk data that bypass aioquic; see docs/performance.md."""
 
     NONE = 0
     SEND = enum.auto()
@@ -76,8 +76,9 @@ class QuicEngine:
     Args:
         configuration: The settings of the connection.
         largest_datagram: UDP payload in bytes that datagrams may grow to.
-        original_destination_connection_id: A server's, from the client's first packet.
-        fast_path: Which bulk data takes the fast path.
+        original_destination_connection_id: For a server: the id in the client's first
+            packet.
+        fast_path: The directions of bulk data that take the fast path.
 
     Attributes:
         connection: The connection of aioquic.
@@ -166,7 +167,7 @@ class QuicEngine:
         self.connection.send_stream_data(stream_id, cast(bytes, data))
 
     def send_bulk(self, stream_id: int, data: Payload) -> None:
-        """Queue bytes of the bulk stream, of which there is one.
+        """Queue bytes of the only bulk stream.
 
         They need not be copied, so the caller must not change them.
         """
@@ -211,8 +212,8 @@ class QuicEngine:
     def datagrams_to_send(self, now: float) -> list[Datagram]:
         """Return what to send now."""
         datagrams = self._packets_to_send(now)
-        # aioquic arms its loss timer in this call. When a timer expires, a rounding
-        # error may still be missing for aioquic, so the time has to go forward.
+        # aioquic arms its loss timer in this call. A timer may expire a rounding error
+        # too early for aioquic, so the time has to move forward.
         timer = self.connection.get_timer()
         self._deadline = None if timer is None else max(timer, now + 1e-6)
         return datagrams
@@ -272,7 +273,7 @@ def client_engine_untrusted(
         idle_timeout: Seconds without traffic after which the peer counts as gone.
         datagram_size: The UDP payload to begin with, in bytes.
         largest_datagram: The payload that it may grow to; None means that it stays.
-        fast_path: Which bulk data takes the fast path.
+        fast_path: The directions of bulk data that take the fast path.
 
     Raises:
         RemoteProtocolError: If the bytes are not a certificate.
@@ -309,7 +310,7 @@ def server_engine(
         idle_timeout: Seconds without traffic after which the peer counts as gone.
         datagram_size: The UDP payload to begin with, in bytes.
         largest_datagram: The payload that it may grow to; None means that it stays.
-        fast_path: Which bulk data takes the fast path.
+        fast_path: The directions of bulk data that take the fast path.
     """
     return QuicEngine(
         QuicConfiguration(

@@ -25,8 +25,8 @@ from sleap_rtc.io.quic.packets import (
 
 PACKETS_PER_ACK = 32
 ACK_DELAY = 0.001
-"""Packets, and seconds, after which an acknowledgement is due: a batch costs one, not
-one for each two packets (RFC 9000, 13.2.2)."""
+"""Packets, and seconds, after which an acknowledgement is due: a batch gets one,
+instead of one for every two packets (RFC 9000, 13.2.2)."""
 
 _LARGEST_STREAM_ID = 63
 """The largest id of a stream that takes one byte."""
@@ -65,7 +65,7 @@ class FastReceiver:
         self._register(now)
 
     def _current_keys(self) -> PacketKeys | None:
-        """Return the keys of 1-RTT packets; None outside of their time."""
+        """Return the keys of 1-RTT packets; None unless they are in use."""
         if not self._connection.is_established:
             return None
         context = self._connection.opening_context

@@ -2,8 +2,8 @@
 
 aioquic writes, seals and registers one packet at a time. Here the header protection of
 all packets of a turn is one call, and the bytes of a frame are copied only where the
-cipher needs it. Packet numbers, windows and timers are those of aioquic, which finds
-out what arrives and sends everything else.
+cipher needs it. Packet numbers, windows and timers are those of aioquic, which tracks
+the packets that arrive and sends everything else.
 """
 
 from aioquic.quic.packet import QuicPacketType
@@ -24,7 +24,7 @@ from sleap_rtc.proto.quic.congestion import CongestionControl, Pacer
 MAX_PACKETS_PER_TURN = 64
 MAX_BYTES_PER_TURN = 512 * 1024
 """Packets and bytes that are sent in one turn: a millisecond or two, after which other
-connections and the event loop get theirs."""
+connections and tasks run."""
 
 _OFFSET_SIZE = 8
 _OFFSET_MARK = 0b11 << 62
@@ -83,9 +83,10 @@ class FastSender:
         return datagrams
 
     def _take_pieces(self, now: float) -> tuple[list[Piece], bool]:
-        """Return what may be sent in this turn, and if more could be sent later.
+        """Return the pieces of this turn, and True if more could be sent later.
 
-        A full window is not such a case: an acknowledgement begins the next turn then.
+        If the window is full, an acknowledgement starts the next turn, so the answer is
+        False.
         """
         connection, control, bulk = self._connection, self._control, self._bulk
         size = connection.datagram_size

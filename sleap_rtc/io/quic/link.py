@@ -38,7 +38,7 @@ class QuicLink(SessionLink[QuicSession]):
 
     @property
     def unused(self) -> bool:
-        """True if nothing that arrived deserved an answer."""
+        """True if no received datagram has led to an answer."""
         return self.session.bytes_sent == 0
 
     def receive(self, datagrams: list[Datagram]) -> None:

@@ -55,13 +55,13 @@ _TLS_ALERTS = range(QuicErrorCode.CRYPTO_ERROR, QuicErrorCode.CRYPTO_ERROR + 256
 
 
 class RouteAdded(msgspec.Struct, frozen=True):
-    """Effect: bring datagrams with this connection id to the session."""
+    """Effect: deliver datagrams with this connection id to the session."""
 
     connection_id: bytes
 
 
 class RouteRemoved(msgspec.Struct, frozen=True):
-    """Effect: bring datagrams with this connection id to the session no longer."""
+    """Effect: stop delivering datagrams with this connection id to the session."""
 
     connection_id: bytes
 
@@ -112,7 +112,7 @@ class QuicSession(Session[RouteChange]):
     commands; after each of them it sends what `datagrams_to_send` returns.
 
     Args:
-        engine: The QUIC connection; a client's has been told to connect.
+        engine: The QUIC connection; a client's has begun to connect.
         address: The peer's ``host:port``, for people.
         role: Which side of the connection this is.
         limits: The limits of the link.
@@ -157,7 +157,7 @@ class QuicSession(Session[RouteChange]):
         was_open = self._engine.close_event is None
         self._engine.handle_timeout(now)
         closing = self._engine.close_event
-        # A timer closes a connection after a silence or for want of a path.
+        # A timer closes a connection after a silence or if no path works.
         if was_open and closing and closing.error_code == _SILENCE:
             self._end(self._silence())
         self._drain_engine(now)
@@ -194,7 +194,7 @@ class QuicSession(Session[RouteChange]):
         return min(deadlines, default=None)
 
     def admit(self, peer: str, now: float) -> None:
-        """Accept the proof, and continue with what the engine kept meanwhile."""
+        """Accept the proof, and process the data that the engine has kept."""
         super().admit(peer, now)
         self._drain_engine(now)
 
@@ -251,7 +251,7 @@ class QuicSession(Session[RouteChange]):
             self.has_news = True
 
     def _drain_engine(self, now: float) -> None:
-        """Process the events of the engine; it keeps them while a proof is judged."""
+        """Process the events of the engine; it keeps them while a proof is checked."""
         try:
             while self.state is not Phase.JUDGING:
                 event = self._engine.next_event()

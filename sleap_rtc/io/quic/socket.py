@@ -17,7 +17,7 @@ BUFFER_SIZE = 8 * 1024 * 1024
 
 BATCH = 64
 BATCH_BYTES = 512 * 1024
-"""Datagrams, and bytes, after which other tasks run: to decrypt a large datagram takes
+"""Datagrams, and bytes, after which other tasks run: decrypting a large datagram takes
 as long as several small ones."""
 
 GSO_DATAGRAMS = 64
@@ -99,7 +99,7 @@ class UdpSocket:
         return batch
 
     def send(self, datagrams: Iterable[Datagram]) -> None:
-        """Send in order; keep what the operating system has no room for."""
+        """Send datagrams in order; keep those for which the system has no room."""
         self._unsent.extend(datagrams)
         while self._unsent:
             batch = self._next_batch()
@@ -207,7 +207,7 @@ def bind_udp(family: socket.AddressFamily, host: str, port: int) -> socket.socke
 def _enlarge_buffers(opened: socket.socket) -> None:
     for option in (socket.SO_RCVBUF, socket.SO_SNDBUF):
         size = BUFFER_SIZE
-        # Linux silently grants less; other systems refuse what is too much.
+        # Linux silently grants less; other systems refuse a size that is too large.
         while size > 64 * 1024:
             try:
                 opened.setsockopt(socket.SOL_SOCKET, option, size)

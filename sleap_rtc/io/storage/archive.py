@@ -113,7 +113,7 @@ def pack_directory(
     Args:
         source: The directory.
         target: Path of the zip, which appears when it is whole.
-        progress: Called now and then with the bytes packed so far.
+        progress: Called at intervals with the bytes packed so far.
         check: Called between blocks; it stops the work by raising.
 
     Raises:
@@ -312,7 +312,7 @@ def _zip_info(name: str, status: os.stat_result) -> zipfile.ZipInfo:
     changed = time.localtime(status.st_mtime)[:6]
     changed = min(max(changed, (1980, 1, 1, 0, 0, 0)), (2107, 12, 31, 23, 59, 58))
     info = zipfile.ZipInfo(name, changed)
-    info.create_system = 3  # Unix: the permissions mean something
+    info.create_system = 3  # made on Unix: the permissions are valid
     permissions = 0o755 if status.st_mode & 0o111 else 0o644
     info.external_attr = (stat.S_IFMT(status.st_mode) | permissions) << 16
     info.file_size = 0 if info.is_dir() else status.st_size

@@ -1,8 +1,8 @@
 """Check the entries of a zip before a byte is written, and plan where each goes.
 
 Any holder of the room secret can send a package, so its list of entries is hostile
-input: names that lead elsewhere, links and devices, entries that share their data or
-grow a thousandfold, and names that some system cannot tell apart.
+input: names that lead out of the directory, links and devices, entries that share their
+data or grow a thousandfold, and names that some system cannot tell apart.
 """
 
 import os
@@ -30,7 +30,7 @@ _END_64_SIGNATURE = b"PK\6\6"
 _LOCAL_HEADER_BYTES = 30
 
 _MAX_LEVELS = 64
-"""Directories above each other; `sleap_rtc.io.storage.folder` can remove twice as
+"""Levels of nested directories; `sleap_rtc.io.storage.folder` can remove twice as
 many."""
 
 _ENCRYPTED = 0x1 | 0x40 | 0x2000

@@ -21,7 +21,7 @@ Ts = TypeVarTuple("Ts")
 GRACE_TIMEOUT = 2.0
 """Seconds that a cancelled call may take to end before its thread is left behind.
 
-Storage that works answers sooner, so that its threads do not run on unseen."""
+Storage that works answers sooner, so its threads are not left behind."""
 
 MAX_THREADS = 40
 """Threads that may be inside storage at once.
@@ -133,7 +133,7 @@ class _Call(Generic[*Ts, T]):
                 self._discard(result)
 
     def _end(self, *results: T, error: BaseException | None = None) -> bool:
-        """Record the end; returns False if the task no longer waits for it."""
+        """Record the end; return False if the task no longer waits for it."""
         with self._lock:
             self._is_running = False
             if self._is_abandoned:

@@ -73,8 +73,8 @@ def copy_file(
     Args:
         source: A file that the owner of this process named.
         root: An existing directory that the owner named.
-        relative: Where beneath it the copy goes; missing directories are made.
-        progress: Called now and then with the bytes copied so far.
+        relative: Path of the copy beneath it; missing directories are made.
+        progress: Called at intervals with the bytes copied so far.
         check: Called between calls to the system; it stops the copy by raising.
         size: Bytes that the source must have; by default any number.
         replace: Replace a file of that name instead of refusing.
@@ -142,7 +142,7 @@ async def copy_with_deadline(
     Args:
         source: A file that the owner of this process named.
         root: An existing directory that the owner named.
-        relative: Where beneath it the copy goes; missing directories are made.
+        relative: Path of the copy beneath it; missing directories are made.
         size: Bytes that the source must have.
         on_progress: Called in the event loop with the bytes copied so far.
         timeout: Seconds for the whole copy. By default 30 and one for each 10 MiB,

@@ -70,7 +70,7 @@ _KERNEL_CANNOT = frozenset(
         errno.ENOSYS,
         errno.ENOTTY,
         errno.EINVAL,
-        errno.EPERM,  # old sandboxes answer so for calls that they do not know
+        errno.EPERM,  # old sandboxes return this for unknown calls
         errno.EBADF,
     ]
 )

@@ -86,7 +86,7 @@ class PartFile:
         """
         with self._handle.use() as fd:
             os.fsync(fd)
-        # Network file systems report a full quota as late as here.
+        # Network file systems may report a full quota only here.
         self._handle.close()
         rename = self._folder.rename if self._replace else self._folder.rename_new
         rename(self._part, self._name)

@@ -1,4 +1,4 @@
-"""TCP links: listening for them, and dialing."""
+"""TCP links: listening and dialing."""
 
 import socket
 import ssl
@@ -37,8 +37,8 @@ class TcpServer(LinkServer[TcpLink]):
     Args:
         listening: The socket.
         context: Settings of TLS, with the certificate.
-        nursery: Where the tasks of the links run.
-        acceptor: Gets the proofs of the clients.
+        nursery: The nursery of the links' tasks.
+        acceptor: Receives the proofs of the clients.
         limits: The limits of each link.
     """
 
@@ -136,4 +136,4 @@ class TcpKind:
 
 
 def _ignore_output(output: ProofShown) -> None:
-    """Ignore the output of a session that cannot be shown a proof."""
+    """Ignore the outputs of a client's session, which receives no proof."""

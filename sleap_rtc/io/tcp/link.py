@@ -79,7 +79,7 @@ class TcpLink(SessionLink[TcpSession]):
             try:
                 await self._until(lambda: session.wants_data)
             except LinkClosedError:
-                pass  # discard what comes now, until the peer has closed as well
+                pass  # discard further data until the peer has closed as well
             try:
                 data = await self._tcp.receive()
             except OSError as error:
@@ -97,7 +97,7 @@ class TcpLink(SessionLink[TcpSession]):
             self.pump()
 
     def _read_rest(self) -> None:
-        """Read what a peer sent before it was lost: a reason may be in it."""
+        """Read the last data of a peer that was lost: it may contain a reason."""
         try:
             while data := self._tcp.receive_now():
                 self.session.receive_data(data, trio.current_time())

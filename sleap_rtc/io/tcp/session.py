@@ -29,7 +29,7 @@ from sleap_rtc.proto.transfer.records import (
 )
 
 BATCH = 96 * 1024
-"""Bytes that are encrypted at once. A message overtakes what is not encrypted yet.
+"""Bytes that are encrypted at once. A message overtakes data that is not encrypted yet.
 Pieces of 128 KiB or more would be allocated from the system each time."""
 
 MESSAGE_COST = 512
@@ -147,7 +147,7 @@ class TcpSession(Session[Never]):
 
     @property
     def wants_data(self) -> bool:
-        """True unless the peer has to wait: much is unread, or its proof is judged."""
+        """True unless much data is unread, or the proof is being checked."""
         if self.ended is not None:
             return True
         has_room = self._unread < self._limits.max_unread
@@ -204,7 +204,7 @@ class TcpSession(Session[Never]):
                     self._unread += HEADER_SIZE + frame.header.length
                     self._frames.append(frame)
             case RecordType.PING:
-                # Only the latest: a peer that reads no answers can't pile them up.
+                # Keep only the latest: a peer that reads no answers can't pile them up.
                 self._pong_due = bytes(content)
             case RecordType.PONG:
                 self._pong(int.from_bytes(content), now)

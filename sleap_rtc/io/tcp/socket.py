@@ -45,7 +45,7 @@ class TcpSocket:
             connected.setsockopt(socket.IPPROTO_TCP, option, UNSENT_IN_KERNEL)
 
     def close(self) -> None:
-        """Close the connection, which no task may wait for at that time."""
+        """Close the connection; no task may be waiting for it."""
         self._socket.close()
 
     @property
@@ -106,7 +106,7 @@ class TcpSocket:
         self._waits.set()
 
     async def wait_until_writable(self) -> None:
-        """Wait until the socket was full, or its user paused, and has room again."""
+        """Wait until the socket has been full or paused, and has room again."""
         await self._waits.wait()
         await trio.lowlevel.wait_writable(self._socket)
         self._is_full = False
@@ -124,7 +124,7 @@ class TcpSocket:
 
 
 async def open_tcp_socket(host: str, port: int) -> TcpSocket:
-    """Connect to the first address of a name that answers.
+    """Connect to the first address of a host name that answers.
 
     Raises:
         OSError: If none does.

@@ -157,7 +157,7 @@ class TlsEngine:
         return filled
 
     def encrypt(self, data: bytes) -> None:
-        """Add bytes to what `take` returns; after a fault they are discarded.
+        """Encrypt bytes for `take`; after a fault they are discarded.
 
         Args:
             data: Many small pieces would cost more than one large one.
@@ -166,7 +166,7 @@ class TlsEngine:
             self._tls.write(data)
 
     def take(self) -> bytes:
-        """Remove and return everything that is to be sent."""
+        """Remove and return all bytes to send."""
         return self._outgoing.read()
 
 

@@ -41,7 +41,7 @@ SAVE_EVERY = 256 * 1024 * 1024
 """Bytes that a power cut may cost. A crash of the process alone costs none."""
 
 _MAX_NAME_BYTES = 255 - len("..part")
-"""Bytes of the longest name whose hidden files have it in full."""
+"""Bytes of the longest name that its hidden files repeat in full."""
 
 _KEPT_OF_NAME = 200
 """Bytes of a longer name that its hidden files repeat, before a hash."""
@@ -103,7 +103,7 @@ def _go_on() -> None:
 class ChunkWriter:
     """A file that is received chunk by chunk, in any order, by one process or several.
 
-    Get one from `open`. Nothing has the name of the file before `publish`. End with
+    Get one from `open`. No file has the final name before `publish`. End with
     `publish`, `keep` or `abandon`; the files of a killed process are kept.
 
     Attributes:
@@ -140,7 +140,7 @@ class ChunkWriter:
         origin: str = "",
         check: Callable[[], None] = _go_on,
     ) -> Self:
-        """Open the writer of a file, and resume what an earlier writer left.
+        """Open the writer of a file, and resume the work of an earlier writer.
 
         If an earlier writer of this file left its part file and a journal of the same
         size, chunk size and origin, this one resumes from them. It reads and checks
@@ -149,7 +149,7 @@ class ChunkWriter:
 
         Args:
             root: An existing directory that the owner of this process named.
-            relative: Where beneath it the file goes, as the peer sent it. Missing
+            relative: Path of the file beneath it, as the peer sent it. Missing
                 directories are made.
             size: Bytes in the file.
             chunk_size: Bytes in a chunk; the last one may be shorter.
@@ -249,13 +249,13 @@ class ChunkWriter:
             with self._file.use() as fd:
                 os.fsync(fd)
                 self._hidden.check_part(fd)
-            # Network file systems report a full quota as late as here.
+            # Network file systems may report a full quota only here.
             self._file.close()
             path = self._hidden.rename_part()
         try:
             self._journal.remove()
         except OSError:
-            pass  # the file is whole, and the next writer of that name removes it
+            pass  # the file is whole; the next writer of that name removes the journal
         self._end()
         return path
 
@@ -337,7 +337,7 @@ class _HiddenFiles:
             raise
 
     def check_part(self, fd: int) -> None:
-        """Check that the part file still is the open file.
+        """Check that the part file is still the open file.
 
         Raises:
             StorageError: If another file has its name.

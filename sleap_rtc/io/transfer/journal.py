@@ -100,7 +100,8 @@ class Journal:
             name: Its name.
             size: Bytes of the arriving file.
             chunk_size: Bytes of every chunk but the last, which may be shorter.
-            origin: Source that the file is a copy of. A journal of another is foreign.
+            origin: Source that the file is a copy of. A journal with another origin is
+                not used.
 
         Raises:
             BlockingIOError: If another writer has it.
@@ -177,7 +178,7 @@ class Journal:
         Raises:
             OSError: If the storage failed; the journal is closed nevertheless.
         """
-        if sys.platform == "win32":  # which does not remove what is open
+        if sys.platform == "win32":  # Windows does not remove an open file
             self._file.close()
         try:
             self._folder.unlink(self._name)

@@ -33,11 +33,11 @@ WRITERS = 2
 """Threads that hash and write chunks of one file: one may wait for the disk."""
 
 CLOSE_TIMEOUT = 2.0
-"""Seconds in which a cancelled transfer tries to tell the peer."""
+"""Seconds in which a cancelled transfer tries to inform the peer."""
 
 PUBLISH_GRACE_TIMEOUT = 10.0
 """Seconds that a cancelled transfer waits for a whole file to get its name: disks may
-have much to write before."""
+have much to write first."""
 
 
 class TransferError(Exception):
@@ -75,16 +75,16 @@ class ChunkSink(Protocol):
     """The stored chunks. The transfer owns the map and adds those that it stores."""
 
     def write(self, index: int, payload: Buffer, digest: bytes) -> bool:
-        """Write a chunk; return False if its hash is another one."""
+        """Write a chunk; return False if its hash does not match."""
 
     def publish(self) -> Path:
         """Publish the whole file under its name, and return its path."""
 
     def keep(self) -> None:
-        """Keep what was written for a later transfer, unless it was published."""
+        """Keep the chunks for a later transfer, unless the file was published."""
 
     def abandon(self) -> None:
-        """Remove what was written, unless it was published."""
+        """Remove the written chunks, unless the file was published."""
 
 
 class RunningTransfer(ABC):

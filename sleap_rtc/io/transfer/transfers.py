@@ -63,7 +63,7 @@ class Transfers:
 
     @property
     def active(self) -> int:
-        """Transfers that run now."""
+        """Transfers that are running."""
         return len(self._active)
 
     async def run(self) -> None:
@@ -175,7 +175,7 @@ class Transfers:
     def _registered(self, transfer_id: int, active: RunningTransfer) -> Iterator[None]:
         """Route input to a transfer while the block runs."""
         if transfer_id in self._active:
-            raise TransferError(f"transfer {transfer_id} runs already")
+            raise TransferError(f"transfer {transfer_id} is already running")
         self._active[transfer_id] = active
         try:
             yield

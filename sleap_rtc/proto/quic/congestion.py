@@ -53,7 +53,8 @@ WINDOW_GAIN = 2.0
 """Congestion window in bandwidth-delay products."""
 
 PROBE_RTT_WINDOW_GAIN = 0.5
-"""Congestion window while the minimum round trip time is probed for."""
+"""Congestion window in bandwidth-delay products while the minimum round trip time is
+probed for."""
 
 WINDOW_PACING_GAIN = 1.25
 """Windows a round trip that are sent before the bandwidth is known (RFC 9002, 7.7)."""
@@ -105,7 +106,7 @@ class CongestionControl:
 
     The transport reports each packet that counts as in flight: first `packet_sent`,
     then one of `packet_acknowledged`, `packet_lost` and `packet_expired`. It calls
-    `rtt_measured` once for each acknowledgement, after the packets of it, and
+    `rtt_measured` once for each acknowledgement, after its packets, and
     `application_limited` when it has nothing more to send. It may send while
     `bytes_in_flight` is below `congestion_window`, at the `pacing_rate`.
 
@@ -266,7 +267,7 @@ class CongestionControl:
             self._rates.append(0.0)
 
     def _check_full_pipe(self, is_congested: bool, is_app_limited: bool) -> None:
-        """Find out if startup has reached the bandwidth of the path."""
+        """Check whether startup has reached the bandwidth of the path."""
         if self.bandwidth >= FULL_PIPE_GROWTH * self._full_bandwidth:
             self._full_bandwidth, self._full_rounds = self.bandwidth, 0
         elif not is_app_limited:

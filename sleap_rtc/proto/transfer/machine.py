@@ -1,9 +1,9 @@
 """One file on its way in chunks: the receiver, the sender, and their credits.
 
-The receiver owns the truth, its `ChunkMap`. It grants the chunks that it can take, and
-the sender sends exactly those, in any order. When all are stored, the receiver names
-the hash over the chunk hashes. The sender compares it with its own and answers, and
-only then the file appears under its name::
+The receiver's `ChunkMap` is authoritative. The receiver grants the chunks that it can
+take, and the sender sends exactly those, in any order. When all are stored, the
+receiver names the hash over the chunk hashes. The sender compares it with its own and
+answers, and only then the file appears under its name::
 
     sender                                receiver
                      FILE_OFFER    ->
@@ -15,8 +15,8 @@ only then the file appears under its name::
                      FILE_VERIFIED ->     `Publish`
 
 FILE_ERROR ends a transfer from either side at any time. A machine serves one transfer
-over one link; over the next link, new machines continue from the chunk map. Nothing
-here depends on time: the link notices a peer that is gone.
+over one link; over the next link, new machines continue from the chunk map. No
+transition depends on time: the link notices a peer that is gone.
 """
 
 from abc import ABC, abstractmethod
@@ -37,7 +37,7 @@ from sleap_rtc.proto.messages import (
 )
 
 MAX_WINDOW = 64
-"""Chunks that a receiver may have granted and a sender not yet begun to send."""
+"""Chunks that may be granted and not yet begun by the sender."""
 
 TransferMessage = ChunkGrant | FileReceived | FileVerified | FileError
 """The messages of a running transfer."""
@@ -155,7 +155,7 @@ class TransferMachine(ABC, Generic[StateT, OutputT]):
     def _check_id(self, transfer_id: int) -> None:
         if transfer_id != self.transfer_id:
             raise LocalProtocolError(
-                f"transfer {self.transfer_id} was given what is of {transfer_id}"
+                f"transfer {self.transfer_id} got input of transfer {transfer_id}"
             )
 
     def _send(self, message: TransferMessage) -> None:
@@ -170,4 +170,4 @@ class TransferMachine(ABC, Generic[StateT, OutputT]):
 
     @abstractmethod
     def _blame_peer(self, reason: str) -> None:
-        """End the transfer for what the peer did."""
+        """End the transfer for a fault of the peer."""

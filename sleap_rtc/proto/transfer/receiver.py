@@ -1,4 +1,4 @@
-"""The receiving side of a transfer: what to ask for, and when the file is whole."""
+"""The receiving side of a transfer: it requests chunks until the file is whole."""
 
 from collections.abc import Iterable
 from enum import Enum, auto
@@ -31,7 +31,7 @@ hold them in memory."""
 
 MAX_DAMAGES = 5
 """Times that one chunk may arrive damaged. The link has integrity checks of its own,
-so more than that is a broken sender."""
+so more damage means a broken sender."""
 
 
 class ReceiverState(Enum):
@@ -142,7 +142,7 @@ class Receiver(TransferMachine[ReceiverState, ReceiverOutput]):
 
     @property
     def chunk_map(self) -> ChunkMap:
-        """The stored chunks; the truth about this transfer."""
+        """The stored chunks: the authoritative state of this transfer."""
         return self._map
 
     @property
@@ -167,7 +167,7 @@ class Receiver(TransferMachine[ReceiverState, ReceiverOutput]):
             self._blame_peer(fault)
             return False
         if header.index not in self._granted:
-            return False  # it was granted before, and has arrived twice
+            return False  # a granted chunk that has arrived twice
         self._granted.remove(header.index)
         self._storing[header.index] = header.hash
         self._outputs.append(Store(header.index, header.hash))
@@ -273,7 +273,7 @@ class Receiver(TransferMachine[ReceiverState, ReceiverOutput]):
         if self._map.is_complete:
             self._move(ReceiverTrigger.ALL_STORED)
             self._send(FileReceived(self.transfer_id, self._map.root().hex()))
-        # Once half of the window is free: in few messages, and in time.
+        # Grant once half of the window is free: few messages, and early enough.
         elif self.outstanding <= self._window // 2:
             for run in _runs(self._choose(self._window - self.outstanding)):
                 self._granted.update(run)

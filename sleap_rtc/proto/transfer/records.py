@@ -9,7 +9,7 @@ type  name     longest       content
 1     MESSAGE  64 KiB        one control message
 2     BULK     64 KiB        the next bytes of the stream of bulk frames
 3     PING     8 bytes       anything
-4     PONG     8 bytes       what the ping held
+4     PONG     8 bytes       content of the ping
 5     CLOSE    512 bytes     why the link ends, UTF-8; the last record of its sender
 ====  =======  ============  ========================================================
 """

@@ -1,4 +1,4 @@
-"""The sending side of a transfer: it sends what is asked for, and checks the end."""
+"""The sending side of a transfer: it sends requested chunks, and verifies the file."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -96,13 +96,13 @@ LATE: Late[SenderState] = {
     _S.DONE: _AFTER_THE_END,
     _S.FAILED: _AFTER_THE_END,
 }
-"""Triggers that are ignored: what was under way when the transfer ended."""
+"""Triggers that are ignored: they were under way when the transfer ended."""
 
 _CHANGED = "the file changed while it was sent; send it again"
 
 
 class Sender(TransferMachine[SenderState, SenderOutput]):
-    """The sending side of one transfer, from the moment on that the file is offered.
+    """The sending side of one transfer, from the offer of the file on.
 
     Report what happens: `receive_message`, `chunk_sent` for each `ReadAndSend`,
     `hashes_read` for each `HashMissing`, `source_changed`, and `cancel` if the owner or

@@ -42,7 +42,7 @@ async def test_links_of_all_kinds_come_from_one_port() -> None:
 
 
 @pytest.mark.parametrize("host", ["", "::", "0.0.0.0"])
-async def test_a_listener_foreverywhere_is_reached_over_loopback(host: str) -> None:
+async def test_a_listener_for_everywhere_is_reached_over_loopback(host: str) -> None:
     try:
         async with open_listener(host, 0, CERTIFICATE, judge) as listener:
             local = "::1" if host == "::" else "127.0.0.1"

@@ -147,7 +147,7 @@ async def test_a_function_can_stop_itself(storage: HangingStorage) -> None:
     assert stopped.is_set()
 
 
-async def test_calls_that_hang_leave_threads_foreverything_else(
+async def test_calls_that_hang_leave_threads_for_everything_else(
     storage: HangingStorage, mock_clock: MockClock
 ) -> None:
     async with trio.open_nursery() as nursery:

@@ -349,7 +349,7 @@ async def test_a_transfer_id_serves_one_transfer_at_a_time(tmp_path: Path) -> No
         nursery.start_soon(job.receive, receiver)
         grant = await sender.next_message()
         await second.receive(receiver)
-        assert second.reason("receiver") == "transfer 1 runs already"
+        assert second.reason("receiver") == "transfer 1 is already running"
         nursery.start_soon(job.send, sender)
         await receiver.next_offer()
         sender.is_hostile = False

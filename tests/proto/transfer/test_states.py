@@ -231,7 +231,7 @@ def test_a_chunk_that_comes_twice_is_stored_once() -> None:
 def test_input_of_another_transfer_is_the_callers_fault() -> None:
     receiver = receiver_in(ReceiverState.RECEIVING)
     sender = sender_in(SenderState.SENDING)
-    with pytest.raises(LocalProtocolError, match="transfer 7 was given what is of 8"):
+    with pytest.raises(LocalProtocolError, match="transfer 7 got input of transfer 8"):
         receiver.chunk_arrived(ChunkHeader(8, 0, CHUNK_SIZE, bytes(32)))
     for machine in (receiver, sender):
         with pytest.raises(LocalProtocolError, match="of 8"):

@@ -67,7 +67,7 @@ class Way(msgspec.Struct, frozen=True):
         return f"{self.kind} {self.congestion}".strip()
 
     def can_take(self, loss: float) -> bool:
-        """Return whether the proxy can lose a share of it; it loses nothing of TCP."""
+        """Return whether the proxy can apply this loss; it cannot lose TCP data."""
         return self.kind != "tcp" or not loss
 
 
@@ -139,7 +139,7 @@ def measure(way: Way, conditions: Conditions, seconds: float, warm: float) -> Ce
     Raises:
         OSError: If an end can't be started.
         subprocess.SubprocessError: If an end fails, or does not end.
-        msgspec.DecodeError: If an end fails before it says anything.
+        msgspec.DecodeError: If an end fails before it reports.
     """
     carrier: Kind = "udp" if way.kind == "quic" else "tcp"
     span = msgspec.json.encode(Span(seconds, warm)).decode()

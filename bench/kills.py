@@ -216,7 +216,7 @@ class Run:
         self._longest = longest
         self._budget = budget
         self._done = 0
-        self._last = "it said nothing"
+        self._last = "it printed nothing"
 
     def carry_out(self) -> Transfer:
         """Send the package, with as many attempts as it takes."""

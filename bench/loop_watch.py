@@ -27,7 +27,8 @@ KEPT = 12
 
 SWITCH_INTERVAL = 0.0005
 """Seconds for which a thread waits in one piece for the lock of the interpreter. It
-tells short naps, which are such waits, from a long one, which is a call that blocks."""
+separates short naps, which are such waits, from a long one, which is a call that
+blocks."""
 
 _SAMPLE = 0.005
 """Seconds between two samples of the loop's place in the code."""

@@ -128,7 +128,7 @@ def measure(
         second: The same directory by way of another mount.
         source: A local directory.
         size: Bytes of the file.
-        rounds: How often each way is measured.
+        rounds: Measurements of each way.
 
     Raises:
         BenchError: If there is no room, or the second directory is another one.
@@ -165,13 +165,13 @@ def package_size(size: int) -> int:
 
 
 def take_turns(package: Path, there: Path, again: Path, rounds: int) -> list[Row]:
-    """Copy a file by all ways, and fetch it, in turns.
+    """Copy a file in every way, and fetch it, in turns.
 
     Args:
         package: The file.
         there: A directory on the storage.
         again: The same directory as another machine sees it.
-        rounds: How often each way is measured.
+        rounds: Measurements of each way.
     """
     ways = [(Row(name), copy) for name, copy in list_copies().items()]
     fetched = Row("fetch")

@@ -139,7 +139,7 @@ def last_line_of(said: str) -> str:
     """Return the line of a program's output that explains its end best."""
     # The frame around an exception group carries no information.
     lines = [text for line in said.splitlines() if (text := line.strip(" |+-"))]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "it printed nothing"
 
 
 class Meter:
@@ -172,7 +172,7 @@ class Meter:
     def usage(self) -> Usage:
         """Return the resources."""
         if self._spent is None:
-            raise BenchError("the process did not say when the transfer had ended")
+            raise BenchError("the process did not report when the transfer had ended")
         return Usage(round(self._spent, 3), self._peak)
 
     def _cpu_seconds(self) -> float:

@@ -89,7 +89,7 @@ def _judge(target: Target, section: Section | None) -> Verdict:
         return Verdict(goal, wanted, unit, reason=_why_absent(section, names))
     values = _values(target, rows)
     if not values:
-        return Verdict(goal, wanted, unit, reason="the system does not tell")
+        return Verdict(goal, wanted, unit, reason="the system does not report it")
     median = statistics.median(values)
     is_met = median >= bound if isinstance(target, Ratio) else median <= bound
     return Verdict(goal, wanted, unit, [round(value, 3) for value in values], is_met)

@@ -3,9 +3,9 @@
     python -m bench.ends.tls receive CERTIFICATE SIZE
     python -m bench.ends.tls send CERTIFICATE SIZE PORT
 
-The receiver writes its certificate, prints its port, takes the bytes, throws them away
-and answers with one byte. The cost of moving bytes this way is the minimum for any
-transfer over TLS.
+The receiver writes its certificate, prints its port, discards the bytes and answers
+with one byte. The cost of moving bytes this way is the minimum for any transfer over
+TLS.
 """
 
 import sys

@@ -40,7 +40,7 @@ def test_each_link_is_measured_on_each_path(tmp_path: Path) -> None:
         ("quic", 0.02, 0.005),
     }
     assert all(cell["rate"] > 0 for cell in cells.values())
-    # How many datagrams a slow machine sends is unknown: it may be too few to lose one.
+    # A slow machine may send too few datagrams to lose one.
     assert not any(cell["lost"] for (_, _, loss), cell in cells.items() if not loss)
     assert "quic reno" in found.stdout
     assert "20 ms" in found.stdout
@@ -62,7 +62,7 @@ def test_unknown_links_are_refused() -> None:
         ([], 0.0),
     ],
 )
-def test_only_what_arrives_late_counts(
+def test_only_late_arrivals_count(
     arrivals: list[tuple[float, int]], rate: float
 ) -> None:
     assert warm_rate(arrivals, warm=1.0) == rate

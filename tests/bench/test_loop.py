@@ -74,7 +74,7 @@ def test_waiting_for_the_interpreter_does_not_count_as_blocking() -> None:
                     hashlib.sha256(bytes(10000)).hexdigest()  # releases the lock
 
     found = watched(main)
-    # A busy machine stops a thread now and then; the lock is waited for in each step.
+    # A busy machine stops a thread at times; each step waits for the lock.
     assert len(found.blocking(limit=0.002)) <= STOPPED_BY_OTHERS
     assert found.steps > 100
 
@@ -91,7 +91,7 @@ def test_collecting_garbage_does_not_count_as_computing() -> None:
     assert len(keep) == 300_000
 
 
-def test_a_run_leaves_everything_as_it_was() -> None:
+def test_a_run_restores_all_settings() -> None:
     before = sys.getswitchinterval(), list(gc.callbacks), threading.active_count()
 
     async def main() -> None:
@@ -121,6 +121,6 @@ def test_no_call_that_blocks_sits_in_the_loops_of_a_transfer(
     assert [side.name for side in sides] == ["worker", "client"]
     for side in sides:
         assert side.found.steps > 100
-        # A shared machine stops a thread now and then, and does not show it.
+        # A shared machine stops a thread at times, and hides it.
         blocking = side.found.blocking()
         assert len(blocking) <= STOPPED_BY_OTHERS, f"{side.name}:\n{done.stdout}"

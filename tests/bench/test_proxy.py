@@ -53,7 +53,7 @@ def totals(proxy: ProxyProcess) -> Totals:
     return proxy.totals
 
 
-def test_datagrams_go_there_and_back() -> None:
+def test_datagrams_travel_both_ways() -> None:
     with path(Conditions()) as (client, target, proxy), open_socket() as other:
         other.connect(proxy.address)
         for sender in (client, other):
@@ -120,7 +120,7 @@ def test_a_rate_narrows_the_path() -> None:
 
 
 def test_a_full_queue_drops_and_counts() -> None:
-    # Sent within less than two seconds, which a slow machine can do as well.
+    # Sent in less than two seconds, even on a slow machine.
     with path(Conditions(rate=1e5, queue=5000)) as (client, target, proxy):
         for _ in range(200):
             client.send(bytes(1000))

@@ -155,7 +155,7 @@ async def test_a_stranger_at_one_address_does_not_stop_the_dial(
         await listener.accept()
 
 
-async def test_a_failed_dial_reports_what_happened_at_each_address(
+async def test_a_failed_dial_reports_the_failure_of_each_address(
     jumping_clock: MockClock,
 ) -> None:
     async with open_listener("127.0.0.1", 0, make_certificate(), judge) as stranger:

@@ -104,7 +104,7 @@ async def test_frames_go_both_ways_at_once_to_a_slow_reader(
     async def receive(link: Link) -> None:
         for index in range(32):
             if index % 8 == 0:
-                # The senders get ahead, as far as they may.
+                # The senders get ahead, up to their limits.
                 await trio.testing.wait_all_tasks_blocked(0.02)
             frame = await link.receive_frame()
             assert frame.header.index == index
@@ -215,7 +215,7 @@ async def test_many_links_share_one_socket(
 # --------------------------------------------------------------------- how links end
 
 
-async def test_a_close_carries_its_reason_and_all_that_was_sent(
+async def test_a_close_carries_its_reason_and_all_sent_data(
     kind: LinkKindName,
     listener: Listener,
 ) -> None:
@@ -235,7 +235,7 @@ async def test_a_close_carries_its_reason_and_all_that_was_sent(
         assert caught.value.reason == "closed: enough for today"
 
 
-async def test_what_comes_together_with_the_end_is_received(
+async def test_data_that_comes_together_with_the_end_is_received(
     kind: LinkKindName,
     listener: Listener,
 ) -> None:
@@ -570,7 +570,7 @@ async def test_a_cancelled_dial_leaves_nothing_behind(kind: LinkKindName) -> Non
     assert most > before
 
 
-async def test_a_cancelled_client_tells_its_peer(
+async def test_a_cancelled_client_informs_its_peer(
     kind: LinkKindName, listener: Listener
 ) -> None:
     with trio.CancelScope() as scope:

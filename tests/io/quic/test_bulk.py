@@ -1,4 +1,4 @@
-"""The sending half of a stream for bulk."""
+"""The sending half of a bulk stream."""
 
 import random
 

@@ -61,7 +61,7 @@ DEEPER = {
     "_buffer": lambda connection: connection._streams[CONTROL].sender._buffer,
     "_buffer_stop": lambda connection: connection._streams[CONTROL].sender._buffer_stop,
 }
-"""The private attributes of what a connection consists of."""
+"""The private attributes of the parts of a connection."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def connection() -> AioquicConnection:
     return pair.client.connection
 
 
-def test_the_list_is_what_the_module_uses() -> None:
+def test_the_list_has_the_attributes_that_the_module_uses() -> None:
     ours = {"_granted"}
     used = {
         node.attr
@@ -118,13 +118,13 @@ def test_the_parts_have_each_private_attribute(
     assert isinstance(DEEPER[name](connection), kind)
 
 
-def test_aioquic_itself_sets_what_is_replaced() -> None:
+def test_aioquic_itself_sets_the_replaced_attributes() -> None:
     recovery = inspect.getsource(QuicPacketRecovery)
     assert "self._cc = " in recovery
     assert "self._pacer = " in recovery
 
 
-def test_nothing_of_aioquic_is_overridden_by_accident() -> None:
+def test_no_method_of_aioquic_is_overridden_by_accident() -> None:
     ours = {name for name in vars(AioquicConnection) if not name.startswith("__")}
     assert {name for name in ours if hasattr(QuicConnection, name)} == {
         "datagrams_to_send"

@@ -45,11 +45,11 @@ class Pair:
     """Two engines, and the datagrams between them.
 
     Args:
-        fast_path: Of both engines.
+        fast_path: The fast paths of both engines.
         seed: Makes a run repeatable.
         loss: Share of the datagrams that are lost.
         delay: Seconds that a datagram takes.
-        jitter: Seconds more that it takes at most; datagrams overtake each other.
+        jitter: Largest further delay in seconds; datagrams overtake each other.
         mtu: The largest datagram that arrives, in bytes.
         largest_datagram: UDP payload in bytes that datagrams may grow to.
     """
@@ -102,7 +102,7 @@ class Pair:
         return all(engine.connection.is_established for engine in engines)
 
     def flush(self, engine: QuicEngine) -> list[Datagram]:
-        """Send what an engine has to send, and read what it has received."""
+        """Send the datagrams of an engine, and read its received data."""
         is_client = engine is self.client
         target = self.server if is_client else self.client
         source = CLIENT if is_client else SERVER
@@ -277,7 +277,7 @@ def test_datagrams_grow_as_far_as_the_path_allows(fast_path: FastPath) -> None:
 
 
 @pytest.mark.parametrize("fast_path", [FastPath.SEND, BOTH], ids=str)
-def test_a_path_that_begins_to_swallow_large_datagrams_does_not_end_a_link(
+def test_a_path_that_begins_to_drop_large_datagrams_does_not_end_a_link(
     fast_path: FastPath,
 ) -> None:
     # aioquic fills its probes with lost data of its own streams: none of them would
@@ -460,7 +460,7 @@ def test_the_fast_path_accepts_what_aioquic_accepts(packets: list[Sealed]) -> No
     results = []
     for fast_path in (FastPath.NONE, FastPath.RECEIVE):
         pair = Pair(fast_path)
-        # The streams exist, so that the fast path has a choice.
+        # Open both streams, so that the fast path can accept either.
         pair.client.send(CONTROL, b"hello")
         pair.client.send(BULK, b"hello")
         pair.flush(pair.client)

@@ -60,7 +60,7 @@ class Network:
         seed: Makes a run repeatable.
         loss: Share of the datagrams that get lost.
         delay: Seconds that a datagram takes.
-        jitter: Seconds more that it takes at most; datagrams overtake each other.
+        jitter: Largest further delay in seconds; datagrams overtake each other.
         mtu: The longest datagram that arrives, in bytes.
         largest_datagram: The size that datagrams may grow to, in bytes.
         shown: The certificate of the server.
@@ -117,7 +117,7 @@ class Network:
         self.flush(self.client)
 
     def flush(self, session: QuicSession) -> None:
-        """Send what a session wants to send, and collect what it says."""
+        """Send the datagrams of a session, and collect its outputs."""
         to_server = session is self.client
         if to_server or self._server_started:
             source = CLIENT if to_server else SERVER
@@ -163,7 +163,7 @@ class Network:
         return True
 
     def run_until(self, done: Callable[[], bool], steps: int = 200_000) -> None:
-        """Process events until something is true; fail if it never is."""
+        """Process events until a condition is true; fail if it never is."""
         for _ in range(steps):
             if done():
                 return
@@ -210,7 +210,7 @@ def test_a_right_proof_opens_the_session_under_its_name() -> None:
     assert network.server.peer == "ada"
 
 
-def test_what_follows_the_proof_waits_for_the_answer() -> None:
+def test_data_after_the_proof_waits_for_the_answer() -> None:
     network = Network()
     network.judges = False
     network.run_until(lambda: network.client.state is Phase.READY)
@@ -283,7 +283,7 @@ def test_a_client_without_a_proof_has_ten_seconds() -> None:
     assert network.now - begin == pytest.approx(LIMITS.handshake_timeout, abs=1)
 
 
-def test_a_client_without_a_proof_can_leave_only_little_in_memory() -> None:
+def test_a_client_without_a_proof_can_use_little_memory() -> None:
     network = Network()
     network.run_until(lambda: network.client.state is Phase.READY)
     for index in range(4):
@@ -369,7 +369,7 @@ def test_messages_arrive_in_order_both_ways(network: Network) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_bad_network_loses_and_reorders_nothing(seed: int) -> None:
+def test_messages_and_frames_survive_a_bad_network_in_order(seed: int) -> None:
     network = Network(seed, loss=0.05, delay=0.03, jitter=0.05)
     network.prove()
     frames = [make_frame(n, 1 + 7919 * n % 60_000) for n in range(25)]
@@ -486,7 +486,7 @@ def test_frames_on_the_way_take_no_room_in_the_queue(network: Network) -> None:
     assert most > LIMITS.max_unsent_frames + MEGABYTE
 
 
-def test_a_frame_must_be_what_its_header_says(network: Network) -> None:
+def test_a_frame_must_match_its_header(network: Network) -> None:
     wrong = Frame(ChunkHeader(1, 0, 5, bytes(32)), b"four")
     with pytest.raises(LocalProtocolError, match="length"):
         network.client.send_frame(wrong)
@@ -561,7 +561,7 @@ def test_any_reason_can_be_sent(network: Network, reason: str) -> None:
     assert arrived[0] == reason[0]
 
 
-def test_what_arrived_before_the_close_can_still_be_read(network: Network) -> None:
+def test_data_that_arrived_before_the_close_can_still_be_read(network: Network) -> None:
     network.client.send_message(FileVerified(7))
     network.client.send_frame(make_frame(1))
     network.flush(network.client)
@@ -577,7 +577,7 @@ def test_what_arrived_before_the_close_can_still_be_read(network: Network) -> No
 
 
 def reason_for_client(network: Network) -> str:
-    """Return the reason that the client is given."""
+    """Return the reason that the client receives."""
     network.flush(network.client)
     network.run_until(lambda: network.client.ended is not None)
     assert network.client.ended is not None

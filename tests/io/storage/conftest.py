@@ -1,4 +1,4 @@
-"""Every test here closes what was opened."""
+"""Fixture that checks that every test closes its files."""
 
 from tests.io.storage.descriptors import no_descriptor_is_left
 

@@ -14,7 +14,7 @@ _LISTS = (Path("/proc/self/fd"), Path("/dev/fd"))
 
 
 def open_descriptors() -> dict[str, str]:
-    """Return the open file descriptors of this process, and what each is."""
+    """Return the open file descriptors of this process, with the file of each."""
     listing = next((path for path in _LISTS if path.is_dir()), None)
     if listing is None:
         pytest.skip("NOT TESTED: this system does not list file descriptors")

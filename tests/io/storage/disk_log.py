@@ -35,7 +35,7 @@ class DiskLog:
 
 @contextmanager
 def disk_log() -> Iterator[DiskLog]:
-    """Record what the functions of `os` do to files while the block runs."""
+    """Record the calls of `os` that change files while the block runs."""
     log = DiskLog()
     with pytest.MonkeyPatch.context() as patch:
 

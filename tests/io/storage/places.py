@@ -114,7 +114,7 @@ def _mounted(*arguments: str) -> Iterator[None]:
 class HangingStorage:
     """Storage whose server does not answer: each touch waits inside the kernel.
 
-    Use it in a ``with`` block, which lets all threads go at its end.
+    Use it in a ``with`` block, which releases all threads at its end.
     """
 
     def __init__(self, fifo: Path) -> None:

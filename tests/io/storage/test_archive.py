@@ -69,7 +69,7 @@ def tree(root: Path) -> dict[str, bytes | None]:
 
 def entry(name: str, *, mode: int = 0o100644, **values: int) -> zipfile.ZipInfo:
     info = zipfile.ZipInfo("placeholder")
-    info.filename = info.orig_filename = name  # the constructor would tidy it up
+    info.filename = info.orig_filename = name  # the constructor would correct it
     info.external_attr = mode << 16
     for key, value in values.items():
         setattr(info, key, value)
@@ -80,7 +80,7 @@ def zip_of(*members: tuple[zipfile.ZipInfo | str, bytes]) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for info, data in members:
-            archive.NameToInfo.clear()  # or it warns of names that it has already
+            archive.NameToInfo.clear()  # no warning about duplicates
             archive.writestr(entry(info) if isinstance(info, str) else info, data)
     return buffer.getvalue()
 
@@ -108,7 +108,7 @@ def unpack(
 # --------------------------------------------------------------- what should work
 
 
-def test_a_flat_package_comes_out_as_it_is(job: Path) -> None:
+def test_a_flat_package_is_unpacked_unchanged(job: Path) -> None:
     data = zip_of(("train-script.sh", b"sleap-nn"), ("models/", b""), ("a/b.slp", b"x"))
     assert unpack(job, data) == ("train-script.sh", "a/b.slp")
     assert tree(job) == {

@@ -1,4 +1,4 @@
-"""Calls to storage that hangs end in bounded time, and lose nothing that works."""
+"""Calls to storage that hangs end in bounded time, and other calls lose no result."""
 
 import subprocess
 import sys

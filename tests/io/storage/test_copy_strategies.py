@@ -152,7 +152,7 @@ def test_reads_and_writes_resume_where_the_kernel_stopped(tmp_path: Path) -> Non
         with closing(copy_in_kernel(source, target, 0, len(data))) as steps:
             copied = next(steps)
         assert 0 < copied < len(data)
-        os.pwrite(target, b"kernel", 0)  # what was copied is not copied again
+        os.pwrite(target, b"kernel", 0)  # copied bytes are not copied again
         assert list(copy_plainly(source, target, copied, len(data)))
     assert (tmp_path / "b").read_bytes() == b"kernel" + data[6:]
 

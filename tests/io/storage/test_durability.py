@@ -103,7 +103,7 @@ def test_an_arriving_file_is_on_the_disk_before_it_has_its_name(
     ]
 
 
-def test_a_large_arriving_file_is_synced_now_and_then(
+def test_a_large_arriving_file_is_synced_at_intervals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The data comes first, so that a power cut leaves no slot without its chunk."""

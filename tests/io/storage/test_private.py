@@ -1,4 +1,4 @@
-"""A private file is its owner's alone, and is never seen half-written."""
+"""Only its owner can read a private file, and no reader sees it half-written."""
 
 import os
 import stat

@@ -252,7 +252,7 @@ async def test_messages_overtake_the_bulk_of_a_slow_reader(
                 await client.send_message(numbered(index))
 
         nursery.start_soon(send)
-        # The frames are not read: 16 MiB and what the kernels take are on the way.
+        # The frames are not read: 16 MiB and the buffers of the kernels are on the way.
         for index in range(12):
             assert await worker.receive_message() == numbered(index)
         for index in range(frames):

@@ -165,7 +165,7 @@ def test_a_right_proof_opens_the_session_under_its_name(piece: int) -> None:
     assert wire.server.peer == "ada"
 
 
-def test_what_follows_the_proof_waits_for_the_answer() -> None:
+def test_data_after_the_proof_waits_for_the_answer() -> None:
     wire = Wire()
     wire.judges = False
     wire.flush()
@@ -335,7 +335,7 @@ def test_a_message_overtakes_the_bulk_that_was_queued_before(wire: Wire) -> None
     assert not wire.server.has_frame
 
 
-def test_a_batch_is_not_longer_than_it_should_be(wire: Wire) -> None:
+def test_the_length_of_a_batch_is_limited(wire: Wire) -> None:
     wire.client.send_frame(make_frame(1, 5 * MEGABYTE))
     batches = []
     while size := wire.carry(wire.client):
@@ -372,7 +372,7 @@ def test_unread_messages_hold_the_sender_back_however_short_they_are(
     assert wire.server.wants_data
 
 
-def test_room_ends_with_what_is_not_sent(wire: Wire) -> None:
+def test_unsent_data_leaves_no_room(wire: Wire) -> None:
     client = wire.client
     assert client.all_sent
     while client.has_room_for_frame:
@@ -396,7 +396,7 @@ def test_bytes_to_send_stay_until_they_are_sent(wire: Wire) -> None:
     assert not wire.client.all_sent
 
 
-def test_a_frame_must_be_what_its_header_says(wire: Wire) -> None:
+def test_a_frame_must_match_its_header(wire: Wire) -> None:
     with pytest.raises(LocalProtocolError, match="another length"):
         wire.client.send_frame(Frame(ChunkHeader(1, 1, 5, bytes(32)), b"four"))
 
@@ -494,7 +494,7 @@ def test_a_side_that_closes_waits_a_little_for_its_peer(wire: Wire) -> None:
     assert wire.server.deadline() is None
 
 
-def test_what_arrived_before_the_close_can_still_be_read(wire: Wire) -> None:
+def test_data_that_arrived_before_the_close_can_still_be_read(wire: Wire) -> None:
     wire.client.send_message(VERIFIED)
     wire.client.send_frame(make_frame(1))
     wire.flush()
@@ -599,7 +599,7 @@ def test_unknown_messages_are_counted_and_skipped(wire: Wire) -> None:
     assert wire.server.wants_data
 
 
-def test_damaged_bytes_end_the_session_after_what_came_before(wire: Wire) -> None:
+def test_damaged_bytes_end_the_session_after_the_earlier_data(wire: Wire) -> None:
     wire.client.send_message(VERIFIED)
     data = bytes(wire.client.data_to_send())
     wire.client.data_sent(len(data))

@@ -1,9 +1,9 @@
 """A process that makes writers of chunks, for a test to kill.
 
-For each line that it reads, a child of it goes on with the file, in two threads. The
-child prints its process id, then ``begun <index>`` before and ``stored <index>`` after
-each chunk, and ``kept`` at the end. Then it waits to be killed. Its parent prints
-``gone`` when it was.
+For each line that it reads, it starts a child, which continues the file in two threads.
+The child prints its process id, then ``begun <index>`` before and ``stored <index>``
+after each chunk, and ``kept`` at the end. Then it waits to be killed, and its parent
+prints ``gone``.
 """
 
 import os

@@ -25,7 +25,7 @@ class Side:
     def __init__(self, link: Link) -> None:
         self.link = link
         self.transfers = Transfers(link)
-        self.is_hostile = False  # then the test itself answers what arrives
+        self.is_hostile = False  # if True, the test answers the messages
         self._other_messages, self.other_messages = trio.open_memory_channel[Message](
             100
         )

@@ -1,4 +1,4 @@
-"""Part files and their journals: what stays of them, and how writers resume."""
+"""Part files and their journals: how they persist, and how writers resume."""
 
 import errno
 import itertools
@@ -254,7 +254,7 @@ def test_a_second_writer_of_the_same_file_is_refused(tmp_path: Path) -> None:
     check_goes_on(tmp_path, {1, 2})
 
 
-def test_of_many_writers_at_once_one_publishes(tmp_path: Path) -> None:
+def test_only_one_of_many_concurrent_writers_publishes(tmp_path: Path) -> None:
     """Even if one starts just when another one ends and removes its files."""
 
     def race(_number: int) -> bool:
@@ -322,7 +322,7 @@ def test_a_part_file_whose_name_was_taken_is_removed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("there", range(SLOT + 1))
 def test_a_torn_slot_costs_its_chunk(tmp_path: Path, there: int) -> None:
-    """The process died while it wrote; either end of the slot may be there."""
+    """The process died while it wrote; either end of the slot may exist."""
     make_kept(tmp_path)
     content = journal(tmp_path).read_bytes()
     start, end = SLOT * 4, SLOT * 5  # of chunk 3
@@ -373,7 +373,7 @@ def test_swapped_slots_cost_their_chunks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, SLOT - 1, SLOT, SLOT + 1, 4 * SLOT - 1])
-def test_a_journal_that_was_cut_costs_what_is_cut_off(
+def test_a_journal_that_was_cut_costs_the_missing_chunks(
     tmp_path: Path, length: int
 ) -> None:
     make_kept(tmp_path)
@@ -382,7 +382,7 @@ def test_a_journal_that_was_cut_costs_what_is_cut_off(
 
 
 @pytest.mark.parametrize("length", [0, 1, 3 * CHUNK - 1, 3 * CHUNK, SIZE - 1])
-def test_a_part_file_that_was_cut_costs_what_is_cut_off(
+def test_a_part_file_that_was_cut_costs_the_missing_chunks(
     tmp_path: Path, length: int
 ) -> None:
     make_kept(tmp_path)
@@ -398,7 +398,7 @@ def test_a_part_file_that_grew_gets_its_size_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", [part, journal])
-def test_half_of_what_was_kept_is_nothing(
+def test_a_part_file_or_a_journal_alone_is_useless(
     tmp_path: Path, lost: Callable[[Path], Path]
 ) -> None:
     make_kept(tmp_path)
@@ -418,7 +418,7 @@ def test_a_foreign_journal_is_replaced(tmp_path: Path, foreign: bytes) -> None:
     check_goes_on(tmp_path, set())
 
 
-def test_a_part_file_of_another_file_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_a_part_file_of_another_file_is_not_resumed(tmp_path: Path) -> None:
     for size, chunk_size, origin in (
         (SIZE + 1, CHUNK, ""),
         (SIZE, CHUNK * 2, ""),
@@ -482,7 +482,7 @@ def test_anything_but_a_file_is_refused_at_once(
 # ------------------------------------------------------------------------ full disks
 
 
-def test_the_room_for_the_journal_is_made_sure_of(tmp_path: Path) -> None:
+def test_the_space_for_the_journal_is_reserved(tmp_path: Path) -> None:
     with small_mount(tmp_path, megabytes=1) as full:
         with pytest.raises(InsufficientSpaceError):
             open_writer(full, size=100_000, chunk_size=1)
@@ -493,14 +493,16 @@ def test_a_disk_that_is_too_small_for_journal_and_file_is_an_error(
     tmp_path: Path,
 ) -> None:
     with small_mount(tmp_path, megabytes=1) as full:
-        # All that is free is enough for the file, but not for its journal as well.
+        # The free space is enough for the file, but not for its journal as well.
         size = os.statvfs(full).f_bavail * os.statvfs(full).f_frsize
         with pytest.raises(InsufficientSpaceError, match="No space left"):
             open_writer(full, size=size, chunk_size=size)
         assert os.listdir(full) == []
 
 
-def test_a_disk_that_is_full_when_a_chunk_is_noted_is_an_error(tmp_path: Path) -> None:
+def test_a_disk_that_is_full_when_a_chunk_is_recorded_is_an_error(
+    tmp_path: Path,
+) -> None:
     with small_mount(tmp_path, megabytes=1) as full:
         writer = open_writer(full)
         write(writer, {0, 1})

@@ -1,4 +1,4 @@
-"""Transfers that go on where an earlier one of the same file was cut off."""
+"""Transfers that resume an earlier transfer of the same file."""
 
 import threading
 from functools import partial
@@ -23,7 +23,7 @@ from tests.io.transfer.sides import (
 
 
 async def cut_and_keep(job: Job, frames: int) -> int:
-    """Lose the link after some frames, and tell how many chunks were stored."""
+    """Lose the link after some frames; return the number of stored chunks."""
     async with two_sides() as (sender, receiver):
         assert isinstance(sender.link, MemoryLink)
         link = sender.link
@@ -52,7 +52,7 @@ async def test_a_transfer_goes_on_over_the_next_link(
     async with two_sides() as (sender, receiver):
         await send_and_receive(job, sender, receiver)
         assert isinstance(sender.link, MemoryLink)
-        # A chunk may be stored and the progress not yet told when the link goes.
+        # A chunk may be stored, but not yet reported, when the link is lost.
         assert 40 - frames < sender.link.frames_sent <= 40 - stored
     job.check_arrived()
 

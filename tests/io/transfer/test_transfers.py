@@ -145,7 +145,7 @@ class FullDisk(ChunkWriter):
         return super().write(index, payload, digest)
 
 
-async def test_a_failed_write_tells_both_sides_why(tmp_path: Path) -> None:
+async def test_both_sides_get_the_reason_of_a_failed_write(tmp_path: Path) -> None:
     job = Job(tmp_path, 50 * CHUNK_SIZE)
     sink = FullDisk.open(
         job.root, "job.zip", size=job.offer.size, chunk_size=CHUNK_SIZE
@@ -173,7 +173,7 @@ async def test_a_name_that_is_taken_meanwhile_is_not_overwritten(
 
 
 @pytest.mark.parametrize("cancelled", ["sender", "receiver"])
-async def test_cancelling_one_side_tells_the_other(
+async def test_cancelling_one_side_informs_the_other(
     tmp_path: Path, cancelled: str
 ) -> None:
     job = Job(tmp_path, 50 * CHUNK_SIZE)

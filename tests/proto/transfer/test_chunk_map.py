@@ -115,7 +115,7 @@ def test_a_hash_of_another_length_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("size", "chunk_size"), [(-1, 10), (1, 0), (2**50, 4096)])
-def test_a_file_that_makes_no_sense_has_no_map(size: int, chunk_size: int) -> None:
+def test_an_impossible_file_has_no_map(size: int, chunk_size: int) -> None:
     with pytest.raises(InvalidInput):
         ChunkMap(size, chunk_size)
 

@@ -124,7 +124,7 @@ def test_the_longest_payload_arrives() -> None:
     assert len(frame.payload) == MAX_PAYLOAD
 
 
-def test_a_stream_that_went_wrong_stays_wrong() -> None:
+def test_a_broken_stream_stays_broken() -> None:
     decoder = FrameDecoder()
     with pytest.raises(RemoteProtocolError) as first:
         decoder.receive_data_untrusted(b"HTTP/1.1 200 OK".ljust(HEADER_SIZE))

@@ -158,7 +158,7 @@ def test_a_source_that_changes_while_the_sender_is_away_is_noticed() -> None:
     assert not world.done
 
 
-def test_a_restarted_sender_reads_the_hashes_of_what_went_before() -> None:
+def test_a_restarted_sender_reads_the_hashes_of_earlier_chunks() -> None:
     content = content_of(150 * CHUNK_SIZE)
     world = World(1, content)
     while not world.receiver.chunk_map.is_complete:
@@ -181,12 +181,12 @@ def test_cancelling_either_side_ends_both(side: str) -> None:
         world.drain()
         world.run()
         assert world.failure == "enough"
-        # The sender may have verified the file before it heard of it.
+        # The sender may have verified the file before the cancellation came.
         assert world.sender_failure == "enough" or world.sender_done
     assert steps > 10
 
 
-def test_a_resumed_receiver_grants_only_what_is_missing() -> None:
+def test_a_resumed_receiver_grants_only_missing_chunks() -> None:
     world = World(1, content_of(20 * CHUNK_SIZE))
     while world.receiver.chunk_map.bytes_there < 10 * CHUNK_SIZE:
         assert world.step()

@@ -87,7 +87,7 @@ def test_bulk_is_passed_on_before_its_record_is_whole() -> None:
     assert decode(decoder, data[8:]) == [(RecordType.BULK, b"def")]
 
 
-def test_what_came_before_garbage_is_read() -> None:
+def test_records_before_garbage_are_read() -> None:
     data = encode((RecordType.PING, b"1")) + b"\x09\x00\x00\x00\x00"
     records = RecordDecoder().records_untrusted(data)
     assert next(records) == (RecordType.PING, b"1")

@@ -71,7 +71,7 @@ def received() -> FileReceived:
 
 
 def failure(reason: str) -> list[msgspec.Struct]:
-    """Return the outputs of a failure that the peer must learn."""
+    """Return the outputs of a failure that is reported to the peer."""
     return [SendMessage(FileError(TRANSFER_ID, reason)), TransferFailed(reason)]
 
 
@@ -239,14 +239,14 @@ def test_input_of_another_transfer_is_the_callers_fault() -> None:
         assert outputs_of(machine) == []
 
 
-def test_a_failure_takes_the_place_of_all_that_waits_to_be_done() -> None:
+def test_a_failure_replaces_all_waiting_outputs() -> None:
     receiver = new_receiver()
     receiver.chunk_arrived(HEADERS[0])
     receiver.cancel("enough")
     assert outputs_of(receiver) == failure("enough")
 
 
-def test_an_answer_to_no_store_is_the_callers_fault() -> None:
+def test_a_report_without_a_store_is_the_callers_fault() -> None:
     receiver = receiver_in(ReceiverState.RECEIVING)
     for answer in (receiver.chunk_stored, receiver.chunk_damaged):
         with pytest.raises(LocalProtocolError, match="chunk 1 is not being stored"):

@@ -1,4 +1,4 @@
-"""Two transfer machines joined in memory by a network that is as bad as asked."""
+"""Two transfer machines joined in memory by a network of any quality."""
 
 from collections.abc import Callable
 from random import Random
@@ -34,7 +34,7 @@ def header_of(content: bytes, index: int) -> ChunkHeader:
 class World:
     """A sender, a receiver, their storage, and everything that is on the way.
 
-    `step` does one random thing that can happen next. These wait: control
+    `step` processes one of the events that wait, at random: control
     messages in both directions (in order), frames (in any order), reads, writes, and
     publishing.
     """
@@ -70,7 +70,7 @@ class World:
     # ------------------------------------------------------------- what can happen
 
     def step(self) -> bool:
-        """Do one thing that can happen next, or return False if nothing can."""
+        """Process one random event; return False if none is left."""
         choices: list[Callable[[], None]] = []
         choices += [self.deliver_to_sender] * bool(self.to_sender)
         choices += [self.deliver_to_receiver] * bool(self.to_receiver)
@@ -85,7 +85,7 @@ class World:
         return True
 
     def run(self, steps: int = 100_000) -> None:
-        """Step until nothing is left to happen."""
+        """Step until no event is left."""
         for _ in range(steps):
             if not self.step():
                 return
@@ -142,7 +142,7 @@ class World:
     # ----------------------------------------------------------------- what breaks
 
     def lose_link(self) -> None:
-        """Lose what is on the way; what arrived is still written and published."""
+        """Lose the data on its way; arrived chunks are still written and published."""
         self._lose_what_is_on_the_way()
         while self.writes:
             self.finish_write()
@@ -160,7 +160,7 @@ class World:
         self._connect_again()
 
     def _connect_again(self) -> None:
-        """Make new machines, which know the file and the chunk map only."""
+        """Make new machines from the file and the chunk map alone."""
         self.to_sender.clear()
         self.payloads.clear()
         self.sender = Sender(TRANSFER_ID, len(self.content), CHUNK_SIZE)

@@ -234,7 +234,7 @@ def test_input_of_another_transfer_is_the_callers_fault() -> None:
     with pytest.raises(LocalProtocolError, match="transfer 7 got input of transfer 8"):
         receiver.chunk_arrived(ChunkHeader(8, 0, CHUNK_SIZE, bytes(32)))
     for machine in (receiver, sender):
-        with pytest.raises(LocalProtocolError, match="of 8"):
+        with pytest.raises(LocalProtocolError, match="of transfer 8"):
             machine.receive_message(FileError(8, "gone"), NOW)
         assert outputs_of(machine) == []
 

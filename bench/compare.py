@@ -5,9 +5,9 @@
 Everything runs on this machine, and takes turns: the product with a real worker and a
 real `send`; `cp`, `dd`, `rsync` and `shutil.copy2` on the same storage; a bare TLS
 stream, `scp`, `rsync -e ssh` and magic-wormhole beside TCP; aiortc and aioquic's own
-engine beside QUIC. A program that is not installed is left out, and the table says so.
-Nothing stays behind but the files of `--json` and `--svg`. docs/performance.md explains
-the table.
+engine beside QUIC. A program that is not installed is left out, and the table reports
+that. Nothing stays behind but the files of `--json` and `--svg`. docs/performance.md
+explains the table.
 """
 
 import argparse

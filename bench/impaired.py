@@ -273,7 +273,7 @@ def _parse_arguments() -> argparse.Namespace:
             f"--{name}", type=float, default=default, help=f"{what} ({default:g})"
         )
     parser.add_argument("--rounds", type=int, default=1, help="rounds (1)")
-    parser.add_argument("--seed", type=int, default=1, help="decides what is lost (1)")
+    parser.add_argument("--seed", type=int, default=1, help="of the losses (1)")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write all cells here"
     )

@@ -263,7 +263,7 @@ def _parse_arguments() -> argparse.Namespace:
         "--size", type=parse_size, default="256MiB", help="such as 8MiB"
     )
     parser.add_argument(
-        "--count", type=int, default=2000, help="lines and files of a job with many"
+        "--count", type=int, default=2000, help="lines and files of the job of 'many'"
     )
     parser.add_argument(
         "--ways",

@@ -1,7 +1,7 @@
-"""An instrument of Trio's that finds what blocks the event loop.
+"""An instrument of Trio's that finds calls that block the event loop.
 
 The loop can switch to another task between two steps, but not within one. On a shared
-machine, wall time says little about a step: the thread may just have waited for a core.
+machine, wall time does not measure a step: the thread may just have waited for a core.
 So a step is `busy` for the time that its thread computed plus the time that it slept in
 a call that blocks. Waiting for a core, waiting for the lock of the interpreter, and
 garbage collection do not count.
@@ -143,7 +143,7 @@ class LoopWatch(trio.abc.Instrument):
             self._stepping = True
 
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        """Record what a step has used."""
+        """Record the time that a step has used."""
         self._stepping = False
         if self._account is None:
             return

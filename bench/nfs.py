@@ -3,11 +3,11 @@
     python -m bench.nfs /mnt/lab --size 1GiB --json report.json
     python -m bench.nfs /mnt/lab --second /mnt/lab-again
 
-A file is copied from `--source` (by default the folder of temporary files) by each way
-that sleap-rtc knows and by common tools, in turns, each time until it is on the disk
+A file is copied from `--source` (by default the folder of temporary files) by each
+method of sleap-rtc and by common tools, in turns, each time until it is on the disk
 (fsync). Then it is fetched back. `--second` is another mount of the same storage, best
-with `nosharecache`; it acts as another machine, and shows how long a new file takes
-to be seen there. Everything is removed at the end, even after Ctrl-C.
+with `nosharecache`; it acts as another machine, and shows how long a new file takes to
+be seen there. Everything is removed at the end, even after Ctrl-C.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def measure(
     with _scratch(source) as local, _scratch(directory) as there:
         here_again = there if second is None else second / there.name
         if not here_again.is_dir():
-            raise BenchError(f"{second} does not show what is made in {directory}")
+            raise BenchError(f"{second} does not show new files of {directory}")
         latencies = [measure_probe(there)]
         if second is not None:
             latencies += measure_visibility(there, here_again)
@@ -247,7 +247,7 @@ def _see(there: Path, again: Path, name: str) -> float:
     began = time.monotonic()
     while not _is_there(again, name):
         if time.monotonic() > began + PROBE_TIMEOUT:
-            raise BenchError(f"{again} does not show what is written to {there}")
+            raise BenchError(f"{again} does not show files that are written to {there}")
         time.sleep(0.001)
     if read_probe(again, name) != nonce:
         raise BenchError(f"{again} shows something else than {there}")

@@ -17,7 +17,7 @@ def reserved_port() -> Iterator[int]:
     """Reserve a TCP port of the loopback address for as long as the body runs.
 
     Linux gives it to no other program, because a socket here is bound to it; a server
-    that sets SO_REUSEADDR can listen on it all the same, and again when it restarts.
+    that sets SO_REUSEADDR can still listen on it, and again when it restarts.
     Elsewhere it is a port that was free, and that the system does not choose by itself.
     """
     if sys.platform == "linux":

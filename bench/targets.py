@@ -1,7 +1,7 @@
 """The goals for the speed of the product, and their verdicts.
 
-A goal is a ratio wherever possible: the rate of one machine says little about another.
-Both sides of a ratio come from the same round.
+A goal is a ratio wherever possible: the rate of one machine predicts little about
+another. Both sides of a ratio come from the same round.
 """
 
 import statistics
@@ -67,7 +67,7 @@ TARGETS: tuple[Target, ...] = (
 
 
 def judge(sections: list[Section]) -> list[Verdict]:
-    """Compare what was measured with every target."""
+    """Compare the measured values with every target."""
     places = {section.key: section for section in sections}
     return [_judge(target, places.get(target.section)) for target in TARGETS]
 

@@ -20,7 +20,7 @@ settings.load_profile("busy")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test of permissions for a user whom the system denies nothing."""
+    """Skip a test of permissions for a user with all permissions."""
     if item.get_closest_marker("unprivileged") is None or not ignores_permissions():
         return
     if os.environ.get("PERMISSIONS_MUST_BE_TESTED"):

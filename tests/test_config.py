@@ -27,7 +27,7 @@ posix = pytest.mark.skipif(sys.platform == "win32", reason="POSIX permissions")
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No setting of the user who runs the tests reaches them."""
+    """Keep the settings of the user away from the tests."""
     for name in list(os.environ):
         if name.startswith("SLEAP_RTC_") or name == "SHARED_STORAGE_ROOT":
             monkeypatch.delenv(name)
@@ -158,7 +158,7 @@ def test_a_root_that_is_not_a_directory_is_refused(
     assert issubclass(SharedStorageConfigError, ConfigError)
 
 
-def test_the_error_says_which_setting_was_wrong(
+def test_the_error_names_the_setting_that_was_wrong(
     file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file.write_text("shared_storage_root = '/not/there'\n")

@@ -20,7 +20,7 @@ BARE = MachineInfo(hostname="laptop", gpus=(), sleap_nn="", disk_free=0)
 
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting of the user and no hardware of this machine reaches a test."""
+    """Keep the settings and the hardware of this machine away from the tests."""
     monkeypatch.delenv("SHARED_STORAGE_ROOT", raising=False)
     monkeypatch.delenv("SLEAP_RTC_CONFIG", raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))

@@ -55,7 +55,7 @@ def test_a_copy_keeps_permissions_and_times_when_asked(tmp_path: Path) -> None:
         ("a", "no/b", "Failed to copy .*a: No directory .*no"),
     ],
 )
-def test_a_failed_copy_says_why(
+def test_the_error_of_a_failed_copy_has_the_reason(
     tmp_path: Path, source: str, target: str, reason: str
 ) -> None:
     (tmp_path / "a").write_bytes(b"")
@@ -67,7 +67,7 @@ def test_a_failed_copy_says_why(
 
 
 @pytest.mark.unprivileged
-def test_a_forbidden_copy_says_so(tmp_path: Path) -> None:
+def test_the_error_of_a_forbidden_copy_names_the_permission(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"")
     (tmp_path / "closed").mkdir(mode=0o500)
     with pytest.raises(SharedStorageError, match="Permission denied"):

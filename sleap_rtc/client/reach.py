@@ -134,7 +134,7 @@ class Reach:
             return await ask_worker(room, self._keys, worker, kinds)
         raise NoWorkerError(
             f"The worker {worker.peer_id} did not answer for {ANSWER_TIMEOUT:.0f} s.",
-            "Its log says whether it refused the offer: both sides need the same "
+            "Its log shows whether it refused the offer: both sides need the same "
             "invite, and clocks that differ by less than two minutes.",
         )
 

@@ -119,7 +119,7 @@ async def run_job(
 
 
 class _Session:
-    """The state of `run_job`: the machine, the link in use, and what they need."""
+    """The state of `run_job`: the machine, the link in use, and their helpers."""
 
     def __init__(
         self,

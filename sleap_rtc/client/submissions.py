@@ -133,7 +133,7 @@ class NoteFile:
             await self._save()
 
     async def _close(self) -> None:
-        """Write what has not been written, and release the note."""
+        """Write unsaved changes, and release the note."""
         with trio.move_on_after(DISK_TIMEOUT, shield=True):
             if not self._is_current:
                 await self._save()

@@ -104,8 +104,8 @@ async def run_script(
     """Run commands one after the other, up to the first that fails.
 
     The log begins each command with a line that shows it. If its program is not
-    installed, another spelling of the command that is installed runs instead, and the
-    log says so.
+    installed, an installed spelling of the command runs instead, and the log reports
+    that.
 
     Args:
         commands: The commands; their programs have been checked already.
@@ -285,7 +285,7 @@ class _Output:
         self._bytes = DRAIN_BYTES
 
     def end_soon(self) -> None:
-        """Read only what the pipe holds, and wait for more for a short time."""
+        """Read only the content of the pipe, and wait for more for a short time."""
         self._ending = True
         self._since = trio.current_time()
         self._scope.deadline = self._since + self._seconds

@@ -26,7 +26,7 @@ COMMANDS = ("send", "daemon", "invite", "join", "workers", "doctor", "config")
 
 @pytest.fixture(autouse=True)
 def logs_as_before() -> Iterator[None]:
-    """Undo what a command does to the logs of its process."""
+    """Undo the changes of a command to the logs of its process."""
     handlers = logging.root.handlers[:]
     level = logging.root.level
     yield

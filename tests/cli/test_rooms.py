@@ -158,7 +158,7 @@ def test_workers_are_json_without_their_nonces(
     assert second["status"] == "busy"
 
 
-def test_a_room_without_workers_says_how_to_start_one(
+def test_for_a_room_without_workers_the_way_to_start_one_is_printed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     rooms.show_workers([], as_json=False)

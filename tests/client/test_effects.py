@@ -7,7 +7,7 @@ from sleap_rtc.client.effects import STOP_TIMEOUT, Effects
 
 
 class World:
-    """Effects that record what they do."""
+    """Effects that record their calls."""
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self.story: list[str] = []

@@ -1,4 +1,4 @@
-"""Every command as a user types it: what it prints, and its exit code."""
+"""Every command as a user types it: its output, and its exit code."""
 
 import json
 import os
@@ -194,7 +194,7 @@ def test_doctor_reports_each_check(lab: Lab) -> None:
     assert verdicts["Signaling"] == "ok"
 
 
-def test_config_and_version_print_what_is_in_force(lab: Lab) -> None:
+def test_config_and_version_print_the_settings_in_force(lab: Lab) -> None:
     machine = lab.machine("laptop")
     config = machine.home / "my config.toml"
     config.write_text('shared_storage_root = "/mnt/lab"\n[worker]\nslots = 2\n')

@@ -114,7 +114,7 @@ def test_a_worker_that_is_stopped_informs_its_client_and_ends_the_job(lab: Lab) 
     assert "Traceback" not in worker.err
 
 
-def test_a_job_goes_on_while_the_signaling_server_restarts(lab: Lab) -> None:
+def test_a_job_continues_while_the_signaling_server_restarts(lab: Lab) -> None:
     town = Town(lab)
     fifo = lab.fifo()
     package = make_package(

@@ -48,7 +48,7 @@ def results_of(machine: Machine, name: str = "big") -> dict[str, bytes]:
 # ------------------------------------------------------------------------ a lost link
 
 
-def test_a_cut_link_is_opened_again_and_the_job_goes_on(lab: Lab) -> None:
+def test_a_cut_link_is_opened_again_and_the_job_continues(lab: Lab) -> None:
     machine = lab.machine("gpu")
     fifo = lab.fifo()
     package = make_package(
@@ -98,7 +98,7 @@ def test_output_that_was_printed_without_a_link_is_shown(lab: Lab) -> None:
 # ------------------------------------------------------------------ a killed process
 
 
-def test_an_upload_goes_on_when_send_is_typed_again(lab: Lab) -> None:
+def test_an_upload_continues_when_send_is_typed_again(lab: Lab) -> None:
     machine = lab.machine("gpu")
     package = big_package(machine)
     with relayed_worker(machine, 2 * SLOW) as (worker, relay):
@@ -116,7 +116,7 @@ def test_an_upload_goes_on_when_send_is_typed_again(lab: Lab) -> None:
     wait_until(lambda: machine.jobs_left() == [], "the job directory to go")
 
 
-def test_an_upload_goes_on_when_the_worker_comes_back(lab: Lab) -> None:
+def test_an_upload_continues_when_the_worker_comes_back(lab: Lab) -> None:
     machine = lab.machine("gpu")
     with relayed_worker(machine, SLOW) as (worker, _):
         client = machine.start("send", big_package(machine), "--route", "tcp")

@@ -133,7 +133,7 @@ def test_nothing_that_proto_imports_reaches_the_world() -> None:
         timeout=60,
         check=False,
     )
-    # The layers above proto/ are judged by the same program in the lint job.
+    # The same program checks the layers above proto/ in the lint job.
     assert "proto/ imports nothing that reaches the world KEPT" in result.stdout, (
         result.stdout + result.stderr
     )

@@ -210,7 +210,7 @@ def test_room_for_120_percent_is_required(
     assert not (tmp_path / "jobs" / JOB).exists()
 
 
-def test_the_part_of_an_earlier_link_counts_as_room(
+def test_the_part_of_an_earlier_link_counts_as_free_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = tmp_path / "jobs" / JOB

@@ -70,7 +70,9 @@ def job(tmp_path: Path) -> Job:
     return Job(tmp_path / "job")
 
 
-async def test_the_report_names_what_the_job_made_and_changed(job: Job) -> None:
+async def test_the_report_names_the_files_that_the_job_made_or_changed(
+    job: Job,
+) -> None:
     make_package(
         job.package,
         "act copy a.txt models/new.txt",
@@ -147,7 +149,7 @@ async def test_a_job_without_its_package_is_a_failed_run(job: Job) -> None:
     assert "job.zip" in report.failure
 
 
-async def test_a_stopped_job_ends_and_reports_what_it_made(
+async def test_a_stopped_job_ends_and_reports_its_files(
     job: Job, tmp_path: Path
 ) -> None:
     fifo = tmp_path / "fifo"

@@ -22,8 +22,8 @@ class LinkLimits(msgspec.Struct, frozen=True, kw_only=True):
 
     close_timeout: float = 2.0
     """Seconds that the closing side of a TCP link waits until its peer closes as well.
-    Leaving earlier with unread data would discard what is still on its way (RFC 1122,
-    4.2.2.13)."""
+    Leaving earlier with unread data would discard data that is still on its way (RFC
+    1122, 4.2.2.13)."""
 
     max_unproven: int = 64
     """Clients of one kind in their handshake at once: more than the peers of a room,
@@ -41,8 +41,8 @@ class LinkLimits(msgspec.Struct, frozen=True, kw_only=True):
     gigabyte per second over 30 ms, or 150 MB over 200 ms."""
 
     max_unread: int = 32 * _MEBIBYTE
-    """Bytes that a peer may send beyond what was read: twice what a receiver of chunks
-    grants, so that unread bulk never blocks the messages."""
+    """Bytes that a peer may send beyond those that were read: twice the grants of a
+    receiver, so that unread bulk never blocks the messages."""
 
     bytes_per_turn: int = 512 * 1024
     """Bytes that a TCP link sends before other tasks run, about two milliseconds. A

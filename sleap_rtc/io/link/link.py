@@ -79,7 +79,7 @@ class Link(ABC):
     It carries ordered control messages and, beside them, bulk frames. Any number of
     tasks may send; one task may receive messages, and one may receive frames. When the
     link ends, for any reason, every pending and later call raises `LinkClosedError`;
-    what had arrived before can still be received. A cancelled call to send has sent
+    data that arrived before can still be received. A cancelled call to send has sent
     nothing, a cancelled call to receive has taken nothing.
     """
 

@@ -97,7 +97,7 @@ class FastSender:
         most = min(MAX_PACKETS_PER_TURN, MAX_BYTES_PER_TURN // size)
         pieces: list[Piece] = []
         # Datagrams may grow beyond a small window. With nothing in flight, no
-        # acknowledgement would ever widen it, so one packet is sent nevertheless.
+        # acknowledgement would ever widen it, so one packet is sent in any case.
         while window >= size or (not in_flight and not pieces):
             limit = min(
                 bulk.sent + connection.send_credit, self._stream.max_stream_data_remote

@@ -1,8 +1,8 @@
 """Calls to storage that may hang: the one way from async code to a job directory.
 
 Storage that does not answer holds a thread inside the kernel, where nothing can end
-it. So each call can be abandoned: the task goes on, and the thread stays behind. It is
-a daemon thread, which does not keep the process from ending.
+it. So each call can be abandoned: the task continues, and the thread stays behind. It
+is a daemon thread, which does not keep the process from ending.
 """
 
 import math

@@ -137,7 +137,7 @@ async def copy_with_deadline(
     """Copy a file to a new one beneath a root, in a worker thread.
 
     The event loop stays responsive when storage hangs; the thread is then left behind.
-    Cancellation stops the copy and removes what it wrote.
+    Cancellation stops the copy and removes the part that was written.
 
     Args:
         source: A file that the owner of this process named.

@@ -51,10 +51,10 @@ _MIN_RANGE = _MEBIBYTE
 that, so that a copy can stop soon. Larger ranges make no copy faster."""
 
 _SHORT_CALL = 0.05
-"""Seconds. A call that is shorter makes the next range larger."""
+"""Seconds below which a call makes the next range larger."""
 
 _LONG_CALL = 0.25
-"""Seconds. A call that is longer makes the next range smaller."""
+"""Seconds above which a call makes the next range smaller."""
 
 _FICLONE = 0x40049409
 """``_IOW(0x94, 9, int)``, see ioctl_ficlone(2)."""

@@ -81,7 +81,7 @@ class TcpServer(LinkServer[TcpLink]):
             try:
                 await link.wait_ready()
             except LinkClosedError:
-                pass  # the client was told the reason
+                pass  # the client has received the reason
             finally:
                 self._places.release()
         self._links.discard(link)

@@ -65,9 +65,9 @@ class TcpSocket:
         return retransmissions
 
     async def receive(self) -> memoryview:
-        """Wait for bytes, and return what has arrived; empty at the end of the stream.
+        """Wait for bytes, and return them; empty at the end of the stream.
 
-        They are overwritten by the next call.
+        The next call overwrites them.
 
         Raises:
             OSError: If the connection is lost.
@@ -78,7 +78,7 @@ class TcpSocket:
         return data
 
     def receive_now(self) -> memoryview | None:
-        """Return what has arrived, as `receive` does; None if nothing has.
+        """Return bytes that have arrived, as `receive` does; None if there are none.
 
         Raises:
             OSError: If the connection is lost.

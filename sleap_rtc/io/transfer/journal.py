@@ -176,7 +176,7 @@ class Journal:
         """Remove the journal from the storage, and close it.
 
         Raises:
-            OSError: If the storage failed; the journal is closed nevertheless.
+            OSError: If the storage failed; the journal is closed in that case as well.
         """
         if sys.platform == "win32":  # Windows does not remove an open file
             self._file.close()

@@ -92,8 +92,8 @@ class JobEnded(msgspec.Struct, frozen=True):
 
     Args:
         outcome: How it ended.
-        reason: Why it ended, for people; empty if it completed. If a cancellation is
-            not confirmed, why it is not.
+        reason: Why it ended, for people; empty if it completed. For a cancellation
+            without confirmation, the reason why that is missing.
         path: Where the worker put the models, beneath the shared root or the job
             directory; empty if the job did not complete.
         confirmed: False if the worker may go on with a job that was cancelled.

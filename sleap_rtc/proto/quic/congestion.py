@@ -199,7 +199,7 @@ class CongestionControl:
         self.congestion_window = self._minimum_window
 
     def application_limited(self) -> None:
-        """Exclude what is in flight from the measurement of the bandwidth."""
+        """Exclude the packets in flight from the measurement of the bandwidth."""
         self._app_limited_until = self._delivered + self.bytes_in_flight
 
     def rtt_measured(self, rtt: float, now: float) -> None:

@@ -132,7 +132,7 @@ class _Envelope(msgspec.Struct, frozen=True):
     """The JSON of a sealed text, with bytes in base64.
 
     All fields but the sealed part are associated data, and so are the two peer ids,
-    which the receiver knows already.
+    which the receiver has already.
     """
 
     version: Literal[1]

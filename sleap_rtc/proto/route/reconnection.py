@@ -28,7 +28,7 @@ GONE_ATTEMPTS = 2
 """Attempts in a row that must find the worker gone: it may register just after one."""
 
 MIN_GONE_TIMEOUT = 3.0
-"""Seconds from the loss of the link before which a worker is never given up as gone. A
+"""Seconds after the loss of the link in which a worker is never given up as gone. A
 link that was silent for long may have used up `GONE_TIMEOUT` before it was lost."""
 
 
@@ -79,7 +79,7 @@ class Reconnection:
     def attempt_failed(
         self, is_gone: bool, jitter: float, now: float
     ) -> TryAgain | GiveUp:
-        """Decide what follows a failed attempt.
+        """Decide the step after a failed attempt.
 
         Args:
             is_gone: True if the attempt found the worker gone, False if away.

@@ -1,4 +1,4 @@
-"""The route of a package, the link that carries it, and what follows a failure.
+"""The route of a package, the link that carries it, and the step after a failure.
 
 This module only decides. The reasons of its decisions are shown to the user, and the
 troubleshooting guide quotes them.
@@ -71,7 +71,7 @@ def first_route(
 def after_shared_failure(
     preference: RoutePreference, reason: str
 ) -> UseChannel | GiveUp:
-    """Choose what follows when the shared route has failed.
+    """Choose the step after a failure of the shared route.
 
     Args:
         preference: The route that the user asked for.

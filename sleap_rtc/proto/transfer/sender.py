@@ -177,7 +177,7 @@ class Sender(TransferMachine[SenderState, SenderOutput]):
                 raise LocalProtocolError(f"chunk {index} was not to be sent")
             self._in_hand.remove(index)
             known = self._hashes.digest(index)
-            if known not in (None, digest):  # it was sent before with another one
+            if known not in (None, digest):  # an earlier frame had another hash
                 self.source_changed()
             else:
                 self._hashes.set(index, digest)

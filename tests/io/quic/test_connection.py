@@ -95,7 +95,7 @@ def test_the_installed_aioquic_has_each_private_attribute(
         assert isinstance(value, kind)
 
 
-def test_the_containers_hold_what_is_expected(connection: AioquicConnection) -> None:
+def test_the_containers_hold_the_expected_types(connection: AioquicConnection) -> None:
     assert isinstance(connection._cryptos[Epoch.ONE_RTT], CryptoPair)
     assert isinstance(connection._spaces[Epoch.ONE_RTT], QuicPacketSpace)
     assert isinstance(connection._network_paths[0], QuicNetworkPath)

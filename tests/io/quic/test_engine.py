@@ -456,7 +456,9 @@ def stream_frames(draw: st.DrawFn) -> bytes:
     )
 )
 @settings(max_examples=60, deadline=None)
-def test_the_fast_path_accepts_what_aioquic_accepts(packets: list[Sealed]) -> None:
+def test_the_fast_path_accepts_the_same_packets_as_aioquic(
+    packets: list[Sealed],
+) -> None:
     results = []
     for fast_path in (FastPath.NONE, FastPath.RECEIVE):
         pair = Pair(fast_path)

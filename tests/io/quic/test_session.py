@@ -235,7 +235,7 @@ def test_data_after_the_proof_waits_for_the_answer() -> None:
     assert network.server.ended.reason == "bye"
 
 
-def test_a_proof_that_is_judged_for_too_long_is_given_up() -> None:
+def test_a_proof_whose_check_takes_too_long_is_given_up() -> None:
     network = Network()
     network.judges = False
     network.run_until(lambda: network.client.state is Phase.READY)
@@ -742,7 +742,7 @@ def test_a_timeout_that_is_not_due_changes_nothing() -> None:
 
 
 @given(st.binary(max_size=200), st.integers(1, 50))
-def test_a_message_decoder_raises_only_what_is_documented(
+def test_a_message_decoder_raises_only_documented_errors(
     data: bytes, step: int
 ) -> None:
     decoder = MessageDecoder()

@@ -155,7 +155,7 @@ async def test_an_error_of_the_network_is_not_an_error_of_the_socket() -> None:
         dead.bind(("127.0.0.1", 0))
         dead.connect(("127.0.0.1", 9))
         target = dead.getsockname()
-        # Only a connected socket learns that its datagrams were refused.
+        # The system reports refused datagrams to a connected socket only.
         bound.connect(target)
         bound.setblocking(False)
         udp = UdpSocket(bound)

@@ -79,7 +79,7 @@ def disk_mount(folder: Path, kind: str, megabytes: int) -> Iterator[Path]:
         folder: An empty directory for the file and the mount point.
         kind: ``xfs`` or ``btrfs``, which can share blocks between files, or ``exfat``,
             which has no hard links.
-        megabytes: Its size; what is not used takes no space.
+        megabytes: Its size; unused parts take no space.
     """
     maker = find_program(f"mkfs.{kind}")
     if maker is None:
@@ -144,7 +144,7 @@ class HangingStorage:
         return "answered"
 
     def recover(self) -> None:
-        """Answer all touches, and wait until their threads go on."""
+        """Answer all calls, and wait until their threads continue."""
         self.hangs = False
         with self._lock:
             while self._waiting:

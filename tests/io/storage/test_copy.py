@@ -235,7 +235,7 @@ async def test_a_copy_that_takes_too_long_times_out(tmp_path: Path) -> None:
     assert files(tmp_path / "root") == []
 
 
-async def test_cancellation_removes_what_was_copied(tmp_path: Path) -> None:
+async def test_cancellation_removes_the_partial_copy(tmp_path: Path) -> None:
     with (tmp_path / "a.zip").open("wb") as file:
         file.truncate(2**30)
     (tmp_path / "root").mkdir()

@@ -269,7 +269,7 @@ def test_holes_are_zeros_in_the_copy(tmp_path: Path, memory: Path) -> None:
 
 @needs_linux
 def test_a_copy_that_is_too_short_is_not_published(tmp_path: Path) -> None:
-    source = Path("/sys/devices/system/cpu/possible")  # holds less than its size says
+    source = Path("/sys/devices/system/cpu/possible")  # holds less than its size
     with pytest.raises(StorageError, match=r"\d+ of \d+ bytes arrived"):
         copy(source, tmp_path)
     assert os.listdir(tmp_path) == []

@@ -129,7 +129,7 @@ def test_a_large_arriving_file_is_synced_at_intervals(
     )
 
 
-def test_file_systems_that_sync_no_directories_are_used_nevertheless(
+def test_file_systems_that_cannot_sync_directories_are_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Folder.open(tmp_path)

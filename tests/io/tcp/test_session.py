@@ -83,7 +83,7 @@ class Wire:
         return carried
 
     def carry(self, source: TcpSession) -> int:
-        """Carry what one side sends at once."""
+        """Carry the data that one side sends at once."""
         target = self.server if source is self.client else self.client
         if not target.wants_data:
             return 0
@@ -191,7 +191,7 @@ def test_data_after_the_proof_waits_for_the_answer() -> None:
     assert wire.server.state == Ended("bye", finished=True)
 
 
-def test_a_session_that_ended_while_its_proof_was_judged_stays_so() -> None:
+def test_a_session_that_ended_while_its_proof_was_checked_stays_ended() -> None:
     for answer in (TcpSession.refuse, lambda s, now: s.admit("ada", now)):
         wire = Wire()
         wire.judges = False
@@ -203,7 +203,7 @@ def test_a_session_that_ended_while_its_proof_was_judged_stays_so() -> None:
         assert end_of(wire.server) == "it is gone"
 
 
-def test_a_proof_that_is_judged_for_too_long_is_given_up() -> None:
+def test_a_proof_whose_check_takes_too_long_is_given_up() -> None:
     wire = Wire()
     wire.judges = False
     wire.flush()
@@ -286,7 +286,7 @@ def old_version() -> ssl.SSLContext:
 def test_a_client_refuses_another_server(
     server: Callable[[], ssl.SSLContext], words: str
 ) -> None:
-    # The engine of the server accepts what the client has to refuse.
+    # The engine of the server accepts settings that the client has to refuse.
     wire = Wire(server=server())
     wire.flush()
     assert words in end_of(wire.client)

@@ -94,7 +94,7 @@ def check_goes_on(root: Path, expected: set[int]) -> None:
 
 
 @pytest.mark.parametrize("written", [set(), {0}, {COUNT - 1}, {1, 3, 4}, EVERY])
-def test_the_next_writer_goes_on_where_the_last_one_stopped(
+def test_the_next_writer_continues_where_the_last_one_stopped(
     tmp_path: Path, written: set[int]
 ) -> None:
     make_kept(tmp_path, written)

@@ -42,7 +42,7 @@ async def cut_and_keep(job: Job, frames: int) -> int:
 
 
 @pytest.mark.parametrize("frames", [1, 2, 9, 20, 40])
-async def test_a_transfer_goes_on_over_the_next_link(
+async def test_a_transfer_continues_over_the_next_link(
     tmp_path: Path, frames: int
 ) -> None:
     job = Job(tmp_path, 40 * CHUNK_SIZE - 1)
@@ -105,7 +105,7 @@ async def test_another_file_of_the_same_size_is_not_mixed_in(tmp_path: Path) -> 
     job.check_arrived()
 
 
-async def test_a_receiver_that_was_cancelled_goes_on_later(tmp_path: Path) -> None:
+async def test_a_receiver_that_was_cancelled_continues_later(tmp_path: Path) -> None:
     job = Job(tmp_path, 40 * CHUNK_SIZE)
     async with two_sides() as (sender, receiver), trio.open_nursery() as nursery:
         nursery.start_soon(job.send, sender)

@@ -98,7 +98,7 @@ def test_nested_bars_redraw_their_own_lines() -> None:
     ]
 
 
-def test_a_recording_of_sleap_nn_gives_what_its_terminal_showed() -> None:
+def test_a_recording_of_sleap_nn_gives_the_text_of_its_terminal() -> None:
     lines = texts(RECORDING.read_bytes())
     assert [line for line in lines if "Cach" in line or "Epoch" in line] == [
         "2026-11-23 12:56:13 | Caching 1 images to memory...",

@@ -201,7 +201,7 @@ def test_the_key_must_be_the_one_that_the_room_is_named_after() -> None:
 
 
 def test_the_signature_must_be_made_with_the_key_of_the_room() -> None:
-    """The stranger shows the right key, and signs what the room's key would sign."""
+    """The stranger shows the right key, and signs the right fields with another."""
     room, stranger = RoomKeys.from_secret(SECRET), RoomKeys.from_secret(b"o" * 32)
     stranger.room_id = room.room_id
     assert not verified(room, stranger.sign_registration(NONCE, "peer"))

@@ -43,7 +43,7 @@ DELAYS = [
     ([GONE] * 6, [0.25, 0.5, 1, 1, 1, 1]),
     # The network is back and the worker is not: try often.
     ([AWAY] * 7 + [GONE] * 4, [0.25, 0.5, 1, 2, 4, 8, 15, 0.25, 0.5, 1, 1]),
-    # A worker that is gone says nothing about the network.
+    # The absence of a worker proves nothing about the network.
     ([GONE] * 5 + [AWAY] * 3, [0.25, 0.5, 1, 1, 1, 0.25, 0.5, 1]),
     # A network that comes and goes does not shorten the delays.
     ([AWAY, GONE] * 4, [0.25, 0.25, 0.5, 0.25, 1, 0.25, 2, 0.25]),
@@ -58,7 +58,7 @@ def test_each_state_of_the_worker_has_its_own_backoff(
     assert delays(kinds, 0.0) == pytest.approx([delay / 2 for delay in wanted])
 
 
-# seconds silent before the loss; (seconds after the loss, what the attempt found);
+# seconds silent before the loss; (seconds after the loss, the finding of the attempt);
 # the index of the attempt that is the last, or None
 TIMES = [
     pytest.param(0, [(0, GONE), (6.9, GONE)], None, id="within the timeout"),
@@ -92,7 +92,7 @@ def test_a_worker_that_is_gone_is_given_up_after_a_timeout(
         assert isinstance(decision, GiveUp) == (number == last)
 
 
-def test_the_reason_says_since_when_the_worker_is_gone() -> None:
+def test_the_reason_includes_the_time_since_the_worker_was_heard_of() -> None:
     policy = lost(silent_for=20)
     policy.attempt_failed(GONE, 0.0, LOST)
     decision = policy.attempt_failed(GONE, 0.0, LOST + 4)

@@ -45,7 +45,7 @@ def test_the_first_route_follows_the_preference_and_the_roots(
     assert words in decision.reason
 
 
-def test_a_failed_shared_route_falls_back_and_says_why() -> None:
+def test_a_failed_shared_route_falls_back_with_the_reason() -> None:
     decision = after_shared_failure("auto", "The disk is full")
     assert decision == UseChannel("The disk is full; falling back to RTC transfer")
 

@@ -75,7 +75,7 @@ def test_the_root_is_the_documented_hash() -> None:
     assert chunks.root() == expected.digest()
 
 
-def test_the_root_tells_size_order_and_hashes_apart() -> None:
+def test_the_root_depends_on_size_order_and_hashes() -> None:
     roots = set()
     for size, digests in [
         (19, (DIGEST, DIGEST[::-1])),

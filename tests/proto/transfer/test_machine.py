@@ -74,7 +74,7 @@ BREAKS: list[Break] = [World.lose_link, World.kill_receiver]
 
 
 @pytest.mark.parametrize("happens", BREAKS)
-def test_a_break_after_any_number_of_steps_costs_at_most_what_was_in_flight(
+def test_a_break_after_any_number_of_steps_costs_at_most_the_chunks_in_flight(
     happens: Break,
 ) -> None:
     content = content_of(12 * CHUNK_SIZE + 5)

@@ -108,7 +108,7 @@ def test_every_type_has_a_limit(kind: RecordType) -> None:
 
 
 @given(st.lists(st.binary(max_size=300), max_size=10))
-def test_garbage_raises_only_what_is_documented(garbage: list[bytes]) -> None:
+def test_garbage_raises_only_documented_errors(garbage: list[bytes]) -> None:
     decoder = RecordDecoder()
     try:
         for data in garbage:

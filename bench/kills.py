@@ -70,7 +70,8 @@ class Transfer(msgspec.Struct):
     Args:
         seconds: Duration of all attempts together.
         kills: The kills during it.
-        retries: Times that the client gave up by itself and was typed again.
+        retries: Number of times that the client gave up by itself and its command was
+            typed again.
         is_intact: True if the package arrived as it was sent.
         failure: The reason why it did not finish.
     """

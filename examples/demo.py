@@ -35,7 +35,7 @@ console = Console(highlight=False)
 
 
 class DemoError(Exception):
-    """The demonstration can't go on."""
+    """The demonstration cannot continue."""
 
 
 def main() -> int:
@@ -131,7 +131,7 @@ def _wait_until_ready(worker: subprocess.Popen[bytes], log: Path) -> None:
 def _send(
     directory: Path, environment: dict[str, str], route: str, root: Path | None
 ) -> dict[str, Any]:
-    """Send the package, show what comes, and return what the last event said."""
+    """Send the package, show its events, and return the last one."""
     output = directory / f"results-{route}"
     command = [*SLEAP_RTC, "send", str(PACKAGE), "--json", "--route", route]
     command += ["--output", str(output), "--timeout", str(JOB_TIMEOUT)]
@@ -159,7 +159,7 @@ def _send(
             else:
                 _show(last, lines)
     if client.returncode != 0:
-        raise DemoError(last.get("message", "the client said nothing"))
+        raise DemoError(last.get("message", "the client printed nothing"))
     for path in sorted(output.rglob("*")):
         if path.is_file():
             size = path.stat().st_size

@@ -92,7 +92,7 @@ def seed_of(path: Path) -> str:
 
 
 def train(config_file: Path, overrides: dict[str, str]) -> None:
-    """Train as a configuration of sleap-nn says, as far as it makes sense here."""
+    """Train by a configuration of sleap-nn, as far as it applies here."""
     config = config_file.read_text()
     epochs = int(setting(config, overrides, "max_epochs", "10"))
     steps = int(setting(config, overrides, "train_steps_per_epoch", "20"))
@@ -176,7 +176,7 @@ def first_labels(config: str, config_file: Path) -> str:
 
 
 def track(video: Path, model_folder: Path, output: Path, frames: str) -> None:
-    """Predict where the dot is in each frame of a video, and write it down."""
+    """Predict the position of the dot in each frame of a video; write a file."""
     say(f"Started inference on {video} with {model_folder}")
     model = load(model_folder / "best.ckpt")
     rng = random.Random(seed_of(video))
@@ -210,7 +210,7 @@ def load(path: Path) -> Model:
 
 
 def frame_numbers(frames: str) -> list[int]:
-    """Read what ``--frames`` says, like ``0-29`` or ``0,5,7``."""
+    """Parse the value of ``--frames``, such as ``0-29`` or ``0,5,7``."""
     numbers: list[int] = []
     for part in frames.split(","):
         first, _, last = part.partition("-")

@@ -80,7 +80,7 @@ def test_the_error_of_a_forbidden_copy_names_the_permission(tmp_path: Path) -> N
 
 
 def test_a_directory_that_the_system_refuses_is_named() -> None:
-    # Not even root makes directories there.
+    # Not even root can make directories there.
     with pytest.raises(SharedStorageError, match="create directory /dev/null/a"):
         safe_mkdir("/dev/null/a")
 

@@ -303,7 +303,7 @@ MODULES = re.compile(
 
 
 def texts() -> Iterator[tuple[Path, str]]:
-    """Yield the files whose names of other files must be right, and their text."""
+    """Yield the files that must name existing files, with their text."""
     for path in our_files():
         relative = path.relative_to(ROOT)
         is_text = relative.suffix in {".py", ".md", ".toml", ".yml", ""}

@@ -382,7 +382,7 @@ class _Session:
             self._job.package_sent()
 
     async def _open_source(self) -> ChunkReader:
-        """Open the package once; it stays open, so that a change is noticed."""
+        """Open the package once, and keep it open, so that a change is noticed."""
         if self._source is None:
             package = self._plan.package
             reader = await call_storage(

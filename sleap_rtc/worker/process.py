@@ -236,7 +236,7 @@ async def run_command(
     """
     process = await _start(argv, cwd, job_environment(environment, gpus))
     try:
-        assert process.stdout is not None  # asked for in _start
+        assert process.stdout is not None  # `_start` opens a pipe
         output = _Output(process.stdout)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_end_output_with, process, output)
@@ -338,7 +338,7 @@ async def _start(
 
 async def _stop(process: trio.Process, grace: float) -> None:
     """End a program and everything that it started; takes limited time."""
-    assert process.stdout is not None  # asked for in _start
+    assert process.stdout is not None  # `_start` opens a pipe
     if process.returncode is None:
         _signal_all(process, kill=False)
         with trio.move_on_after(grace, shield=True):

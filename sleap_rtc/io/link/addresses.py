@@ -1,4 +1,4 @@
-"""The addresses of this machine: which to bind, and under which it may be reached."""
+"""The addresses that this machine binds to, and those that other machines reach."""
 
 import errno
 import ipaddress

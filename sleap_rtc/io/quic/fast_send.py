@@ -72,7 +72,7 @@ class FastSender:
         self._bulk.queue(data)
 
     def datagrams_to_send(self, now: float) -> list[Datagram]:
-        """Return the packets of this turn, and ask for a next one if more is queued."""
+        """Return the packets of this turn, and schedule the next if more is queued."""
         if self._stream.is_blocked:
             return []
         connection = self._connection

@@ -211,7 +211,7 @@ class ClientJob:
                 raise LocalProtocolError(f"no package is sent in {self.state.name}")
 
     def results_fetched(self) -> None:
-        """Handle a report: the results are where the user wants them.
+        """Handle a report: the results are where the user asked for them.
 
         Raises:
             LocalProtocolError: If they were not asked for.

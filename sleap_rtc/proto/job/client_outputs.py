@@ -60,7 +60,7 @@ class StopTransfer(msgspec.Struct, frozen=True):
 
 
 class FetchResults(msgspec.Struct, frozen=True):
-    """Bring these files, relative to the job directory, to where the user wants them.
+    """Deliver these files of the job directory to the place that the user asked for.
 
     The owner answers with `results_fetched` or `transfer_failed`.
     """

@@ -90,7 +90,7 @@ TRANSITIONS: Table[SharedState] = {
 class SharedRoute:
     """Asks for a start over shared storage, until it is `STARTED` or has `FAILED`.
 
-    Its owner drops messages, and does not call `handle_timeout`, while it has no link.
+    While no link exists, the owner drops messages and does not call `handle_timeout`.
 
     Args:
         job_id: The id of the job.

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 INITIAL_WINDOW = 10
 MINIMUM_WINDOW = 4
-"""Packets that may be in flight at first, and at least (BBRMinPipeCwnd)."""
+"""Packets that may always be in flight, even at the start (BBRMinPipeCwnd)."""
 
 SCHEDULING_DELAY = 0.005
 """Seconds that timers, batches and the scheduler add to a round trip, at most."""
@@ -249,7 +249,7 @@ class CongestionControl:
             and self._round_lost_bytes
             > LOSS_THRESHOLD * (delivered + self._round_lost_bytes)
         )
-        # The losses with which startup ends are those of its own queue. A flow that
+        # The losses at the end of startup come from its own queue. A flow that
         # backed off here would get almost no share of a path that another flow fills.
         if is_congested and self.phase is not Phase.STARTUP:
             in_flight = min(self.congestion_window, self._in_flight_limit)

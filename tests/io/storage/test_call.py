@@ -162,7 +162,7 @@ async def test_calls_that_hang_leave_threads_for_everything_else(
         mock_clock.jump(20)
 
 
-def test_a_thread_left_behind_does_not_keep_the_process(tmp_path: Path) -> None:
+def test_a_thread_left_behind_does_not_keep_the_process_alive(tmp_path: Path) -> None:
     program = (
         "import os, sys, trio\n"
         "from sleap_rtc.io.storage.call import call_storage\n"

@@ -35,7 +35,7 @@ def test_every_datagram_is_delayed() -> None:
     assert found == pytest.approx([0.025, 0.026, 0.027])
 
 
-def test_jitter_adds_up_to_its_measure_and_keeps_the_order() -> None:
+def test_jitter_stays_within_its_limit_and_keeps_the_order() -> None:
     conditions = Conditions(delay=0.02, jitter=0.01)
     found = come_out(conditions, 1000, every=0.02)
     extra = [due - number * 0.02 - 0.02 for number, due in enumerate(found)]

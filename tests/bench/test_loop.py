@@ -103,9 +103,7 @@ def test_a_run_restores_all_settings() -> None:
 
 
 @pytest.mark.parametrize("way", ["tcp", "quic", "shared"])
-def test_no_call_that_blocks_sits_in_the_loops_of_a_transfer(
-    way: str, tmp_path: Path
-) -> None:
+def test_no_call_blocks_the_loops_of_a_transfer(way: str, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
     done = subprocess.run(
         [

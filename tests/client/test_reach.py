@@ -140,7 +140,7 @@ async def test_a_room_without_a_worker_is_an_error(server: Server) -> None:
     assert "daemon --role worker" in caught.value.hint
 
 
-async def test_an_error_of_the_body_stays_as_it_is(server: Server) -> None:
+async def test_an_error_of_the_body_is_not_wrapped(server: Server) -> None:
     async with worker_in(server):
         with pytest.raises(LinkClosedError, match="mine"):
             async with Client(server.url).reach.open_first(None):

@@ -46,7 +46,7 @@ def silent_server(machine: Machine) -> Iterator[socket.socket]:
         yield server
 
 
-def test_while_it_waits_for_the_signaling_server(lab: Lab) -> None:
+def test_an_interrupt_while_waiting_for_the_signaling_server(lab: Lab) -> None:
     machine = lab.machine("laptop")
     package = make_package(machine.home / "job.zip", "act say hello")
     with silent_server(machine) as server:
@@ -59,7 +59,7 @@ def test_while_it_waits_for_the_signaling_server(lab: Lab) -> None:
     assert "Traceback" not in done.err
 
 
-def test_while_it_waits_for_the_answer_of_a_worker(lab: Lab) -> None:
+def test_an_interrupt_while_waiting_for_the_answer_of_a_worker(lab: Lab) -> None:
     town = Town(lab)
     town.worker.signal(signal.SIGSTOP)
     package = make_package(town.laptop.home / "job.zip", "act say hello")
@@ -72,7 +72,7 @@ def test_while_it_waits_for_the_answer_of_a_worker(lab: Lab) -> None:
     town.laptop.run("send", package).expect(0)
 
 
-def test_while_it_uploads(lab: Lab) -> None:
+def test_an_interrupt_during_the_upload(lab: Lab) -> None:
     machine = lab.machine("gpu")
     files: dict[str, str | bytes] = {"big.bin": os.urandom(64 * 1024 * 1024)}
     package = make_package(machine.home / "big.zip", "act say never", files=files)
@@ -86,7 +86,7 @@ def test_while_it_uploads(lab: Lab) -> None:
         check_healthy(machine, worker)
 
 
-def test_while_its_job_is_queued(lab: Lab) -> None:
+def test_an_interrupt_while_the_job_is_queued(lab: Lab) -> None:
     machine = lab.machine("gpu")
     worker = machine.start_worker()
     fifo = lab.fifo()
@@ -119,7 +119,7 @@ def hold_with_a_result(lab: Lab, machine: Machine) -> Running:
     return client
 
 
-def test_while_its_job_runs(lab: Lab) -> None:
+def test_an_interrupt_while_the_job_runs(lab: Lab) -> None:
     machine = lab.machine("gpu")
     worker = machine.start_worker()
     client = hold_with_a_result(lab, machine)
@@ -133,7 +133,7 @@ def test_while_its_job_runs(lab: Lab) -> None:
     check_healthy(machine, worker)
 
 
-def test_while_it_fetches_results(lab: Lab) -> None:
+def test_an_interrupt_while_results_are_fetched(lab: Lab) -> None:
     machine = lab.machine("gpu")
     package = make_package(machine.home / "job.zip", "act big big.bin 64")
     with relayed_worker(machine, SLOW) as (worker, _):

@@ -7,7 +7,7 @@ from trio.testing import MockClock
 from sleap_rtc.io.alarm import Alarm
 
 
-async def test_it_wakes_at_the_deadline(autojump_clock: MockClock) -> None:
+async def test_an_alarm_wakes_at_the_deadline(autojump_clock: MockClock) -> None:
     alarm = Alarm()
     alarm.set(3.0)
     await alarm.wait()

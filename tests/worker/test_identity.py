@@ -92,7 +92,7 @@ def test_processes_that_start_together_get_different_ids(tmp_path: Path) -> None
     assert len(set(ids)) == 4
 
 
-def test_another_thread_may_give_an_id_back_and_do_so_twice(tmp_path: Path) -> None:
+def test_another_thread_may_release_an_id_even_twice(tmp_path: Path) -> None:
     identity = take_identity(tmp_path, "gpu-box")
     thread = threading.Thread(target=identity.close)
     thread.start()

@@ -161,7 +161,9 @@ async def test_a_part_outlives_a_long_absence_of_the_worker(tmp_path: Path) -> N
         await world.resume()
 
 
-async def test_a_part_counts_from_when_its_client_left(tmp_path: Path) -> None:
+async def test_the_age_of_a_part_counts_from_the_departure_of_its_client(
+    tmp_path: Path,
+) -> None:
     async with open_world(tmp_path) as world:
         long_ago = time.time() - 2 * KEEP_PARTS
         await world.jobs.restore([record("RECEIVING", long_ago, tmp_path)])

@@ -252,7 +252,7 @@ def test_without_the_kernel_a_file_goes_through_memory(
 
 
 @needs_linux
-def test_one_file_system_is_left_to_the_kernel(memory: Path) -> None:
+def test_copies_within_one_file_system_are_left_to_the_kernel(memory: Path) -> None:
     make_file(memory / "a", 9 * MEBIBYTE)
     assert copy(memory / "a", memory).method == "copy_file_range"
 

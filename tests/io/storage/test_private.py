@@ -19,7 +19,7 @@ def test_the_content_replaces_an_older_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no modes")
-def test_only_the_owner_may_read_it(tmp_path: Path) -> None:
+def test_only_the_owner_may_read_the_file(tmp_path: Path) -> None:
     path = tmp_path / "secret"
     path.touch(mode=0o644)
     write_private(path, b"x")

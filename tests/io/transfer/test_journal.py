@@ -274,7 +274,9 @@ def test_only_one_of_many_concurrent_writers_publishes(tmp_path: Path) -> None:
         (tmp_path / "a").unlink()
 
 
-def test_a_journal_that_goes_before_it_is_locked_is_made_again(tmp_path: Path) -> None:
+def test_a_journal_that_is_removed_before_it_is_locked_is_made_again(
+    tmp_path: Path,
+) -> None:
     class FolderOfAnEndingWriter(Folder):
         def open_file(self, name: str, *, write: bool = False) -> int:
             opened = super().open_file(name, write=write)

@@ -166,7 +166,7 @@ def test_cuts_never_matter_and_no_control_gets_through(data: bytes, seed: int) -
         assert printable(event.text) == event.text
 
 
-def test_line_numbers_have_no_gaps_and_go_on_after_the_end() -> None:
+def test_line_numbers_have_no_gaps_and_continue_after_the_end() -> None:
     assembler = LineAssembler(first_line=7)
     events = assembler.receive_data(b"one\ntwo", 0.0)
     events += assembler.finish(0.0)
@@ -273,7 +273,7 @@ def test_text_of_a_peer_is_safe_to_print(text: str, expected: str) -> None:
 
 
 @given(st.text())
-def test_printable_text_stays_as_it_is(text: str) -> None:
+def test_printable_text_stays_unchanged(text: str) -> None:
     once = printable(text)
     assert printable(once) == once
     once.encode()

@@ -488,7 +488,7 @@ def test_a_fallback_drops_requests_that_were_sent_without_waiting(place: str) ->
     assert drain(job)[-1] == Enqueue(JOB, "channel", NAME)
 
 
-def test_a_result_is_sent_on_request_and_nothing_else_is() -> None:
+def test_only_requested_results_are_sent() -> None:
     job = job_at("channel", "ended")
     receive(messages.FileRequest)(job)
     job.receive_message(messages.FileRequest(2, JOB, "../secret"), 0.0)

@@ -224,7 +224,7 @@ def test_the_signature_must_be_for_this_nonce_and_this_peer(
 
 
 @pytest.mark.parametrize("public_key", [b"", b"short", bytes(32)])
-def test_a_key_that_is_not_one_is_refused_even_if_the_room_is_named_after_it(
+def test_an_invalid_key_is_refused_even_if_the_room_is_named_after_it(
     public_key: bytes,
 ) -> None:
     room_id = hashlib.sha256(public_key).hexdigest()[:32]

@@ -120,11 +120,11 @@ def in_state(state: MemberState, metadata: Metadata = NOTHING) -> RoomMember:
 # --------------------------------------------------------------------- golden paths
 
 
-def test_it_asks_for_a_connection_first() -> None:
+def test_a_member_asks_for_a_connection_first() -> None:
     assert drain(member()) == [Connect()]
 
 
-def test_it_registers_with_a_signature_that_holds() -> None:
+def test_a_member_registers_with_a_valid_signature() -> None:
     machine = member(Metadata(("t",), {"a": 1}))
     drain(machine)
     machine.connected(NOW)
@@ -142,7 +142,7 @@ def test_it_registers_with_a_signature_that_holds() -> None:
     assert receive(machine, WELCOME) == [Registered()]
 
 
-def test_it_and_the_server_understand_each_other() -> None:
+def test_a_member_and_the_server_understand_each_other() -> None:
     server, machine = RoomServer(), member()
     drain(machine)
     machine.connected(NOW)

@@ -87,7 +87,7 @@ def test_any_pieces_give_the_same_frames(
     assert [bytes(frame.payload) for frame in frames] == payloads
 
 
-def test_a_payload_stays_as_it_was_when_more_arrives() -> None:
+def test_a_payload_is_unchanged_when_more_data_arrives() -> None:
     decoder = FrameDecoder()
     arriving = bytearray(wire(b"one"))
     (frame,) = decoder.receive_data_untrusted(memoryview(arriving))

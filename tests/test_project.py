@@ -133,7 +133,7 @@ THREADS = {
     "io/storage/call.py",
     "io/tcp/driver.py",
     "worker/daemon.py",
-    "worker/store.py",
+    "worker/store_writer.py",
 }
 
 

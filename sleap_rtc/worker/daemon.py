@@ -45,11 +45,12 @@ from sleap_rtc.rendezvous.rooms import (
 )
 from sleap_rtc.rendezvous.server import run_signaling
 from sleap_rtc.worker.identity import Identity, take_identity
+from sleap_rtc.worker.job_store import StoreError
 from sleap_rtc.worker.jobs import JobSettings, open_jobs
 from sleap_rtc.worker.options import WorkerOptions
 from sleap_rtc.worker.session import serve_link
 from sleap_rtc.worker.slots import SlotQueue
-from sleap_rtc.worker.store import StoreError, open_store_writer
+from sleap_rtc.worker.store_writer import open_store_writer
 
 STATUS_INTERVAL = 30.0
 """Seconds between two updates of the free disk space in the room."""

@@ -29,9 +29,7 @@ from sleap_rtc.proto.job.worker import RunEvent, WorkerJob
 from sleap_rtc.proto.job.worker_table import WorkerState
 from sleap_rtc.proto.paths import check_file_name_untrusted
 from sleap_rtc.worker.client_link import ClientLink
-from sleap_rtc.worker.runner import Run, run_job
-from sleap_rtc.worker.slots import SlotQueue
-from sleap_rtc.worker.storage import (
+from sleap_rtc.worker.job_storage import (
     CHUNK_SIZE,
     STORAGE_TIMEOUT,
     ask_shared,
@@ -41,7 +39,10 @@ from sleap_rtc.worker.storage import (
     open_result,
     results_left,
 )
-from sleap_rtc.worker.store import JobRecord, StoreWriter
+from sleap_rtc.worker.job_store import JobRecord
+from sleap_rtc.worker.runner import Run, run_job
+from sleap_rtc.worker.slots import SlotQueue
+from sleap_rtc.worker.store_writer import StoreWriter
 
 MAX_RESULTS_AT_ONCE = 16
 """Result files that one link sends at once; each holds a file descriptor."""

@@ -8,7 +8,7 @@ it is saved.
 import sys
 from pathlib import Path
 
-from sleap_rtc.worker.store import JobRecord, open_store
+from sleap_rtc.worker.job_store import JobRecord, open_store
 
 
 def main() -> None:

@@ -25,9 +25,9 @@ from sleap_rtc.proto.rendezvous.invite import Invite
 from sleap_rtc.proto.rendezvous.workers import WorkerCard
 from sleap_rtc.worker import read_options, run_worker
 from sleap_rtc.worker.daemon import STORE_NAME, Worker
-from sleap_rtc.worker.store import JobStore, open_store
+from sleap_rtc.worker.job_store import JobStore, open_store
 from tests.io.storage.places import HangingStorage
-from tests.worker.test_store import record
+from tests.worker.stores import record
 
 DEADLINE = 60.0
 

@@ -13,11 +13,11 @@ from sleap_rtc.io.storage.call import GRACE_TIMEOUT
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.job.worker_table import WorkerState
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
+from sleap_rtc.worker.job_storage import CHUNK_SIZE
 from sleap_rtc.worker.jobs import (
     KEEP_PARTS,
     SWEEP_INTERVAL,
 )
-from sleap_rtc.worker.storage import CHUNK_SIZE
 from tests.io.link.memory import MemoryLink
 from tests.io.storage.places import HangingStorage
 from tests.worker.world import (

@@ -12,6 +12,7 @@ import trio.testing
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.job.worker_table import WorkerState
+from sleap_rtc.worker.job_store import JobRecord, JobStore
 from sleap_rtc.worker.jobs import (
     Job,
     Jobs,
@@ -20,7 +21,7 @@ from sleap_rtc.worker.jobs import (
 )
 from sleap_rtc.worker.session import serve_link
 from sleap_rtc.worker.slots import SlotQueue
-from sleap_rtc.worker.store import JobRecord, JobStore, open_store_writer
+from sleap_rtc.worker.store_writer import open_store_writer
 from tests.io.link.memory import MemoryLink
 
 T = TypeVar("T", bound=messages.Message)

@@ -1,25 +1,20 @@
 """The worker's store of jobs: an SQLite file that outlives the worker.
 
-`JobStore` blocks; call it from a worker thread. `StoreWriter` is for the event loop: it
-takes records without waiting, and writes them in the background.
+`JobStore` blocks; call it from a worker thread. `StoreWriter` in
+`sleap_rtc/worker/store_writer.py` is for the event loop.
 """
 
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import structlog
-import trio
 
-from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.io.storage.call import call_storage
-from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.proto import messages
 
 _VERSION = 1
@@ -44,12 +39,6 @@ CREATE TABLE jobs (
 
 _BUSY_TIMEOUT = 5.0
 """Seconds to wait for another process that writes; a write takes milliseconds."""
-
-_FLUSH_TIMEOUT = 3.0
-"""Seconds for the last writes of a worker that ends."""
-
-_CLOSE_TIMEOUT = 3.0
-"""Seconds for closing the store of a worker that ends."""
 
 
 class StoreError(Exception):
@@ -208,9 +197,6 @@ def open_store(path: Path) -> JobStore:
         return JobStore(path, connection)
 
 
-# -------------------------------------------------------------------- the SQLite side
-
-
 def _create_private(path: Path) -> None:
     """Create the file if it does not exist; SQLite gives its side files the same mode.
 
@@ -338,112 +324,3 @@ def _damaged(path: Path, kind: str) -> StoreError:
         "to start without its jobs. Their results stay in their directories.",
         kind,
     )
-
-
-# --------------------------------------------------------------------- the Trio side
-
-
-class StoreWriter:
-    """Writes the records of jobs to a store in the background.
-
-    A full or slow disk does not stop a job. If a job changes faster than the disk
-    writes, only its latest record is kept, so memory stays bounded.
-
-    Args:
-        store: The store. It must stay open as long as `run` runs.
-        log: The log for failures.
-    """
-
-    def __init__(
-        self, store: JobStore, log: structlog.typing.FilteringBoundLogger
-    ) -> None:
-        self._store = store
-        self._log = log
-        self._waiting: dict[str, JobRecord | None] = {}
-        self._changed = trio.Event()
-        self._logged: set[str] = set()
-        self._limiter = trio.CapacityLimiter(1)
-
-    def put(self, record: JobRecord) -> None:
-        """Queue the record of a job for writing; failed writes are retried as well."""
-        self._waiting[record.job_id] = record
-        self._changed.set()
-
-    def remove(self, job_id: str) -> None:
-        """Queue a job for removal; failed writes are retried as well."""
-        self._waiting[job_id] = None
-        self._changed.set()
-
-    async def run(self) -> None:
-        """Write until cancelled. Then the rest is written within some seconds."""
-        try:
-            while True:
-                await self._changed.wait()
-                self._changed = trio.Event()
-                await self._write_waiting()
-        finally:
-            with trio.move_on_after(_FLUSH_TIMEOUT, shield=True):
-                await self._write_waiting()
-            if self._waiting:
-                self._log.warning("jobs not stored", jobs=list(self._waiting))
-
-    async def _write_waiting(self) -> None:
-        """Write each record once; a failed or interrupted one stays in the queue."""
-        for job_id, record in list(self._waiting.items()):
-            try:
-                # An abandoned thread ends by itself. The next one waits for it, and
-                # writing a record twice does no harm.
-                await trio.to_thread.run_sync(
-                    self._write,
-                    job_id,
-                    record,
-                    abandon_on_cancel=True,
-                    limiter=self._limiter,
-                )
-            except StoreError as error:
-                self._log_once(error)
-            else:
-                if self._waiting[job_id] is record:  # it is still the latest
-                    del self._waiting[job_id]
-        if not self._waiting:
-            self._logged.clear()
-
-    def _write(self, job_id: str, record: JobRecord | None) -> None:
-        if record is None:
-            self._store.remove(job_id)
-        else:
-            self._store.save(record)
-
-    def _log_once(self, error: StoreError) -> None:
-        """Log each kind of failure once until the store works again."""
-        if error.kind not in self._logged:
-            self._logged.add(error.kind)
-            self._log.error("job not stored", reason=str(error))
-
-
-@asynccontextmanager
-async def open_store_writer(
-    path: Path, log: structlog.typing.FilteringBoundLogger
-) -> AsyncIterator[tuple[JobStore, StoreWriter]]:
-    """Open the store, and write to it in the background while the body runs.
-
-    Closing takes limited time, even on a disk that hangs.
-
-    Args:
-        path: The file of the store.
-        log: The log for failures.
-
-    Raises:
-        StoreError: If the store cannot be opened.
-    """
-    store = await call_storage(open_store, path, discard=JobStore.close)
-    try:
-        async with open_background_nursery() as nursery:
-            writer = StoreWriter(store, log)
-            nursery.start_soon(writer.run)
-            yield store, writer
-    finally:
-        try:
-            await call_storage(store.close, timeout=_CLOSE_TIMEOUT, shield=True)
-        except (StoreError, StorageError) as error:
-            log.warning("job store not closed", reason=str(error))

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import assert_never
 
 import trio
 
@@ -303,6 +304,8 @@ class _Submission:
                     "Check that the worker runs (`sleap-rtc workers`) and send the "
                     "package again: if the worker still has the job, it continues.",
                 )
+            case _:
+                assert_never(ending.outcome)
 
 
 _PHASES: dict[JobStateName, str] = {"QUEUED": "queue", "RUNNING": "run"}

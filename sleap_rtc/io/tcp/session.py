@@ -6,7 +6,7 @@ client's first message is `Auth`.
 
 import math
 from collections import deque
-from typing import Never
+from typing import Never, assert_never
 
 from sleap_rtc.io.link.limits import LIMITS, LinkLimits
 from sleap_rtc.io.link.session import (
@@ -210,6 +210,8 @@ class TcpSession(Session[Never]):
                 self._pong(int.from_bytes(content), now)
             case RecordType.CLOSE:
                 self._closed_by_peer(bytes(content))
+            case _:
+                assert_never(kind)
 
     def _closed_by_peer(self, content: bytes) -> None:
         reason = printable(content.decode(errors="replace"))

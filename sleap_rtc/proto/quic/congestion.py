@@ -16,7 +16,7 @@ sender has nothing more to send is *application-limited* and shows no bandwidth.
 import enum
 import math
 from collections import deque
-from typing import NamedTuple
+from typing import NamedTuple, assert_never
 
 INITIAL_WINDOW = 10
 MINIMUM_WINDOW = 4
@@ -277,15 +277,21 @@ class CongestionControl:
 
     def _change_phase(self, now: float, is_min_rtt_expired: bool) -> None:
         match self.phase:
-            case Phase.STARTUP if self._is_pipe_full:
-                self.phase = Phase.DRAIN
-            case Phase.DRAIN if self.bytes_in_flight <= self._bdp(1.0):
-                self._start_cycle()
-            case Phase.PROBE_BW if is_min_rtt_expired:
-                self.phase = Phase.PROBE_RTT
-                self._probe_rtt_until = now + PROBE_RTT_SECONDS
-            case Phase.PROBE_RTT if now >= self._probe_rtt_until:
-                self._start_cycle()
+            case Phase.STARTUP:
+                if self._is_pipe_full:
+                    self.phase = Phase.DRAIN
+            case Phase.DRAIN:
+                if self.bytes_in_flight <= self._bdp(1.0):
+                    self._start_cycle()
+            case Phase.PROBE_BW:
+                if is_min_rtt_expired:
+                    self.phase = Phase.PROBE_RTT
+                    self._probe_rtt_until = now + PROBE_RTT_SECONDS
+            case Phase.PROBE_RTT:
+                if now >= self._probe_rtt_until:
+                    self._start_cycle()
+            case _:
+                assert_never(self.phase)
 
     def _start_cycle(self) -> None:
         self.phase = Phase.PROBE_BW
@@ -311,6 +317,8 @@ class CongestionControl:
                 gain = GAIN_CYCLE[self._cycle_index]
             case Phase.PROBE_RTT:
                 gain, window = 1.0, self._bdp(PROBE_RTT_WINDOW_GAIN)
+            case _:
+                assert_never(self.phase)
         window = max(min(window, self._in_flight_limit), self._minimum_window)
         self.congestion_window = int(window)
         self.pacing_rate = gain * self.bandwidth

@@ -6,9 +6,13 @@ its connection) and commands of its owner. After each of them the driver drains
 name these verbs; tests/proto/test_machine.py lists which machine follows which one.
 
 The transitions of a machine are one `Table`: states down, triggers across. A
-trigger is a message class or the member of an enumeration; where a message can lead to
-several states, a guard in code picks the trigger. A pair that is not in the table is a
-mistake: the caller's (`move`), or the peer's (`move_untrusted`).
+trigger is a message class or the member of an enumeration. Every cell is followed: the
+machine assigns the state that `move` or `move_untrusted` returns. Two sets for each
+state complete the table. `ACCEPTED` holds the messages that are no trigger: the state
+does not change, or a guard in code picks the trigger (`accept_untrusted`). `IGNORED`
+holds the triggers that arrive too late to matter: nothing happens. A pair that is
+neither in the table nor in one of the sets is a mistake: the caller's (`move`), or the
+peer's (`move_untrusted`).
 """
 
 from collections.abc import Mapping
@@ -24,6 +28,12 @@ Trigger = Enum | type
 
 Table = Mapping[StateT, Mapping[Trigger, StateT]]
 """The next state, for each state and each of its triggers."""
+
+Accepted = Mapping[StateT, frozenset[Trigger]]
+"""The messages that each state handles, and that are no trigger of its row."""
+
+Ignored = Mapping[StateT, frozenset[Trigger]]
+"""The triggers that arrive too late to matter in each state; nothing happens."""
 
 MessageT = TypeVar("MessageT", contravariant=True)
 OutputT = TypeVar("OutputT", covariant=True)
@@ -150,6 +160,19 @@ def move_untrusted(table: Table[StateT], state: StateT, trigger: Trigger) -> Sta
     if target is None:
         raise RemoteProtocolError(_misplaced(state, trigger))
     return target
+
+
+def accept_untrusted(
+    table: Table[StateT], accepted: Accepted[StateT], state: StateT, trigger: Trigger
+) -> StateT:
+    """Return the state after a message; an accepted one does not change it.
+
+    Raises:
+        RemoteProtocolError: If the message is neither accepted nor a trigger.
+    """
+    if trigger in accepted[state]:
+        return state
+    return move_untrusted(table, state, trigger)
 
 
 def _misplaced(state: Enum, trigger: Trigger) -> str:

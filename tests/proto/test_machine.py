@@ -21,6 +21,7 @@ from sleap_rtc.proto.job.shared_intake import (
 from sleap_rtc.proto.job.shared_route import SharedAnswer, SharedOutput, SharedRoute
 from sleap_rtc.proto.job.worker import WorkerJob
 from sleap_rtc.proto.machine import (
+    Accepted,
     ConnectedMachine,
     Machine,
     ReconnectingMachine,
@@ -28,6 +29,7 @@ from sleap_rtc.proto.machine import (
     Table,
     TimedMachine,
     TimedPolicy,
+    accept_untrusted,
     move,
     move_untrusted,
 )
@@ -139,6 +141,23 @@ TABLE: Table[State] = {
 def test_a_trigger_of_the_table_leads_to_its_state() -> None:
     assert move(TABLE, State.OPEN, Trigger.CLOSE) is State.CLOSED
     assert move_untrusted(TABLE, State.OPEN, Goodbye) is State.CLOSED
+
+
+class Greeting:
+    pass
+
+
+ACCEPTED: Accepted[State] = {
+    State.OPEN: frozenset({Greeting}),
+    State.CLOSED: frozenset(),
+}
+
+
+def test_an_accepted_message_does_not_change_the_state() -> None:
+    assert accept_untrusted(TABLE, ACCEPTED, State.OPEN, Greeting) is State.OPEN
+    assert accept_untrusted(TABLE, ACCEPTED, State.OPEN, Goodbye) is State.CLOSED
+    with pytest.raises(RemoteProtocolError, match="Greeting is not expected in"):
+        accept_untrusted(TABLE, ACCEPTED, State.CLOSED, Greeting)
 
 
 def test_any_other_trigger_is_a_fault_of_the_responsible_side() -> None:

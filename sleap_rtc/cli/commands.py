@@ -13,6 +13,7 @@ import typer
 
 from sleap_rtc.cli.failures import reported_errors
 from sleap_rtc.proto.route.reconnection import PATIENCE
+from sleap_rtc.proto.route.routes import RoutePreference
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object per line instead.")
@@ -21,16 +22,6 @@ SharedStorageRoot = Annotated[
     Path | None,
     typer.Option(help="Directory where this machine mounts the shared storage."),
 ]
-
-
-class RouteOption(StrEnum):
-    """The values of ``--route``."""
-
-    auto = "auto"
-    shared = "shared"
-    channel = "channel"
-    tcp = "tcp"
-    quic = "quic"
 
 
 class Role(StrEnum):
@@ -57,12 +48,12 @@ def send(
         typer.Option(help="Id, name or host name of the worker; default: choose one."),
     ] = None,
     route: Annotated[
-        RouteOption,
+        RoutePreference,
         typer.Option(
             help="Use shared storage, or send in chunks through the channel. The "
             "channel uses TCP if possible; tcp and quic name the link."
         ),
-    ] = RouteOption.auto,
+    ] = "auto",
     output: Annotated[
         Path | None,
         typer.Option(help="Directory for the results; default: PACKAGE-results."),
@@ -93,7 +84,7 @@ def send(
         request = JobRequest(
             package=package,
             worker=worker,
-            route=route.value,
+            route=route,
             output=output,
             timeout=timeout,
             shared_storage_root=shared_storage_root,

@@ -2,10 +2,18 @@
 
 from typing import get_args
 
-from sleap_rtc.cli.commands import RouteOption
+import pytest
+
+from sleap_rtc.cli import main
 from sleap_rtc.proto.route.routes import RoutePreference
 
 
-def test_every_route_can_be_chosen() -> None:
-    routes = {name for part in get_args(RoutePreference) for name in get_args(part)}
-    assert set(RouteOption) == routes
+def test_an_unknown_route_is_refused_with_all_that_exist(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["send", "package.zip", "--route", "pigeon"])
+    assert stopped.value.code == 2
+    shown = capfd.readouterr().err
+    for name in get_args(RoutePreference):
+        assert f"'{name}'" in shown

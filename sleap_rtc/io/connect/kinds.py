@@ -72,5 +72,7 @@ class LinkKind(Protocol):
         """
 
 
-KINDS: Mapping[LinkKindName, LinkKind] = {"tcp": TcpKind(), "quic": QuicKind()}
+_ROWS: tuple[LinkKind, ...] = (TcpKind(), QuicKind())
+
+KINDS: Mapping[LinkKindName, LinkKind] = {kind.name: kind for kind in _ROWS}
 """Every kind of link by its name."""

@@ -11,7 +11,7 @@ import msgspec
 
 from sleap_rtc.proto.route.kinds import LINK_KINDS, LinkKindName
 
-RoutePreference = Literal["auto", "shared", "channel"] | LinkKindName
+RoutePreference = Literal["auto", "shared", "channel", LinkKindName]
 """The route that a user asks for; a kind of link means the channel over that kind."""
 
 

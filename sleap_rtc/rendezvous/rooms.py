@@ -2,10 +2,8 @@
 
 import errno
 import secrets
-import socket
 from collections.abc import Mapping
 
-import ifaddr
 import msgspec
 
 from sleap_rtc.config import (
@@ -19,6 +17,7 @@ from sleap_rtc.config import (
     state_directory,
 )
 from sleap_rtc.errors import UsageError
+from sleap_rtc.io.link.addresses import host_and_port, reachable_hosts
 from sleap_rtc.io.storage.private import write_private
 from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.rendezvous.invite import (
@@ -134,7 +133,9 @@ def host_room(
     save_invite_text(encode_invite(invite), environ)
     path = make_state_directory(environ) / _HOSTING
     try:
-        write_private(path, f"{_bracketed(where.host)}:{where.port}\n".encode("ascii"))
+        write_private(
+            path, f"{host_and_port(where.host, where.port)}\n".encode("ascii")
+        )
     except OSError as error:
         raise ConfigError(f"Cannot write {path}: {error.strerror}.") from None
     return invite
@@ -193,7 +194,7 @@ def bind_problem(where: Hosting, error: OSError) -> ConfigError:
             "Stop it, or choose another port with --listen HOST:PORT."
         )
     return ConfigError(
-        f"Cannot listen on {_bracketed(where.host)}:{where.port}: {error.strerror}."
+        f"Cannot listen on {host_and_port(where.host, where.port)}: {error.strerror}."
     )
 
 
@@ -201,23 +202,7 @@ def _reachable_url(where: Hosting) -> str:
     """Guess the address at which other machines reach a server on this machine."""
     host = where.host
     if host in ("0.0.0.0", "::"):
-        family = socket.AF_INET if host == "0.0.0.0" else None
-        host = _address_of_this_machine(family) or LOOPBACK
-    return f"ws://{_bracketed(host)}:{where.port}"
-
-
-def _address_of_this_machine(family: int | None) -> str | None:
-    found = [
-        ip.ip if isinstance(ip.ip, str) else ip.ip[0]
-        for adapter in ifaddr.get_adapters()
-        for ip in adapter.ips
-        if ip.is_IPv4 or family is None
-    ]
-    outside = [
-        ip for ip in found if not ip.startswith(("127.", "169.254.", "fe80:", "::1"))
-    ]
-    return next(iter(sorted(outside, key=lambda ip: ":" in ip)), None)
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
+        hosts = reachable_hosts(ipv4=True, ipv6=host == "::")
+        # IPv4 first: all machines have it.
+        host = min(hosts, key=lambda ip: ":" in ip, default=LOOPBACK)
+    return f"ws://{host_and_port(host, where.port)}"

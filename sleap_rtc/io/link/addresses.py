@@ -87,6 +87,10 @@ def is_loopback(host: str) -> bool:
 
 
 def describe_address(address: tuple[Any, ...]) -> str:
-    """Format a socket address for people, as ``host:port`` or ``[host]:port``."""
-    host = str(address[0]).removeprefix("::ffff:")
-    return f"[{host}]:{address[1]}" if ":" in host else f"{host}:{address[1]}"
+    """Format a socket address for people, as `host_and_port` does."""
+    return host_and_port(str(address[0]).removeprefix("::ffff:"), address[1])
+
+
+def host_and_port(host: str, port: int) -> str:
+    """Format an address as ``host:port``, or ``[host]:port`` for IPv6."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -22,8 +22,8 @@ from sleap_rtc.config import (
 from sleap_rtc.errors import UserError
 from sleap_rtc.io.hardware import describe_machine
 from sleap_rtc.io.quic.socket import BUFFER_SIZE
-from sleap_rtc.io.storage.files import human_size
 from sleap_rtc.io.storage.probe import probe_storage
+from sleap_rtc.proto.sizes import human_size
 
 STORAGE_TIMEOUT = 10.0
 """Seconds after which storage counts as hanging."""

@@ -7,9 +7,9 @@ from rich.table import Table
 from sleap_rtc import client
 from sleap_rtc.cli.console import err, out, plain, print_json
 from sleap_rtc.cli.running import run
-from sleap_rtc.io.storage.files import human_size
 from sleap_rtc.proto.rendezvous.invite import encode_invite
 from sleap_rtc.proto.rendezvous.workers import Candidate
+from sleap_rtc.proto.sizes import human_size
 from sleap_rtc.rendezvous.rooms import join_room, renew_secret, require_invite
 
 _LOOPBACK_HINT = (

@@ -17,7 +17,7 @@ from rich.progress import (
 
 from sleap_rtc import client
 from sleap_rtc.cli.console import err, out, plain, print_json
-from sleap_rtc.io.storage.files import human_size
+from sleap_rtc.proto.sizes import human_size
 from sleap_rtc.proto.terminal import printable
 
 _STEP = 10

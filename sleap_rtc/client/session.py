@@ -29,7 +29,7 @@ from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.folder import StorageError, open_owned
-from sleap_rtc.io.transfer.chunk_files import ChunkReader
+from sleap_rtc.io.transfer.chunk_files import CHUNK_SIZE, ChunkReader
 from sleap_rtc.io.transfer.transfers import TransferError
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import InvalidInput, RemoteProtocolError
@@ -40,9 +40,6 @@ from sleap_rtc.proto.job.reports import StateChanged
 from sleap_rtc.proto.job.route_plan import RoutePlan
 from sleap_rtc.proto.route.reconnection import GiveUp, Reconnection, TryAgain
 from sleap_rtc.proto.route.routes import RoutePreference
-
-CHUNK_SIZE = 1024 * 1024
-"""Bytes in a chunk of the package."""
 
 FLUSH_TIMEOUT = 10.0
 """Seconds for sending the last messages once the job is over."""

@@ -8,11 +8,11 @@ from typing import TypeVar, TypeVarTuple
 
 from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.copy import SPACE_PERCENT
-from sleap_rtc.io.storage.files import human_size
 from sleap_rtc.io.storage.folder import StorageError, list_tree, open_beneath
 from sleap_rtc.io.storage.probe import ask_storage
-from sleap_rtc.io.transfer.chunk_files import ChunkReader
+from sleap_rtc.io.transfer.chunk_files import CHUNK_SIZE, ChunkReader
 from sleap_rtc.proto.errors import InvalidInput
+from sleap_rtc.proto.sizes import human_size
 from sleap_rtc.worker.job_log import LOG_NAME
 
 T = TypeVar("T")
@@ -20,9 +20,6 @@ Ts = TypeVarTuple("Ts")
 
 STORAGE_TIMEOUT = 20.0
 """Seconds for one access to the shared storage; the client waits for 30."""
-
-CHUNK_SIZE = 1024 * 1024
-"""Bytes in a chunk of a result file."""
 
 
 async def ask_shared(

@@ -20,7 +20,7 @@ from sleap_rtc.io.storage.folder import (
     remove_tree_beneath,
 )
 from sleap_rtc.io.storage.probe import read_probe
-from sleap_rtc.io.transfer.chunk_files import ChunkReader, ChunkWriter
+from sleap_rtc.io.transfer.chunk_files import CHUNK_SIZE, ChunkReader, ChunkWriter
 from sleap_rtc.io.transfer.transfers import LEAVE_TIMEOUT, TransferError
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import InvalidInput
@@ -30,7 +30,6 @@ from sleap_rtc.proto.job.worker_table import WorkerState
 from sleap_rtc.proto.paths import check_file_name_untrusted
 from sleap_rtc.worker.client_link import ClientLink
 from sleap_rtc.worker.job_storage import (
-    CHUNK_SIZE,
     STORAGE_TIMEOUT,
     ask_shared,
     is_package_there,

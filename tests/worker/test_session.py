@@ -10,10 +10,10 @@ from blake3 import blake3
 from trio.testing import MockClock
 
 from sleap_rtc.io.storage.call import GRACE_TIMEOUT
+from sleap_rtc.io.transfer.chunk_files import CHUNK_SIZE
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.job.worker_table import WorkerState
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
-from sleap_rtc.worker.job_storage import CHUNK_SIZE
 from sleap_rtc.worker.jobs import (
     KEEP_PARTS,
     SWEEP_INTERVAL,

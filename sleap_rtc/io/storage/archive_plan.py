@@ -14,9 +14,9 @@ from typing import BinaryIO
 
 import msgspec
 
-from sleap_rtc.io.storage.files import human_size
 from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.paths import check_relative_path_untrusted, fold_path
+from sleap_rtc.proto.sizes import human_size
 
 GIBIBYTE = 1024**3
 

@@ -20,11 +20,12 @@ from sleap_rtc.io.storage.folder import (
     StorageError,
     open_folder_beneath,
 )
+from sleap_rtc.proto.sizes import human_size
 
 Buffer = bytes | bytearray | memoryview
 
-_KEPT_OF_NAME = 200
-"""Bytes of a name that its part file repeats: with the rest it has at most 255."""
+_MAX_KEPT_OF_NAME = 200
+"""Bytes of a long name that its hidden files repeat: with the rest at most 255."""
 
 
 class PartFile:
@@ -59,8 +60,7 @@ class PartFile:
         """
         if not replace and folder.exists(name):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
-        kept = name.encode()[:_KEPT_OF_NAME].decode(errors="ignore")
-        part = f".{kept}.{secrets.token_hex(6)}.part"
+        part = f".{shortened_name(name)}.{secrets.token_hex(6)}.part"
         return cls(folder, name, part, folder.create_file(part), replace=replace)
 
     @property
@@ -137,6 +137,11 @@ def start_part_file(
         raise
 
 
+def shortened_name(name: str) -> str:
+    """Return the beginning of a file name: with 55 more bytes it is still a name."""
+    return name.encode()[:_MAX_KEPT_OF_NAME].decode(errors="ignore")
+
+
 def read_at(fd: int, length: int, offset: int) -> bytes:
     """Read bytes at a place of a file, fewer only at its end."""
     pieces: list[bytes] = []
@@ -208,16 +213,6 @@ def file_identity(fd: int) -> tuple[int, int, int]:
     """
     status = os.fstat(fd)
     return status.st_size, status.st_mtime_ns, status.st_ino
-
-
-def human_size(size: int) -> str:
-    """Return a number of bytes for people, such as ``1.5 GiB``."""
-    amount = float(size)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if amount < 1024:
-            return f"{size} bytes" if unit == "bytes" else f"{amount:.1f} {unit}"
-        amount /= 1024
-    return f"{amount:.1f} TiB"
 
 
 class OpenFile:

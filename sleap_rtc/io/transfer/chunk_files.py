@@ -24,6 +24,7 @@ from sleap_rtc.io.storage.files import (
     read_at,
     require_space,
     reserve_space,
+    shortened_name,
     sync_data,
     write_at,
 )
@@ -37,14 +38,14 @@ from sleap_rtc.io.transfer.journal import Journal
 from sleap_rtc.proto.paths import check_portable_path_untrusted
 from sleap_rtc.proto.transfer.chunk_map import ChunkMap
 
+CHUNK_SIZE = 1024 * 1024
+"""Bytes in a chunk of the files that this side sends."""
+
 SAVE_EVERY = 256 * 1024 * 1024
 """Bytes that a power cut may cost. A crash of the process alone costs none."""
 
 _MAX_NAME_BYTES = 255 - len("..part")
 """Bytes of the longest name that its hidden files repeat in full."""
-
-_KEPT_OF_NAME = 200
-"""Bytes of a longer name that its hidden files repeat, before a hash."""
 
 
 class ChunkReader:
@@ -396,8 +397,7 @@ def _hidden_names(name: str) -> tuple[str, str]:
     encoded = name.encode()
     if len(encoded) > _MAX_NAME_BYTES:
         # Names that differ only at their end must not share a part file.
-        kept = encoded[:_KEPT_OF_NAME].decode(errors="ignore")
-        name = f"{kept}.{blake3(encoded).hexdigest(8)}"
+        name = f"{shortened_name(name)}.{blake3(encoded).hexdigest(8)}"
     return f".{name}.part", f".{name}.map"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from blake3 import blake3
 
-from sleap_rtc.io.storage.files import PartFile, human_size
+from sleap_rtc.io.storage.files import PartFile
 from sleap_rtc.io.storage.folder import (
     Folder,
     InsufficientSpaceError,
@@ -230,11 +230,3 @@ def test_a_file_in_use_is_closed_by_its_last_user(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)
     assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("size", "text"),
-    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (2**40, "1.0 TiB")],
-)
-def test_sizes_are_written_for_people(size: int, text: str) -> None:
-    assert human_size(size) == text

@@ -19,6 +19,7 @@ import trio
 from aioquic.quic.congestion.base import create_congestion_control
 from aioquic.quic.packet_builder import QuicSentPacket
 from blake3 import blake3
+from typing_extensions import override
 
 from sleap_rtc.io.connect.dial import dial
 from sleap_rtc.io.connect.listener import open_listener
@@ -228,19 +229,23 @@ def _replace_congestion_control(name: str) -> None:
                 name, max_datagram_size=control.max_datagram_size
             )
 
+        @override
         def on_packet_sent(self, *, packet: QuicSentPacket) -> None:
             super().on_packet_sent(packet=packet)
             self._classic.on_packet_sent(packet=packet)
 
+        @override
         def on_packet_acked(self, *, now: float, packet: QuicSentPacket) -> None:
             super().on_packet_acked(now=now, packet=packet)
             self._classic.on_packet_acked(now=now, packet=packet)
 
+        @override
         def on_packets_expired(self, *, packets: Iterable[QuicSentPacket]) -> None:
             packets = list(packets)
             super().on_packets_expired(packets=packets)
             self._classic.on_packets_expired(packets=packets)
 
+        @override
         def on_packets_lost(
             self, *, now: float, packets: Iterable[QuicSentPacket]
         ) -> None:
@@ -249,6 +254,7 @@ def _replace_congestion_control(name: str) -> None:
             self._classic.on_packets_lost(now=now, packets=packets)
             self._control.congestion_window = self._classic.congestion_window
 
+        @override
         def on_rtt_measurement(self, *, now: float, rtt: float) -> None:
             super().on_rtt_measurement(now=now, rtt=rtt)
             self._classic.on_rtt_measurement(now=now, rtt=rtt)

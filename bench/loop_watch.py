@@ -18,6 +18,7 @@ from types import FrameType
 
 import msgspec
 import trio
+from typing_extensions import override
 
 LIMIT = 0.010
 """Seconds for which a step may block the loop."""
@@ -117,6 +118,7 @@ class LoopWatch(trio.abc.Instrument):
 
     # ------------------------------------------------------------- what Trio calls
 
+    @override
     def before_run(self) -> None:
         """Start to watch the thread of the loop."""
         self._loop_thread = threading.get_ident()
@@ -126,6 +128,7 @@ class LoopWatch(trio.abc.Instrument):
         gc.callbacks.append(self._collects)
         self._sampler.start()
 
+    @override
     def after_run(self) -> None:
         """Stop watching, and restore the settings."""
         self._over.set()
@@ -135,6 +138,7 @@ class LoopWatch(trio.abc.Instrument):
         if self._account is not None:
             self._account.close()
 
+    @override
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
         """Record the start of a step."""
         if self._account is not None:
@@ -142,6 +146,7 @@ class LoopWatch(trio.abc.Instrument):
             self._before = self._account.now()
             self._stepping = True
 
+    @override
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
         """Record the time that a step has used."""
         self._stepping = False

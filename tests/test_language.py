@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from typing_extensions import override
 
 ROOT = Path(__file__).parent.parent
 
@@ -206,6 +207,7 @@ class Finding(NamedTuple):
     found: str
     rule: str
 
+    @override
     def __str__(self) -> str:
         return f"{self.path}:{self.line}: {self.found}  ({self.rule})"
 

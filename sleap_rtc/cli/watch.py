@@ -14,6 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from typing_extensions import override
 
 from sleap_rtc import client
 from sleap_rtc.cli.console import err, out, plain, print_json
@@ -61,13 +62,13 @@ class TerminalWatch(Watch):
         self._printed: dict[str, int] = {}
         self._lines = _Lines()
 
+    @override
     def close(self) -> None:
-        """End the output in progress; safe to call again."""
         self._end_bar()
         self._lines.finish()
 
+    @override
     def __call__(self, event: client.Event) -> None:
-        """Show an event."""
         if not isinstance(event, client.TransferProgress):
             self._end_bar()
         if not isinstance(event, client.LinePrinted):
@@ -115,8 +116,8 @@ class TerminalWatch(Watch):
             case _:
                 assert_never(event)
 
+    @override
     def summarize(self, result: client.JobResult) -> None:
-        """Show the result of a job that completed."""
         spent = ", ".join(f"{name} {s:.1f} s" for name, s in result.seconds.items())
         self._print("Done", f"{result.job_id} ({spent})")
         if result.output is not None:
@@ -194,12 +195,12 @@ class _Lines:
 class JsonWatch(Watch):
     """Prints each event as one JSON object on a line."""
 
+    @override
     def close(self) -> None:
-        """End the output in progress; safe to call again."""
         sys.stdout.flush()
 
+    @override
     def __call__(self, event: client.Event) -> None:
-        """Show an event."""
         match event:
             case client.WorkerChosen(worker=worker, reason=reason):
                 print_json("worker", worker=worker.peer_id, reason=reason)
@@ -232,8 +233,8 @@ class JsonWatch(Watch):
             case _:
                 assert_never(event)
 
+    @override
     def summarize(self, result: client.JobResult) -> None:
-        """Show the result of a job that completed."""
         print_json(
             "done",
             job_id=result.job_id,

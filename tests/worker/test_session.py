@@ -8,6 +8,7 @@ import trio
 import trio.testing
 from blake3 import blake3
 from trio.testing import MockClock
+from typing_extensions import override
 
 from sleap_rtc.io.storage.call import GRACE_TIMEOUT
 from sleap_rtc.io.transfer.chunk_files import CHUNK_SIZE
@@ -192,6 +193,7 @@ async def test_a_state_directory_may_be_moved_between_two_runs(tmp_path: Path) -
 class _Stalling(MemoryLink):
     """A link that never delivers the number of bytes that were received before."""
 
+    @override
     async def send_message(self, message: messages.Message) -> None:
         if isinstance(message, messages.JobState) and message.progress.received:
             await trio.sleep_forever()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import trio
+from typing_extensions import override
 
 from sleap_rtc.io.alarm import Alarm
 from sleap_rtc.io.link.limits import LinkLimits
@@ -49,20 +50,20 @@ class SessionLink(Link, Generic[SessionT]):
     # ------------------------------------------------------------- for its users
 
     @property
+    @override
     def peer(self) -> str:
-        """The name under which the client proved itself; empty on its own side."""
         return self.session.peer
 
+    @override
     async def send_message(self, message: Message) -> None:
-        """Send a control message, whole or not at all."""
         session = self.session
         await trio.lowlevel.checkpoint()
         await self._until(lambda: session.has_room_for_message)
         session.send_message(message)
         self.pump()
 
+    @override
     async def receive_message(self) -> Message:
-        """Wait for the next control message of a known name."""
         session = self.session
         await trio.lowlevel.checkpoint()
         while (message := session.next_message()) is None:
@@ -71,16 +72,16 @@ class SessionLink(Link, Generic[SessionT]):
             self.pump()
         return message
 
+    @override
     async def send_frame(self, frame: Frame) -> None:
-        """Send a bulk frame; wait while the transport has enough to send."""
         session = self.session
         await trio.lowlevel.checkpoint()
         await self._until(lambda: session.has_room_for_frame)
         session.send_frame(frame)
         self.pump()
 
+    @override
     async def receive_frame(self) -> Frame:
-        """Wait for the next bulk frame of any transfer."""
         session = self.session
         await trio.lowlevel.checkpoint()
         while (frame := session.next_frame()) is None:
@@ -89,8 +90,8 @@ class SessionLink(Link, Generic[SessionT]):
             self.pump()
         return frame
 
+    @override
     def statistics(self) -> LinkStatistics:
-        """Return the traffic so far."""
         return LinkStatistics(
             kind=self._kind,
             address=self.session.address,
@@ -101,8 +102,8 @@ class SessionLink(Link, Generic[SessionT]):
             ignored_messages=self.session.ignored_messages,
         )
 
+    @override
     async def aclose(self, reason: str = "") -> None:
-        """Send all accepted data, then end the link with a reason for the peer."""
         session = self.session
         try:
             with trio.move_on_after(self._limits.flush_timeout):
@@ -112,8 +113,8 @@ class SessionLink(Link, Generic[SessionT]):
         finally:
             self.close_now(reason)
 
+    @override
     def close_now(self, reason: str = "") -> None:
-        """End the link without waiting for data on its way."""
         self.session.close(reason, trio.current_time())
         self.pump()
 

@@ -27,6 +27,7 @@ from aioquic.quic.stream import QuicStream
 from aioquic.tls import Epoch
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
+from typing_extensions import override
 
 from sleap_rtc.io.quic.congestion import AioquicCongestion, AioquicPacer
 
@@ -254,6 +255,7 @@ class AioquicConnection(QuicConnection):
         """Allow the peer to send this many bytes from the start of the connection."""
         self._granted = total
 
+    @override
     def datagrams_to_send(self, now: float) -> list[Datagram]:
         """Return the datagrams to send now; the peer may send only the granted bytes.
 

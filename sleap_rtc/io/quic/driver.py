@@ -14,6 +14,7 @@ from aioquic.quic.packet import (
     encode_quic_version_negotiation,
     pull_quic_header,
 )
+from typing_extensions import override
 
 from sleap_rtc.io.link.addresses import bind_any, describe_address, is_loopback
 from sleap_rtc.io.link.certificates import Certificate
@@ -83,8 +84,8 @@ class QuicServer(LinkServer[QuicLink]):
         self._routes: dict[bytes, QuicLink] = {}
         self._unproven: set[QuicLink] = set()
 
+    @override
     async def run(self) -> None:
-        """Receive datagrams until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(receive_datagrams, self._udp, self._receive)
             nursery.start_soon(resume_sending, self._udp, self._pump)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import trio
+from typing_extensions import override
 
 from sleap_rtc.io.link.limits import LinkLimits
 from sleap_rtc.io.link.session_link import SessionLink
@@ -46,25 +47,29 @@ class QuicLink(SessionLink[QuicSession]):
         self.session.receive_datagrams(datagrams, trio.current_time())
         self.pump()
 
+    @override
     async def run(self) -> None:
-        """Serve a link that owns its socket until its session is finished."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(receive_datagrams, self._udp, self.receive)
             nursery.start_soon(resume_sending, self._udp, self.pump)
             await self.run_timer()
             nursery.cancel_scope.cancel(reason="the link is finished")
 
+    @override
     async def linger(self) -> None:
         """Do not wait: a peer that misses the close notices the silence."""
         await trio.lowlevel.checkpoint()
 
+    @override
     def _send(self) -> None:
         if not self._udp.full:
             self._udp.send(self.session.datagrams_to_send(trio.current_time()))
 
+    @override
     def _packets_lost(self) -> int:
         return self.session.packets_lost
 
+    @override
     def _deadline(self) -> float | None:
         if self._udp.full:
             return None  # the socket pumps when it has room again

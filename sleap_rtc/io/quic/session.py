@@ -20,6 +20,7 @@ from aioquic.quic.events import (
     StreamReset,
 )
 from aioquic.quic.packet import QuicErrorCode
+from typing_extensions import override
 
 from sleap_rtc.io.link.limits import LIMITS, LinkLimits
 from sleap_rtc.io.link.session import (
@@ -152,8 +153,8 @@ class QuicSession(Session[RouteChange]):
         self._engine.receive_datagrams(datagrams, now)
         self._drain_engine(now)
 
+    @override
     def handle_timeout(self, now: float) -> None:
-        """Handle every deadline that has passed."""
         was_open = self._engine.close_event is None
         self._engine.handle_timeout(now)
         closing = self._engine.close_event
@@ -182,8 +183,8 @@ class QuicSession(Session[RouteChange]):
         self.bytes_sent += sum(len(data) for data, _ in datagrams)
         return datagrams
 
+    @override
     def deadline(self) -> float | None:
-        """Return when `handle_timeout` is due; None once the session is finished."""
         engine_deadline = self._engine.deadline()
         deadlines = [] if engine_deadline is None else [engine_deadline]
         match self.state:
@@ -193,6 +194,7 @@ class QuicSession(Session[RouteChange]):
                 deadlines.append(self._proof_deadline)
         return min(deadlines, default=None)
 
+    @override
     def admit(self, peer: str, now: float) -> None:
         """Accept the proof, and process the data that the engine has kept."""
         super().admit(peer, now)
@@ -201,11 +203,13 @@ class QuicSession(Session[RouteChange]):
     # -------------------------------------------------------------------- queries
 
     @property
+    @override
     def has_room_for_message(self) -> bool:
         """True while few messages wait for acknowledgement."""
         return self._engine.unacknowledged(_CONTROL) < self._limits.max_unsent_messages
 
     @property
+    @override
     def has_room_for_frame(self) -> bool:
         """True while few frames wait to be sent, and not too many are on the way."""
         engine, bulk, limits = self._engine, self._our_bulk, self._limits
@@ -215,6 +219,7 @@ class QuicSession(Session[RouteChange]):
         )
 
     @property
+    @override
     def all_sent(self) -> bool:
         """True if the peer has acknowledged everything that was queued."""
         streams = (_CONTROL, self._our_bulk)
@@ -227,22 +232,27 @@ class QuicSession(Session[RouteChange]):
 
     # --------------------------------------------------------------------- inside
 
+    @override
     def _queue_message(self, text: bytes) -> None:
         self._engine.send(_CONTROL, len(text).to_bytes(_LENGTH_SIZE) + text)
 
+    @override
     def _queue_frame(
         self, header: bytes, payload: bytes | bytearray | memoryview
     ) -> None:
         self._engine.send_bulk(self._our_bulk, header)
         self._engine.send_bulk(self._our_bulk, payload)
 
+    @override
     def _send_ping(self, uid: int) -> None:
         self._engine.send_ping(uid)
 
+    @override
     def _send_close(self, reason: str, now: float, *, orderly: bool) -> None:
         code = _ORDERLY if orderly else _VIOLATION
         self._engine.close(code, reason)
 
+    @override
     def _count_read(self, size: int) -> None:
         self._read += size
         if self._read - self._granted_at > self._limits.max_unread // 4:
@@ -285,6 +295,7 @@ class QuicSession(Session[RouteChange]):
                 self._end_with_engine()
                 self._finish()
 
+    @override
     def _open_untrusted(self, now: float) -> None:
         self._engine.grant(self._read + self._limits.max_unread)
         early, self._early_bulk = self._early_bulk, bytearray()

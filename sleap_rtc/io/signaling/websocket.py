@@ -40,6 +40,7 @@ import msgspec
 import trio
 import trio_websocket
 from trio_websocket import ConnectionClosed, ConnectionRejected, WebSocketConnection
+from typing_extensions import override
 
 from sleap_rtc.proto.terminal import printable
 
@@ -350,6 +351,7 @@ class _Transport(trio.abc.Stream):
         self.is_cut = True
         self._write_scope.cancel(reason="the connection is given up")
 
+    @override
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Write all of it, even if this task is cancelled meanwhile."""
         timeout = self._limits.write_timeout
@@ -366,10 +368,12 @@ class _Transport(trio.abc.Stream):
         if data[:1] == _PONG:
             self.heard()
 
+    @override
     async def wait_send_all_might_not_block(self) -> None:
         """Wait until a write has room in the buffer."""
         await self._stream.wait_send_all_might_not_block()
 
+    @override
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         """Read some bytes; a broken stream looks like one that has ended."""
         try:
@@ -384,6 +388,7 @@ class _Transport(trio.abc.Stream):
             self.opening.cancel(reason="the stream ended")
         return data
 
+    @override
     async def aclose(self) -> None:
         """End the handshake, because the library gave up; the stream closes later."""
         self.opening.cancel(reason="the library gave up")

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 
 import trio
+from typing_extensions import override
 
 from sleap_rtc.io.link.addresses import bind_any, describe_address
 from sleap_rtc.io.link.certificates import Certificate
@@ -55,6 +56,7 @@ class TcpServer(LinkServer[TcpLink]):
         self._context = context
         self._places = trio.Semaphore(limits.max_unproven)
 
+    @override
     async def run(self) -> None:
         """Accept connections until cancelled; further ones wait for a free place."""
         while True:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import trio
+from typing_extensions import override
 
 from sleap_rtc.io.link.limits import LinkLimits
 from sleap_rtc.io.link.link import LinkClosedError
@@ -33,6 +34,7 @@ class TcpLink(SessionLink[TcpSession]):
         self._tcp = tcp
         self._done = trio.Event()
 
+    @override
     async def run(self) -> None:
         """Serve the link until its session is finished, then close the connection.
 
@@ -46,14 +48,16 @@ class TcpLink(SessionLink[TcpSession]):
         self._tcp.close()
         self._done.set()
 
+    @override
     async def linger(self) -> None:
         """Wait until `run` has closed the connection, which has a time limit."""
         await self._done.wait()
 
+    @override
     def drop(self) -> None:
-        """Close the connection after `run` was cancelled."""
         self._tcp.close()
 
+    @override
     def _send(self) -> None:
         session = self.session
         enough = session.bytes_sent + self._limits.bytes_per_turn
@@ -105,6 +109,7 @@ class TcpLink(SessionLink[TcpSession]):
         except OSError:
             pass  # the loss of the connection is reported already
 
+    @override
     def _packets_lost(self) -> int:
         return self._tcp.retransmissions
 

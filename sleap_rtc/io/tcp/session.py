@@ -8,6 +8,8 @@ import math
 from collections import deque
 from typing import Never, assert_never
 
+from typing_extensions import override
+
 from sleap_rtc.io.link.limits import LIMITS, LinkLimits
 from sleap_rtc.io.link.session import (
     REFUSED,
@@ -102,8 +104,8 @@ class TcpSession(Session[Never]):
         self._end(Ended(reason, is_fault=True))
         self._finish()
 
+    @override
     def handle_timeout(self, now: float) -> None:
-        """Handle every deadline that has passed."""
         if not self.wants_data:
             # While this side does not read, the silence proves nothing.
             self._silent_at = now + self._limits.idle_timeout
@@ -119,8 +121,8 @@ class TcpSession(Session[Never]):
             case Ended() if now >= self._close_until:
                 self._finish()
 
+    @override
     def deadline(self) -> float | None:
-        """Return when `handle_timeout` is due; None once the session is finished."""
         match self.state:
             case Ended(finished=finished):
                 return None if finished else self._close_until
@@ -154,16 +156,17 @@ class TcpSession(Session[Never]):
         return has_room and self.state is not Phase.JUDGING
 
     @property
+    @override
     def has_room_for_message(self) -> bool:
-        """True while few messages wait to be sent."""
         return self._control_size < self._limits.max_unsent_messages
 
     @property
+    @override
     def has_room_for_frame(self) -> bool:
-        """True while few frames wait to be sent."""
         return self._bulk_size < self._limits.max_unsent_frames
 
     @property
+    @override
     def all_sent(self) -> bool:
         """True if the operating system has everything that was queued."""
         return not (self._control or self._bulk or self._encrypted)
@@ -184,6 +187,7 @@ class TcpSession(Session[Never]):
                 elif self.ended is None:
                     self._receive_record_untrusted(kind, content, now)
 
+    @override
     def _open_untrusted(self, now: float) -> None:
         while self._held and self.ended is None:
             self._receive_record_untrusted(*self._held.popleft(), now)
@@ -217,6 +221,7 @@ class TcpSession(Session[Never]):
         reason = printable(content.decode(errors="replace"))
         self._end(Ended(reason or "the peer closed the link", finished=True))
 
+    @override
     def _count_read(self, size: int) -> None:
         had_enough = not self.wants_data
         self._unread -= size
@@ -224,21 +229,25 @@ class TcpSession(Session[Never]):
 
     # -------------------------------------------------------------------- sending
 
+    @override
     def _queue_message(self, text: bytes) -> None:
         self._control.append(_record(RecordType.MESSAGE, text))
         self._control_size += len(self._control[-1])
 
+    @override
     def _queue_frame(
         self, header: bytes, payload: bytes | bytearray | memoryview
     ) -> None:
         self._bulk += (memoryview(header), memoryview(payload))
         self._bulk_size += len(header) + len(payload)
 
+    @override
     def _send_ping(self, uid: int) -> None:
         # First in line, so that it measures the network and not the queue.
         self._control.appendleft(_record(RecordType.PING, uid.to_bytes(_PING_SIZE)))
         self._control_size += len(self._control[0])
 
+    @override
     def _send_close(self, reason: str, now: float, *, orderly: bool) -> None:
         self._close_until = now + self._limits.close_timeout
         self._control.clear()

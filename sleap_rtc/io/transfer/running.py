@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol, assert_never
 
 import trio
+from typing_extensions import override
 
 from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.storage.call import call_storage
@@ -189,12 +190,14 @@ class ReceivingFile(RunningTransfer):
         await self._run()
         return self._path
 
+    @override
     def receive_frame(self, frame: Frame) -> None:
         """Store a chunk if the machine expects it."""
         if self._receiver.chunk_arrived(frame.header):
             self._payloads[frame.header.index] = frame.payload
         self._woken.set()
 
+    @override
     async def _run_next(self, nursery: trio.Nursery) -> bool:
         match self._receiver.next_output():
             case None:
@@ -260,9 +263,11 @@ class SendingFile(RunningTransfer):
         await self._link.send_message(FileOffer(self._sender.transfer_id, offer))
         await self._run()
 
+    @override
     def receive_frame(self, frame: Frame) -> None:
         """Ignore a frame: the peer is the receiver."""
 
+    @override
     async def _run_next(self, nursery: trio.Nursery) -> bool:
         match self._sender.next_output():
             case None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Literal, NoReturn
 
 import msgspec
+from typing_extensions import override
 
 from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.terminal import printable
@@ -89,6 +90,7 @@ class Command(msgspec.Struct, frozen=True):
             words = self.argv[:2]
         return printable(" ".join(words))
 
+    @override
     def __str__(self) -> str:
         return f"'{self.title}' ({printable(self.script)}, line {self.line})"
 

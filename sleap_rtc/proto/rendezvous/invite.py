@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import (
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from typing_extensions import override
 
 from sleap_rtc.proto.errors import InvalidInput, LocalProtocolError
 
@@ -64,9 +65,11 @@ class Invite(msgspec.Struct, frozen=True):
         if len(self.secret) != SECRET_BYTES:
             raise LocalProtocolError(f"the secret must have {SECRET_BYTES} bytes")
 
+    @override
     def __repr__(self) -> str:
         return f"Invite(url={self.url!r})"
 
+    @override
     def __rich_repr__(self) -> list[tuple[str, str]]:
         return [("url", self.url)]
 

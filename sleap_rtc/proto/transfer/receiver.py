@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from enum import Enum, auto
 from typing import assert_never
 
+from typing_extensions import override
+
 from sleap_rtc.proto.errors import LocalProtocolError
 from sleap_rtc.proto.machine import Table, Trigger
 from sleap_rtc.proto.messages import (
@@ -288,6 +290,7 @@ class Receiver(TransferMachine[ReceiverState, ReceiverOutput]):
             self._never_granted = self._map.next_missing(self._never_granted + 1)
         return chosen
 
+    @override
     def _blame_peer(self, reason: str) -> None:
         self._move(ReceiverTrigger.PEER_FAULT)
         self._report_failure(reason)

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from enum import Enum, auto
 from typing import assert_never
 
+from typing_extensions import override
+
 from sleap_rtc.proto.errors import LocalProtocolError
 from sleap_rtc.proto.machine import Table, Trigger
 from sleap_rtc.proto.messages import (
@@ -254,6 +256,7 @@ class Sender(TransferMachine[SenderState, SenderOutput]):
             self._send(FileVerified(self.transfer_id))
             self._outputs.append(TransferDone())
 
+    @override
     def _blame_peer(self, reason: str) -> None:
         self._move(SenderTrigger.PEER_FAULT)
         self._report_failure(reason)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import trio
+from typing_extensions import override
 
 from sleap_rtc.io.link.link import Link, LinkClosedError, LinkStatistics
 from sleap_rtc.proto.messages import Message, decode_message_untrusted, encode_message
@@ -49,6 +50,7 @@ class MemoryLink(Link):
                 end._frame_in.close()
                 end._cut = True
 
+    @override
     async def send_message(self, message: Message) -> None:
         text = encode_message(message)
         try:
@@ -56,12 +58,14 @@ class MemoryLink(Link):
         except (trio.ClosedResourceError, trio.BrokenResourceError):
             raise self._error() from None
 
+    @override
     async def receive_message(self) -> Message:
         try:
             return decode_message_untrusted(await self._peer._message_in.receive())
         except (trio.ClosedResourceError, trio.EndOfChannel):
             raise self._error() from None
 
+    @override
     async def send_frame(self, frame: Frame) -> None:
         self.frames_sent += 1
         for arriving in self.harm(frame):
@@ -71,6 +75,7 @@ class MemoryLink(Link):
             except (trio.ClosedResourceError, trio.BrokenResourceError):
                 raise self._error() from None
 
+    @override
     async def receive_frame(self) -> Frame:
         try:
             parts = await self._peer._frame_in.receive()
@@ -80,13 +85,16 @@ class MemoryLink(Link):
         (frame,) = [f for part in parts for f in decoder.receive_data_untrusted(part)]
         return frame
 
+    @override
     def statistics(self) -> LinkStatistics:
         return LinkStatistics("tcp", "memory", 0.0, 0, 0, 0, 0)
 
+    @override
     async def aclose(self, reason: str = "") -> None:
         self.cut(reason)
         await trio.lowlevel.checkpoint()
 
+    @override
     def close_now(self, reason: str = "") -> None:
         self.cut(reason)
 

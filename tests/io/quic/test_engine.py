@@ -14,6 +14,7 @@ from aioquic.quic.events import (
 from aioquic.tls import Epoch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typing_extensions import override
 
 from sleap_rtc.io.link.certificates import make_certificate
 from sleap_rtc.io.link.limits import LIMITS
@@ -385,6 +386,7 @@ def test_bulk_takes_the_fast_path_after_each_renewal_of_keys(
     slow = 0
 
     class Counting(AioquicConnection):
+        @override
         def receive_datagram(self, data: bytes, addr: Address, now: float) -> None:
             nonlocal slow
             slow += 1

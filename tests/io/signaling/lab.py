@@ -12,6 +12,7 @@ import trio
 import trio.testing
 from structlog.typing import FilteringBoundLogger
 from trio.testing import MockClock
+from typing_extensions import override
 from wsproto import ConnectionType, WSConnection
 from wsproto.events import (
     AcceptConnection,
@@ -160,9 +161,11 @@ class SharedListener(trio.abc.Listener[trio.SocketStream]):
     def __init__(self, listener: trio.SocketListener) -> None:
         self._listener = listener
 
+    @override
     async def accept(self) -> trio.SocketStream:
         return await self._listener.accept()
 
+    @override
     async def aclose(self) -> None:
         await trio.lowlevel.checkpoint()
 

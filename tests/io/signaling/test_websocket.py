@@ -4,6 +4,7 @@ import pytest
 import trio
 import trio.testing
 from trio.testing import MockClock
+from typing_extensions import override
 from wsproto import ConnectionType
 from wsproto.events import (
     AcceptConnection,
@@ -267,6 +268,7 @@ async def test_a_peer_that_answers_no_ping_is_dropped(
 
 async def test_an_exception_of_the_user_is_raised() -> None:
     class Broken(Recorder):
+        @override
         def received_text(self, text: str) -> None:
             raise ValueError(text)
 

@@ -18,6 +18,7 @@ import pytest
 from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typing_extensions import override
 
 from sleap_rtc.io.storage.folder import (
     Folder,
@@ -278,6 +279,7 @@ def test_a_journal_that_is_removed_before_it_is_locked_is_made_again(
     tmp_path: Path,
 ) -> None:
     class FolderOfAnEndingWriter(Folder):
+        @override
         def open_file(self, name: str, *, write: bool = False) -> int:
             opened = super().open_file(name, write=write)
             ending.remove()

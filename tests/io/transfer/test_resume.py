@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from typing_extensions import override
 
 from sleap_rtc.io.link.link import LinkClosedError
 from sleap_rtc.io.storage.folder import open_owned
@@ -136,6 +137,7 @@ class _SlowDisk(ChunkWriter):
     is_publishing = threading.Event()
     may_end = threading.Event()
 
+    @override
     def publish(self) -> Path:
         self.is_publishing.set()
         assert self.may_end.wait(DEADLINE)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import trio
 from blake3 import blake3
+from typing_extensions import override
 
 from sleap_rtc.io.connect.dial import dial
 from sleap_rtc.io.connect.listener import open_listener
@@ -139,6 +140,7 @@ async def test_a_source_that_shrinks_is_noticed_by_both(tmp_path: Path) -> None:
 class FullDisk(ChunkWriter):
     """Storage that fails at the third chunk."""
 
+    @override
     def write(self, index: int, payload: Buffer, digest: bytes) -> bool:
         if index == 2:
             raise StorageError("Failed to write job.zip: the disk is full")

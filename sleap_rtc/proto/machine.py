@@ -8,7 +8,7 @@ name these verbs; tests/proto/test_machine.py lists which machine follows which 
 The transitions of a machine are one `Table`: states down, triggers across. A
 trigger is a message class or the member of an enumeration. Every cell is followed: the
 machine assigns the state that `move` or `move_untrusted` returns. Two sets for each
-state complete the table. `ACCEPTED` holds the messages that are no trigger: the state
+state complete the table. `ACCEPTED` holds the messages that are not triggers: the state
 does not change, or a guard in code picks the trigger (`accept_untrusted`). `IGNORED`
 holds the triggers that arrive too late to matter: nothing happens. A pair that is
 neither in the table nor in one of the sets is a mistake: the caller's (`move`), or the
@@ -30,7 +30,7 @@ Table = Mapping[StateT, Mapping[Trigger, StateT]]
 """The next state, for each state and each of its triggers."""
 
 Accepted = Mapping[StateT, frozenset[Trigger]]
-"""The messages that each state handles, and that are no trigger of its row."""
+"""The messages that each state handles, and that are not triggers of its row."""
 
 Ignored = Mapping[StateT, frozenset[Trigger]]
 """The triggers that arrive too late to matter in each state; nothing happens."""

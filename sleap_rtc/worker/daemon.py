@@ -45,8 +45,9 @@ from sleap_rtc.rendezvous.rooms import (
 )
 from sleap_rtc.rendezvous.server import run_signaling
 from sleap_rtc.worker.identity import Identity, take_identity
+from sleap_rtc.worker.job import JobSettings
 from sleap_rtc.worker.job_store import StoreError
-from sleap_rtc.worker.jobs import JobSettings, open_jobs
+from sleap_rtc.worker.jobs import open_jobs
 from sleap_rtc.worker.options import WorkerOptions
 from sleap_rtc.worker.session import serve_link
 from sleap_rtc.worker.slots import SlotQueue

@@ -107,7 +107,6 @@ class _Session:
                 case messages.JobResume():
                     await self._resume(message)
                 case _ if isinstance(message, messages.ClientJobMessage):
-                    self._check_is_free(message)
                     self._job.receive_message(self._client, message)
                 case _:
                     name = type(message).__name__
@@ -126,14 +125,3 @@ class _Session:
             # No await separates this from `attach`, so a lost link is not missed.
             self._job = job
             self._log.info("client came back", job=message.job_id)
-
-    def _check_is_free(self, message: messages.ClientJobMessage) -> None:
-        """Reject a new job whose id another job has; JOB_SUBMIT gets an answer instead.
-
-        Raises:
-            RemoteProtocolError: If the id is not free.
-        """
-        if isinstance(
-            message, messages.MountProbe | messages.JobIdentity
-        ) and self._jobs.has_other(message.job_id, self._job):
-            raise RemoteProtocolError(f"{message.job_id} is known; it can be resumed")

@@ -10,13 +10,13 @@ import trio.testing
 from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import InvalidInput
+from sleap_rtc.worker.job import MAX_RESULTS_AT_ONCE
 from sleap_rtc.worker.job_storage import (
     look_at_package,
     make_room,
     open_result,
     results_left,
 )
-from sleap_rtc.worker.jobs import MAX_RESULTS_AT_ONCE
 from tests.worker.world import JOB, SUBMIT, World, greeting, open_world, record
 
 # ---------------------------------------------------------------------- the session

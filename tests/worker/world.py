@@ -12,13 +12,9 @@ import trio.testing
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.job.worker_table import WorkerState
+from sleap_rtc.worker.job import Job, JobSettings
 from sleap_rtc.worker.job_store import JobRecord, JobStore
-from sleap_rtc.worker.jobs import (
-    Job,
-    Jobs,
-    JobSettings,
-    open_jobs,
-)
+from sleap_rtc.worker.jobs import Jobs, open_jobs
 from sleap_rtc.worker.session import serve_link
 from sleap_rtc.worker.slots import SlotQueue
 from sleap_rtc.worker.store_writer import open_store_writer

@@ -119,6 +119,22 @@ def test_every_state_of_a_table_has_a_row_and_a_way_to_it(module: ModuleType) ->
     assert set(table) == reachable == {first, *others}
 
 
+def test_every_state_of_a_machine_is_in_a_table() -> None:
+    in_tables = {
+        type(next(iter(module.TRANSITIONS)))
+        for module in MODULES
+        if hasattr(module, "TRANSITIONS")
+    }
+    states = {
+        each
+        for module in MODULES
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, Enum)
+        if each.__name__.endswith(("State", "Phase"))
+    }
+    assert states == in_tables
+
+
 class State(Enum):
     OPEN = auto()
     CLOSED = auto()

@@ -18,6 +18,8 @@ import math
 from collections import deque
 from typing import NamedTuple, assert_never
 
+from sleap_rtc.proto.machine import Table, move
+
 INITIAL_WINDOW = 10
 MINIMUM_WINDOW = 4
 """Packets that may always be in flight, even at the start (BBRMinPipeCwnd)."""
@@ -75,12 +77,45 @@ less: one large turn costs less than many small ones."""
 
 
 class Phase(enum.Enum):
-    """State of the control; `CongestionControl._change_phase` has the transitions."""
+    """State of the control."""
 
     STARTUP = "doubles the rate each round until the bandwidth is found"
     DRAIN = "empties the queue that startup has built"
     PROBE_BW = "keeps the bandwidth and probes for more in gain cycles"
     PROBE_RTT = "keeps little in flight to measure the minimum round trip time"
+
+
+class PhaseTrigger(enum.Enum):
+    """Triggers of the control."""
+
+    PIPE_FULL = enum.auto()
+    """The bandwidth no longer grows, or a round was congested."""
+
+    QUEUE_DRAINED = enum.auto()
+    MIN_RTT_EXPIRED = enum.auto()
+    MIN_RTT_PROBED = enum.auto()
+    PERSISTENT_CONGESTION = enum.auto()
+
+
+TRANSITIONS: Table[Phase] = {
+    Phase.STARTUP: {
+        PhaseTrigger.PIPE_FULL: Phase.DRAIN,
+        PhaseTrigger.PERSISTENT_CONGESTION: Phase.STARTUP,
+    },
+    Phase.DRAIN: {
+        PhaseTrigger.QUEUE_DRAINED: Phase.PROBE_BW,
+        PhaseTrigger.PERSISTENT_CONGESTION: Phase.STARTUP,
+    },
+    Phase.PROBE_BW: {
+        PhaseTrigger.MIN_RTT_EXPIRED: Phase.PROBE_RTT,
+        PhaseTrigger.PERSISTENT_CONGESTION: Phase.STARTUP,
+    },
+    Phase.PROBE_RTT: {
+        PhaseTrigger.MIN_RTT_PROBED: Phase.PROBE_BW,
+        PhaseTrigger.PERSISTENT_CONGESTION: Phase.STARTUP,
+    },
+}
+"""The transitions of `CongestionControl`."""
 
 
 class _Flight(NamedTuple):
@@ -134,10 +169,10 @@ class CongestionControl:
         self._first_sent_at = 0.0
         self._app_limited_until = -1
         self._flights: deque[_Flight] = deque()
-        self._start()
-
-    def _start(self) -> None:
         self.phase = Phase.STARTUP
+        self._reset_model()
+
+    def _reset_model(self) -> None:
         self.pacing_rate = 0.0
         self._rates: deque[float] = deque((0.0,), maxlen=BANDWIDTH_ROUNDS)
         self._in_flight_limit = math.inf
@@ -195,7 +230,8 @@ class CongestionControl:
 
     def persistent_congestion(self) -> None:
         """Start again with the minimum window (RFC 9002, 7.6)."""
-        self._start()
+        self._move(PhaseTrigger.PERSISTENT_CONGESTION)
+        self._reset_model()
         self.congestion_window = self._minimum_window
 
     def application_limited(self) -> None:
@@ -279,23 +315,24 @@ class CongestionControl:
         match self.phase:
             case Phase.STARTUP:
                 if self._is_pipe_full:
-                    self.phase = Phase.DRAIN
+                    self._move(PhaseTrigger.PIPE_FULL)
             case Phase.DRAIN:
                 if self.bytes_in_flight <= self._bdp(1.0):
-                    self._start_cycle()
+                    self._move(PhaseTrigger.QUEUE_DRAINED)
+                    self._cycle_index = 1
             case Phase.PROBE_BW:
                 if is_min_rtt_expired:
-                    self.phase = Phase.PROBE_RTT
+                    self._move(PhaseTrigger.MIN_RTT_EXPIRED)
                     self._probe_rtt_until = now + PROBE_RTT_SECONDS
             case Phase.PROBE_RTT:
                 if now >= self._probe_rtt_until:
-                    self._start_cycle()
+                    self._move(PhaseTrigger.MIN_RTT_PROBED)
+                    self._cycle_index = 1
             case _:
                 assert_never(self.phase)
 
-    def _start_cycle(self) -> None:
-        self.phase = Phase.PROBE_BW
-        self._cycle_index = 1
+    def _move(self, trigger: PhaseTrigger) -> None:
+        self.phase = move(TRANSITIONS, self.phase, trigger)
 
     def _set_window(self, rtt: float) -> None:
         """Set the window and the pacing rate from the model."""

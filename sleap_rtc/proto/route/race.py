@@ -2,9 +2,12 @@
 
 from collections import deque
 from collections.abc import Sequence
+from enum import Enum, auto
+from typing import assert_never
 
 import msgspec
 
+from sleap_rtc.proto.machine import Table, move
 from sleap_rtc.proto.route.kinds import LinkKindName
 
 STAGGER_INTERVAL = 0.25
@@ -41,6 +44,55 @@ class NoLink(msgspec.Struct, frozen=True):
 
 
 RaceOutput = StartAttempt | KeepLink | NoLink
+
+
+# -------------------------------------------------------------- states, transitions
+
+
+class RaceState(Enum):
+    """State of a race."""
+
+    DIALING = auto()
+    """No link is open yet."""
+
+    GRACE = auto()
+    """A link is open, and a better kind may still open one."""
+
+    WON = auto()
+    """A link was chosen: nothing more happens."""
+
+    LOST = auto()
+    """Every attempt has failed: nothing more happens."""
+
+
+class RaceTrigger(Enum):
+    """Triggers of a race."""
+
+    LINK_OPENED = auto()
+    LINK_CHOSEN = auto()
+    """No better kind can open a link, or `GRACE_TIMEOUT` has passed."""
+
+    ALL_FAILED = auto()
+
+
+_S, _T = RaceState, RaceTrigger
+
+TRANSITIONS: Table[RaceState] = {
+    _S.DIALING: {
+        _T.LINK_OPENED: _S.GRACE,
+        _T.ALL_FAILED: _S.LOST,
+    },
+    _S.GRACE: {
+        _T.LINK_OPENED: _S.GRACE,
+        _T.LINK_CHOSEN: _S.WON,
+    },
+    # A link that opens late is ended by the driver.
+    _S.WON: {
+        _T.LINK_OPENED: _S.WON,
+    },
+    _S.LOST: {},
+}
+"""The transitions of `LinkRace`."""
 
 
 class LinkRace:
@@ -82,17 +134,22 @@ class LinkRace:
         self._failures: list[tuple[Attempt, str]] = []
         self._opened: list[Attempt] = []
         self._grace_until = now
-        self._settled = False
+        self._state = RaceState.DIALING
         self._outputs: deque[RaceOutput] = deque()
         self._advance(now)
 
     # ---------------------------------------------------------------------- inputs
 
     def attempt_opened(self, attempt: Attempt, now: float) -> None:
-        """Handle a link that has opened."""
-        self._running.discard(attempt)
-        if not self._opened:
+        """Handle a link that has opened.
+
+        Raises:
+            LocalProtocolError: If every attempt has failed already.
+        """
+        if self._state is RaceState.DIALING:
             self._grace_until = now + GRACE_TIMEOUT
+        self._move(_T.LINK_OPENED)
+        self._running.discard(attempt)
         self._opened.append(attempt)
         self._advance(now)
 
@@ -111,12 +168,16 @@ class LinkRace:
 
     def deadline(self) -> float | None:
         """Return when `handle_timeout` has something to do; None if never."""
-        if self._settled:
-            return None
         times = [self._next_at[kind] for kind, left in self._waiting.items() if left]
-        if self._opened:
-            times.append(self._grace_until)
-        return min(times, default=None)
+        match self._state:
+            case RaceState.DIALING:
+                return min(times, default=None)
+            case RaceState.GRACE:
+                return min([*times, self._grace_until])
+            case RaceState.WON | RaceState.LOST:
+                return None
+            case _:
+                assert_never(self._state)
 
     def next_output(self) -> RaceOutput | None:
         """Remove and return the oldest output; None if none is left."""
@@ -126,18 +187,28 @@ class LinkRace:
 
     def _advance(self, now: float) -> None:
         """Settle the race or start attempts; the last step of every input."""
-        if self._settled:
-            return
-        if self._opened:
-            best = min(self._opened, key=lambda link: self._kinds.index(link.kind))
-            better = self._better_kinds(best.kind)
-            if now >= self._grace_until or not any(map(self._may_open, better)):
-                self._settle(KeepLink(best, self._why(best, now)))
-                return
-        elif not any(map(self._may_open, self._kinds)):
-            self._settle(NoLink())
-            return
-        self._start_due(now)
+        match self._state:
+            case RaceState.DIALING:
+                if any(map(self._may_open, self._kinds)):
+                    self._start_due(now)
+                else:
+                    self._move(_T.ALL_FAILED)
+                    self._outputs.append(NoLink())
+            case RaceState.GRACE:
+                best = min(self._opened, key=lambda link: self._kinds.index(link.kind))
+                better = self._better_kinds(best.kind)
+                if now < self._grace_until and any(map(self._may_open, better)):
+                    self._start_due(now)
+                else:
+                    self._move(_T.LINK_CHOSEN)
+                    self._outputs.append(KeepLink(best, self._why(best, now)))
+            case RaceState.WON | RaceState.LOST:
+                pass
+            case _:
+                assert_never(self._state)
+
+    def _move(self, trigger: RaceTrigger) -> None:
+        self._state = move(TRANSITIONS, self._state, trigger)
 
     def _start_due(self, now: float) -> None:
         for kind, waiting in self._waiting.items():
@@ -160,10 +231,6 @@ class LinkRace:
 
     def _better_kinds(self, kind: LinkKindName) -> tuple[LinkKindName, ...]:
         return self._kinds[: self._kinds.index(kind)]
-
-    def _settle(self, outcome: KeepLink | NoLink) -> None:
-        self._settled = True
-        self._outputs.append(outcome)
 
     # --------------------------------------------------------------------- reasons
 

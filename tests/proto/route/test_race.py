@@ -2,6 +2,7 @@
 
 import pytest
 
+from sleap_rtc.proto.errors import LocalProtocolError
 from sleap_rtc.proto.route.kinds import LINK_KINDS
 from sleap_rtc.proto.route.race import (
     Attempt,
@@ -260,3 +261,10 @@ def test_an_early_timeout_changes_nothing() -> None:
     race.handle_timeout(0.2)
     assert race.next_output() is None
     assert race.deadline() == 0.25
+
+
+def test_a_link_cannot_open_after_every_attempt_has_failed() -> None:
+    race = LinkRace([A], ("tcp",), 0.0)
+    race.attempt_failed(TCP_A, "refused", 0.1)
+    with pytest.raises(LocalProtocolError, match="LINK_OPENED"):
+        race.attempt_opened(TCP_A, 0.2)

@@ -18,7 +18,7 @@ from sleap_rtc.proto.job.worker_outputs import (
     ReadProbe,
     SendMessage,
 )
-from sleap_rtc.proto.machine import Table, move, move_untrusted
+from sleap_rtc.proto.machine import Ignored, Table, move, move_untrusted
 
 SharedRequest = (
     messages.MountProbe
@@ -56,36 +56,18 @@ class Report(Enum):
 
 _M, _S, _R = messages, IntakeState, Report
 
-# A request that leads back to its state is kept until the owner has reported, or
-# ignored because the client sent it before it saw the refusal.
 TRANSITIONS: Table[IntakeState] = {
     _S.NEW: {_M.MountProbe: _S.PROBING, _M.JobIdentity: _S.IDENTIFIED},
-    _S.PROBING: {
-        _M.JobIdentity: _S.PROBING,
-        _M.SharedInputPath: _S.PROBING,
-        _M.SharedOutputPath: _S.PROBING,
-        _M.SharedStorageJob: _S.PROBING,
-        _R.PROBED: _S.NEW,
-    },
+    _S.PROBING: {_R.PROBED: _S.NEW},
     _S.IDENTIFIED: {_M.SharedInputPath: _S.CHECKING_INPUT},
     _S.CHECKING_INPUT: {
-        _M.SharedOutputPath: _S.CHECKING_INPUT,
-        _M.SharedStorageJob: _S.CHECKING_INPUT,
         _R.INPUT_VALID: _S.INPUT_VALID,
         _R.PATH_REFUSED: _S.REFUSED,
     },
     _S.INPUT_VALID: {_M.SharedOutputPath: _S.MAKING_OUTPUT},
-    _S.MAKING_OUTPUT: {
-        _M.SharedStorageJob: _S.MAKING_OUTPUT,
-        _R.OUTPUT_MADE: _S.READY,
-        _R.PATH_REFUSED: _S.REFUSED,
-    },
+    _S.MAKING_OUTPUT: {_R.OUTPUT_MADE: _S.READY, _R.PATH_REFUSED: _S.REFUSED},
     _S.READY: {_M.SharedStorageJob: _S.STARTED},
-    _S.REFUSED: {
-        _M.SharedInputPath: _S.CHECKING_INPUT,
-        _M.SharedOutputPath: _S.REFUSED,
-        _M.SharedStorageJob: _S.REFUSED,
-    },
+    _S.REFUSED: {_M.SharedInputPath: _S.CHECKING_INPUT},
     _S.STARTED: {},
 }
 
@@ -99,7 +81,14 @@ EARLY: dict[IntakeState, tuple[type[SharedRequest], ...]] = {
     _S.CHECKING_INPUT: (_M.SharedOutputPath, _M.SharedStorageJob),
     _S.MAKING_OUTPUT: (_M.SharedStorageJob,),
 }
-"""Requests that are kept in a state, in the order in which they must come."""
+"""The requests that a state accepts and keeps until the owner has reported, in the
+order in which they must come."""
+
+IGNORED: Ignored[IntakeState] = {
+    **dict.fromkeys(IntakeState, frozenset()),
+    _S.REFUSED: frozenset({_M.SharedOutputPath, _M.SharedStorageJob}),
+}
+"""The requests that the client sent before it saw the refusal."""
 
 
 class SharedIntake:
@@ -123,15 +112,17 @@ class SharedIntake:
         Raises:
             RemoteProtocolError: If it is out of turn; nothing changed.
         """
-        target = move_untrusted(TRANSITIONS, self.state, type(message))
+        kind = type(message)
+        if kind in IGNORED[self.state]:
+            return
         expected = EARLY.get(self.state)
-        if expected is not None:
-            if type(message) not in expected[len(self._early) :][:1]:
-                raise RemoteProtocolError(f"{type(message).__name__} came out of turn")
-            self._early.append(message)
-        elif target is not self.state:
-            self.state = target
+        if expected is None:
+            self.state = move_untrusted(TRANSITIONS, self.state, kind)
             self._handle(message)
+        elif kind in expected[len(self._early) :][:1]:
+            self._early.append(message)
+        else:
+            raise RemoteProtocolError(f"{kind.__name__} came out of turn")
 
     def probe_read(self, content: str) -> None:
         """Handle a report: the BLAKE3 hash (hexadecimal) of the probe file."""

@@ -17,7 +17,11 @@ from sleap_rtc.proto.job.results import (
     result_pages,
 )
 from sleap_rtc.proto.job.script import ScriptKind
-from sleap_rtc.proto.job.shared_intake import IntakeState, SharedIntake
+from sleap_rtc.proto.job.shared_intake import (
+    IntakeState,
+    SharedIntake,
+    SharedRequest,
+)
 from sleap_rtc.proto.job.worker_outputs import (
     Admit,
     Discard,
@@ -30,8 +34,14 @@ from sleap_rtc.proto.job.worker_outputs import (
     StopReceiving,
     StopRun,
 )
-from sleap_rtc.proto.job.worker_table import TRANSITIONS, WorkerState, WorkerTrigger
-from sleap_rtc.proto.machine import move, move_untrusted
+from sleap_rtc.proto.job.worker_table import (
+    ACCEPTED,
+    IGNORED,
+    TRANSITIONS,
+    WorkerState,
+    WorkerTrigger,
+)
+from sleap_rtc.proto.machine import accept_untrusted, move
 
 _NEEDS_ITS_LINK = frozenset(
     {WorkerState.NEW, WorkerState.SHARING, WorkerState.DISCARDED}
@@ -128,7 +138,7 @@ class WorkerJob:
                 job.state = WorkerState.SUSPENDED
             case "QUEUED":
                 job.state = WorkerState.SUSPENDED
-                job._queue(WorkerTrigger.RECEIVED)
+                job.package_received()
             case "RUNNING":
                 job.state = WorkerState.RUNNING
                 job.run_ended("the worker was stopped while the job ran", results)
@@ -185,14 +195,13 @@ class WorkerJob:
         """
         if not self._connected:
             return
-        move_untrusted(TRANSITIONS, self.state, type(message))
-        if (
-            isinstance(message, messages.JobMessage | messages.FileRequest)
-            and self.job_id
-            and message.job_id != self.job_id
-        ):
-            raise RemoteProtocolError(f"{type(message).__name__} is for another job")
-        if self.state is not WorkerState.DISCARDED:
+        kind = type(message)
+        is_late = kind in IGNORED[self.state]
+        if not is_late:
+            target = accept_untrusted(TRANSITIONS, ACCEPTED, self.state, kind)
+        self._check(message)
+        if not is_late:
+            self.state = target
             self._handle(message, now)
 
     def connection_lost(self, reason: str, now: float) -> None:
@@ -297,24 +306,21 @@ class WorkerJob:
 
     def package_opened(self, received: int) -> None:
         """Handle a report: an earlier link delivered `received` bytes."""
-        if self._report(WorkerTrigger.OPENED) and self.state is WorkerState.RECEIVING:
+        if self._report(WorkerTrigger.OPENED):
             self._received = received
             self._send_state()
 
     def package_received(self) -> None:
         """Handle a report: the package is in the job directory, verified."""
-        if not self.has_ended:
-            self._queue(WorkerTrigger.RECEIVED)
+        if self._report(WorkerTrigger.RECEIVED):
+            self._enqueue()
 
     def package_failed(self, reason: str) -> None:
         """Handle a report: the package did not arrive.
 
         Without a link it is ignored, because the client will try again.
         """
-        if (
-            self._report(WorkerTrigger.RECEIVE_FAILED)
-            and self.state is WorkerState.DISCARDED
-        ):
+        if self._report(WorkerTrigger.RECEIVE_FAILED):
             self._discard(_Ending("FAILED", reason))
 
     # ------------------------------------------------------------ reports about the run
@@ -377,35 +383,37 @@ class WorkerJob:
 
     # ---------------------------------------------------------- messages of the client
 
+    def _check(self, message: messages.ClientJobMessage) -> None:
+        """Raise `RemoteProtocolError` if the message is about another job or file."""
+        if (
+            isinstance(message, messages.JobMessage | messages.FileRequest)
+            and self.job_id
+            and message.job_id != self.job_id
+        ):
+            raise RemoteProtocolError(f"{type(message).__name__} is for another job")
+        if isinstance(message, messages.FileOffer) and not self.has_ended:
+            file = message.file
+            if (file.name, file.size) != (self._package, self._size):
+                raise RemoteProtocolError(
+                    f"{file.name} of {file.size} bytes was not announced"
+                )
+
     def _handle(self, message: messages.ClientJobMessage, now: float) -> None:
-        """Handle a message that the table expects now."""
+        """Handle a message that led to the present state."""
+        if isinstance(message, SharedRequest):
+            self._intake.receive_message(message, now)
+            if isinstance(message, messages.JobMessage):
+                self.job_id = message.job_id
+            self._follow_intake()
+            return
         match message:
-            case (
-                messages.MountProbe()
-                | messages.JobIdentity()
-                | messages.SharedInputPath()
-                | messages.SharedOutputPath()
-                | messages.SharedStorageJob()
-            ):
-                self._intake.receive_message(message, now)
-                if isinstance(message, messages.JobMessage):
-                    self.job_id = message.job_id
-                if self.state is WorkerState.NEW:
-                    self._move(type(message))
-                self._follow_intake()
             case messages.JobSubmit(job_id=job_id, submission=submission):
-                self._move(messages.JobSubmit)
                 self.job_id, self.route = job_id, "channel"
                 self._package, self._size = submission.name, submission.size
                 self._outputs.append(Admit(job_id, submission))
             case messages.JobResume(point=point):
                 self._resume(point)
             case messages.FileOffer(transfer_id=transfer_id, file=file):
-                if (file.name, file.size) != (self._package, self._size):
-                    raise RemoteProtocolError(
-                        f"{file.name} of {file.size} bytes was not announced"
-                    )
-                self._move(messages.FileOffer)
                 self._send_state()
                 self._outputs.append(ReceivePackage(transfer_id, file))
             case messages.JobCancel():
@@ -417,7 +425,6 @@ class WorkerJob:
                     reason = f"{path} is not a result of this job"
                     self._send(messages.FileError(transfer_id, reason))
             case messages.ResultsReceived():
-                self._move(messages.ResultsReceived)
                 self._discard()
             case _:
                 assert_never(message)
@@ -427,7 +434,6 @@ class WorkerJob:
         if self.state is WorkerState.ADMITTING:
             self._resumed = True  # `admitted` answers
             return
-        self._move(messages.JobResume)
         self._send(messages.ResumeAccepted(self.job_id, self.progress))
         if self.state is not WorkerState.ADMITTED:
             for report in (*self._history.since(point.next_sequence), *self._stages):
@@ -445,14 +451,14 @@ class WorkerJob:
         if self._intake.state is IntakeState.STARTED:
             self._package = self._intake.package
             self._output_path = self._intake.output_path
-            self._queue(WorkerTrigger.STARTED)
+            self._move(WorkerTrigger.STARTED)
+            self._enqueue()
 
     def _send_stage(self, message: messages.JobReport) -> None:
         self._stages.append(message)
         self._send(message)
 
-    def _queue(self, trigger: WorkerTrigger) -> None:
-        self._move(trigger)
+    def _enqueue(self) -> None:
         self._outputs.append(Remember())
         self._outputs.append(Enqueue(self.job_id, self.route, self._package))
 
@@ -487,17 +493,17 @@ class WorkerJob:
         raise LocalProtocolError(f"no path is checked in {self.state.name}")
 
     def _report(self, trigger: WorkerTrigger) -> bool:
-        """Change the state for a report; return False if it comes after the end.
+        """Change the state for a report; return False if it is ignored.
 
         Raises:
             LocalProtocolError: If no such effect can have been asked for.
         """
-        if self.has_ended:
+        if trigger in IGNORED[self.state]:
             return False
         self._move(trigger)
         return True
 
-    def _move(self, trigger: WorkerTrigger | type[messages.ClientJobMessage]) -> None:
+    def _move(self, trigger: WorkerTrigger) -> None:
         self.state = move(TRANSITIONS, self.state, trigger)
 
     def _send(self, message: messages.WorkerJobMessage | messages.FileError) -> None:

@@ -5,7 +5,7 @@ from typing import get_args
 
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.job.shared_intake import SharedRequest
-from sleap_rtc.proto.machine import Table
+from sleap_rtc.proto.machine import Accepted, Ignored, Table, Trigger
 
 
 class WorkerState(Enum):
@@ -42,9 +42,6 @@ class WorkerTrigger(Enum):
 
 _M, _S, _T = messages, WorkerState, WorkerTrigger
 
-# The client may send these before it learns that the job has ended.
-_CROSSED = (*get_args(SharedRequest)[1:], _M.JobSubmit, _M.FileOffer, _M.JobCancel)
-
 TRANSITIONS: Table[WorkerState] = {
     _S.NEW: {
         _M.MountProbe: _S.SHARING,
@@ -53,16 +50,12 @@ TRANSITIONS: Table[WorkerState] = {
         _T.LOST: _S.DISCARDED,
     },
     _S.SHARING: {
-        **dict.fromkeys(get_args(SharedRequest), _S.SHARING),
         _M.JobSubmit: _S.ADMITTING,  # the client fell back
-        _M.JobCancel: _S.DISCARDED,
         _T.STARTED: _S.QUEUED,
         _T.LOST: _S.DISCARDED,
         _T.DISCARD: _S.DISCARDED,
     },
     _S.ADMITTING: {
-        _M.JobCancel: _S.DISCARDED,
-        _M.JobResume: _S.ADMITTING,
         _T.ADMITTED: _S.ADMITTED,
         _T.REJECTED: _S.DISCARDED,
         _T.LOST: _S.ADMITTING,
@@ -70,12 +63,10 @@ TRANSITIONS: Table[WorkerState] = {
     },
     _S.ADMITTED: {
         _M.FileOffer: _S.RECEIVING,
-        _M.JobCancel: _S.DISCARDED,
         _T.LOST: _S.SUSPENDED,
         _T.DISCARD: _S.DISCARDED,
     },
     _S.RECEIVING: {
-        _M.JobCancel: _S.DISCARDED,
         _T.OPENED: _S.RECEIVING,
         _T.RECEIVED: _S.QUEUED,
         _T.RECEIVE_FAILED: _S.DISCARDED,
@@ -84,37 +75,61 @@ TRANSITIONS: Table[WorkerState] = {
     },
     _S.SUSPENDED: {
         _M.JobResume: _S.ADMITTED,
-        _T.OPENED: _S.SUSPENDED,  # these reports crossed the loss of the link
-        _T.RECEIVED: _S.QUEUED,
-        _T.RECEIVE_FAILED: _S.SUSPENDED,
+        _T.RECEIVED: _S.QUEUED,  # the package was complete when the link was lost
         _T.LOST: _S.SUSPENDED,
         _T.DISCARD: _S.DISCARDED,
     },
     _S.QUEUED: {
-        _M.JobCancel: _S.QUEUED,  # it ends when it has left the queue
-        _M.JobResume: _S.QUEUED,
         _T.QUEUE_MOVED: _S.QUEUED,
         _T.SLOT_GRANTED: _S.RUNNING,
         _T.RUN_ENDED: _S.ENDED,
         _T.LOST: _S.QUEUED,
     },
     _S.RUNNING: {
-        _M.JobCancel: _S.RUNNING,  # it ends when its commands have stopped
-        _M.JobResume: _S.RUNNING,
         _T.PROGRESSED: _S.RUNNING,
         _T.RUN_ENDED: _S.ENDED,
         _T.LOST: _S.RUNNING,
     },
-    _S.ENDED: {
-        _M.JobCancel: _S.ENDED,
-        _M.JobResume: _S.ENDED,
-        _M.FileRequest: _S.ENDED,
-        _M.ResultsReceived: _S.DISCARDED,
-        _T.LOST: _S.ENDED,
-    },
-    _S.DISCARDED: {
-        **dict.fromkeys(_CROSSED, _S.DISCARDED),
-        _M.ResultsReceived: _S.DISCARDED,
-        _T.LOST: _S.DISCARDED,
-    },
+    _S.ENDED: {_M.ResultsReceived: _S.DISCARDED, _T.LOST: _S.ENDED},
+    _S.DISCARDED: {_T.LOST: _S.DISCARDED},
 }
+
+ACCEPTED: Accepted[WorkerState] = {
+    _S.NEW: frozenset(),
+    _S.SHARING: frozenset({*get_args(SharedRequest), _M.JobCancel}),
+    _S.ADMITTING: frozenset({_M.JobCancel, _M.JobResume}),
+    _S.ADMITTED: frozenset({_M.JobCancel}),
+    _S.RECEIVING: frozenset({_M.JobCancel}),
+    _S.SUSPENDED: frozenset(),
+    _S.QUEUED: frozenset({_M.JobCancel, _M.JobResume}),
+    _S.RUNNING: frozenset({_M.JobCancel, _M.JobResume}),
+    _S.ENDED: frozenset({_M.JobResume, _M.FileRequest}),
+    _S.DISCARDED: frozenset(),
+}
+"""`SharedIntake` checks the requests about shared storage. `JobCancel` discards a job
+that has not been queued; a later one ends when its commands have stopped."""
+
+_REPORTS: frozenset[Trigger] = frozenset(
+    {
+        _T.ADMITTED,
+        _T.REJECTED,
+        _T.OPENED,
+        _T.RECEIVED,
+        _T.RECEIVE_FAILED,
+        _T.QUEUE_MOVED,
+        _T.SLOT_GRANTED,
+        _T.PROGRESSED,
+        _T.RUN_ENDED,
+    }
+)
+
+IGNORED: Ignored[WorkerState] = {
+    **dict.fromkeys(WorkerState, frozenset()),
+    _S.SUSPENDED: frozenset({_T.OPENED, _T.RECEIVE_FAILED}),
+    _S.ENDED: _REPORTS | {_M.JobCancel},
+    _S.DISCARDED: _REPORTS
+    | {*get_args(SharedRequest)[1:], _M.JobSubmit, _M.FileOffer, _M.JobCancel}
+    | {_M.ResultsReceived},
+}
+"""The reports that crossed the loss of the link or the end of the job, and the messages
+that the client may send before it learns of the end."""

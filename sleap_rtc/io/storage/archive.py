@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
-import msgspec
-
 from sleap_rtc.io.storage.archive_plan import (
+    LIMITS,
     ArchiveError,
     ArchiveLimits,
     PlannedEntry,
@@ -42,25 +41,13 @@ _BROKEN = (
 """Exceptions of `zipfile` for bytes that are not a zip."""
 
 
-class ExtractedPackage(msgspec.Struct, frozen=True):
-    """Result of unpacking a package.
-
-    Args:
-        names: Paths of the files, relative to the destination, in the zip's order.
-        top_folder: The folder around all files, which was left out, or None.
-    """
-
-    names: tuple[str, ...]
-    top_folder: str | None
-
-
 def extract_package(
     package: int,
     destination: Folder,
     *,
     check: Callable[[], None],
-    limits: ArchiveLimits | None = None,
-) -> ExtractedPackage:
+    limits: ArchiveLimits = LIMITS,
+) -> None:
     """Unpack a zip into an existing directory, which need not be empty.
 
     Every entry is checked before the first byte is written. No file is replaced and no
@@ -73,29 +60,23 @@ def extract_package(
         check: Called between blocks; it stops the work by raising.
         limits: Limits of the zip.
 
-    Returns:
-        The unpacked files.
-
     Raises:
         ArchiveError: If the zip is broken or refused; it names the entry.
         InsufficientSpaceError: If it does not fit.
         StorageError: If the storage failed.
     """
-    limits = limits or ArchiveLimits()
     with ExitStack() as stack:
         file = stack.enter_context(os.fdopen(package, "rb"))
         with explain_errors("Failed to read the package"), _explain_zip("The package"):
             check_size_of_directory(file, limits)
             archive = stack.enter_context(zipfile.ZipFile(file))
             infos = archive.infolist()
-            entries, top = plan_entries(infos, archive.start_dir, limits)
+            entries = plan_entries(infos, archive.start_dir, limits)
         with explain_errors("Failed to unpack the package"):
             needed = sum(entry.info.file_size for entry in entries)
             require_space(destination, needed, "for the package")
         unpacking = _Unpacking(archive, destination, check)
         unpacking.run(entries)
-    names = tuple(entry.path for entry in entries if not entry.is_folder)
-    return ExtractedPackage(names, top)
 
 
 def pack_directory(

@@ -70,6 +70,9 @@ class ArchiveLimits(msgspec.Struct, frozen=True):
     ratio_from_bytes: int = 10 * 1024 * 1024
 
 
+LIMITS = ArchiveLimits()
+
+
 class PlannedEntry(msgspec.Struct, frozen=True):
     """One file or directory to make.
 
@@ -121,7 +124,7 @@ def check_size_of_directory(file: BinaryIO, limits: ArchiveLimits) -> None:
 
 def plan_entries(
     infos: list[zipfile.ZipInfo], end: int, limits: ArchiveLimits
-) -> tuple[list[PlannedEntry], str | None]:
+) -> list[PlannedEntry]:
     """Check all entries of a zip, and plan where each goes.
 
     The files that macOS adds to a zip (``__MACOSX/``, ``.DS_Store``) are left out. If
@@ -133,7 +136,7 @@ def plan_entries(
         limits: Limits of the zip.
 
     Returns:
-        The entries to make, in the order of the zip, and the top folder or None.
+        The entries to make, in the order of the zip.
 
     Raises:
         ArchiveError: If an entry is refused; it names the first one.
@@ -159,7 +162,7 @@ def plan_entries(
             for entry in entries
             if entry.path != top
         ]
-    return entries, top
+    return entries
 
 
 def top_folder(entries: Iterable[tuple[str, bool]]) -> str | None:

@@ -132,11 +132,11 @@ async def copy_with_deadline(
     *,
     size: int,
     on_progress: Callable[[int], None],
-    timeout: float | None = None,
 ) -> CopyReport:
     """Copy a file to a new one beneath a root, in a worker thread.
 
-    The event loop stays responsive when storage hangs; the thread is then left behind.
+    The copy may take 30 seconds and one for each 10 MiB, but at least 60. The event
+    loop stays responsive when storage hangs; the thread is then left behind.
     Cancellation stops the copy and removes the part that was written.
 
     Args:
@@ -145,8 +145,6 @@ async def copy_with_deadline(
         relative: Path of the copy beneath it; missing directories are made.
         size: Bytes that the source must have.
         on_progress: Called in the event loop with the bytes copied so far.
-        timeout: Seconds for the whole copy. By default 30 and one for each 10 MiB,
-            but at least 60.
 
     Returns:
         The path of the copy, and its method.
@@ -157,7 +155,7 @@ async def copy_with_deadline(
         InsufficientSpaceError: As `copy_file`.
         StorageError: As `copy_file`.
     """
-    limit = default_timeout(size) if timeout is None else timeout
+    limit = copy_timeout(size)
     with trio.move_on_after(limit):
         return await _copy_in_thread(
             source, root, relative, size=size, on_progress=on_progress
@@ -168,7 +166,7 @@ async def copy_with_deadline(
     )
 
 
-def default_timeout(size: int) -> float:
+def copy_timeout(size: int) -> float:
     """Return the seconds that the copy of a file of `size` bytes may take."""
     return max(MIN_TIMEOUT, size / MIN_RATE + 30)
 

@@ -118,6 +118,8 @@ def write_probe(root: Path, relative: str, nonce: bytes) -> None:
     with explain_errors(f"Failed to write {relative}"):
         try:
             write_at(fd, nonce, 0)
+            # The other host looks for it at once, and close() alone does not promise
+            # that the data has left this machine.
             os.fsync(fd)
         finally:
             os.close(fd)

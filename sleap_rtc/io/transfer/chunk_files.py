@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
+import msgspec
 from blake3 import blake3
 
 from sleap_rtc.io.storage.files import (
@@ -41,8 +42,19 @@ from sleap_rtc.proto.transfer.chunk_map import ChunkMap
 CHUNK_SIZE = 1024 * 1024
 """Bytes in a chunk of the files that this side sends."""
 
-SAVE_EVERY = 256 * 1024 * 1024
-"""Bytes that a power cut may cost. A crash of the process alone costs none."""
+
+class WriterLimits(msgspec.Struct, frozen=True):
+    """Limits of a `ChunkWriter`.
+
+    Args:
+        save_every: Bytes between two syncs, which a power cut may cost. A crash of the
+            process alone costs none.
+    """
+
+    save_every: int = 256 * 1024 * 1024
+
+
+LIMITS = WriterLimits()
 
 _MAX_NAME_BYTES = 255 - len("..part")
 """Bytes of the longest name that its hidden files repeat in full."""
@@ -118,8 +130,10 @@ class ChunkWriter:
         chunk_map: ChunkMap,
         file: OpenFile,
         journal: Journal,
+        limits: WriterLimits,
     ) -> None:
         self.chunk_map = chunk_map
+        self._limits = limits
         self._hidden = hidden
         self._size = chunk_map.size
         self._chunk_size = chunk_map.chunk_size
@@ -140,6 +154,7 @@ class ChunkWriter:
         chunk_size: int,
         origin: str = "",
         check: Callable[[], None] = _go_on,
+        limits: WriterLimits = LIMITS,
     ) -> Self:
         """Open the writer of a file, and resume the work of an earlier writer.
 
@@ -157,6 +172,7 @@ class ChunkWriter:
             origin: Source that the file is a copy of, such as the id of a job.
             check: Called between chunks; it stops the opening by raising. The files are
                 kept then.
+            limits: How often it syncs.
 
         Raises:
             InvalidInput: If not every system can store the path, it leads through a
@@ -170,7 +186,9 @@ class ChunkWriter:
         with explain_errors(f"Failed to create {relative}"), ExitStack() as undo:
             folder = open_folder_beneath(root, parents, create=True)
             undo.callback(folder.close)
-            hidden = _HiddenFiles(folder, name, relative, size)
+            hidden = _HiddenFiles(
+                folder, name, relative, size, save_every=limits.save_every
+            )
             require_space(folder, size - hidden.bytes_reserved(), f"for {relative}")
             journal = hidden.open_journal(chunk_size, origin)
             undo.callback(journal.close)
@@ -184,7 +202,7 @@ class ChunkWriter:
                 if blake3(payload).digest() == digest:
                     chunk_map.set(index, digest)
             undo.pop_all()
-        return cls(hidden, chunk_map, file, journal)
+        return cls(hidden, chunk_map, file, journal, limits)
 
     def write(self, index: int, payload: Buffer, digest: bytes) -> bool:
         """Check one chunk, then write it and record it in the journal if it is good.
@@ -274,7 +292,7 @@ class ChunkWriter:
         """Count written bytes; return True in one thread when it has to sync."""
         with self._unsaved_lock:
             self._unsaved += written
-            if self._unsaved < SAVE_EVERY:
+            if self._unsaved < self._limits.save_every:
                 return False
             self._unsaved = 0
             return True
@@ -289,11 +307,14 @@ class ChunkWriter:
 class _HiddenFiles:
     """The part file and the journal of an arriving file, in its open directory."""
 
-    def __init__(self, folder: Folder, name: str, relative: str, size: int) -> None:
+    def __init__(
+        self, folder: Folder, name: str, relative: str, size: int, *, save_every: int
+    ) -> None:
         self.folder = folder
         self.relative = relative
         self._name = name
         self._size = size
+        self._save_every = save_every
         self._part, self._journal = _hidden_names(name)
 
     def bytes_reserved(self) -> int:
@@ -378,7 +399,7 @@ class _HiddenFiles:
         self.remove_part()
         journal.restart()
         fd = self._reserved(self.folder.create_file(self._part))
-        if self._size >= SAVE_EVERY:
+        if self._size >= self._save_every:
             self.folder.sync()
         return fd
 

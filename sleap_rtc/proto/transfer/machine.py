@@ -3,16 +3,8 @@
 The receiver's `ChunkMap` is authoritative. The receiver grants the chunks that it can
 take, and the sender sends exactly those, in any order. When all are stored, the
 receiver names the hash over the chunk hashes. The sender compares it with its own and
-answers, and only then the file appears under its name::
-
-    sender                                receiver
-                     FILE_OFFER    ->
-                  <- CHUNK_GRANT          the first window
-    `ReadAndSend`    frames        ->     `Store`
-                  <- CHUNK_GRANT          half of the window is free again
-                  <- FILE_RECEIVED        every chunk is stored
-    `HashMissing`
-                     FILE_VERIFIED ->     `Publish`
+answers, and only then the file appears under its name. The messages are drawn in
+docs/protocol.md, section 6.
 
 FILE_ERROR ends a transfer from either side at any time. A machine serves one transfer
 over one link; over the next link, new machines continue from the chunk map. No

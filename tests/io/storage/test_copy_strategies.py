@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from sleap_rtc.io.storage.copy import (
     MIN_RATE,
     CopyReport,
     copy_file,
+    copy_timeout,
     copy_with_deadline,
 )
 from sleap_rtc.io.storage.copy_strategies import (
@@ -330,11 +332,14 @@ async def test_a_source_of_another_size_is_refused_before_a_byte(
     assert os.listdir(tmp_path) == ["a"]
 
 
-async def test_storage_that_hangs_is_given_up(tmp_path: Path) -> None:
+async def test_storage_that_hangs_is_given_up(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
     if find_program("fsfreeze") is None:
         pytest.skip("NOT TESTED: fsfreeze is not installed")
     with (tmp_path / "a").open("wb") as file:
         file.truncate(400 * MEBIBYTE)  # far from copied when the disk freezes
+    mock_clock.rate = 1.0
     (tmp_path / "disk").mkdir()
     with disk_mount(tmp_path / "disk", "xfs", megabytes=1000) as root:
         freezers: list[subprocess.Popen[bytes]] = []
@@ -343,11 +348,12 @@ async def test_storage_that_hangs_is_given_up(tmp_path: Path) -> None:
         def freeze(copied: int) -> None:
             if not seen:
                 freezers.append(freeze_disk(root))
+                mock_clock.jump(copy_timeout(400 * MEBIBYTE))
             seen.append(copied)
 
         with (
-            trio.fail_after(60),
-            pytest.raises(CopyTimeoutError, match=r"timed out after 0\.5 seconds"),
+            trio.fail_after(300),
+            pytest.raises(CopyTimeoutError, match=r"timed out after 70 seconds"),
         ):
             await copy_with_deadline(
                 tmp_path / "a",
@@ -355,7 +361,6 @@ async def test_storage_that_hangs_is_given_up(tmp_path: Path) -> None:
                 "copy",
                 size=400 * MEBIBYTE,
                 on_progress=freeze,
-                timeout=0.5,
             )
         (freezer,) = freezers
         await trio.to_thread.run_sync(freezer.communicate)

@@ -11,8 +11,8 @@ from blake3 import blake3
 from sleap_rtc.io.storage.copy import copy_file
 from sleap_rtc.io.storage.files import PartFile, write_at
 from sleap_rtc.io.storage.folder import Folder, make_directories_beneath
-from sleap_rtc.io.transfer import chunk_files
-from sleap_rtc.io.transfer.chunk_files import ChunkWriter
+from sleap_rtc.io.storage.probe import write_probe
+from sleap_rtc.io.transfer.chunk_files import ChunkWriter, WriterLimits
 from tests.io.storage.disk_log import disk_log
 
 CHUNK = 4096
@@ -77,6 +77,12 @@ def test_a_new_directory_is_on_the_disk_before_anything_is_in_it(
     assert log.lines == ["mkdir a", f"sync {tmp_path.name}/", "mkdir b", "sync a/"]
 
 
+def test_a_mount_probe_is_synced_before_it_is_announced(tmp_path: Path) -> None:
+    with disk_log() as log:
+        write_probe(tmp_path, "probe", b"nonce")
+    assert log.lines == ["write probe", "sync probe"]
+
+
 def write_chunks(writer: ChunkWriter, data: bytes) -> None:
     for index in range(writer.chunk_map.count):
         payload = data[index * CHUNK : (index + 1) * CHUNK]
@@ -103,14 +109,14 @@ def test_an_arriving_file_is_on_the_disk_before_it_has_its_name(
     ]
 
 
-def test_a_large_arriving_file_is_synced_at_intervals(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_arriving_file_is_synced_at_intervals(tmp_path: Path) -> None:
     """The data comes first, so that a power cut leaves no slot without its chunk."""
-    monkeypatch.setattr(chunk_files, "SAVE_EVERY", 3 * CHUNK)
+    limits = WriterLimits(save_every=3 * CHUNK)
     data = random.Random(1).randbytes(8 * CHUNK)
     with disk_log() as log:
-        writer = ChunkWriter.open(tmp_path, "a", size=len(data), chunk_size=CHUNK)
+        writer = ChunkWriter.open(
+            tmp_path, "a", size=len(data), chunk_size=CHUNK, limits=limits
+        )
         # The names of both hidden files outlive a power cut, or the data would be lost.
         assert log.lines == ["write .a.map", f"sync {tmp_path.name}/"]
         log.lines.clear()

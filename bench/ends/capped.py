@@ -5,12 +5,15 @@ python -m bench.ends.capped DATAGRAM_SIZE COMMAND...
 
 import sys
 
-from sleap_rtc.proto.quic import mtu
+from msgspec.structs import replace
+
+from sleap_rtc.io.link import limits
 
 
 def main() -> None:
     """Set the size before any other module has read it, and run the command."""
-    mtu.LARGEST_DATAGRAM = int(sys.argv.pop(1))
+    largest = int(sys.argv.pop(1))
+    limits.LIMITS = replace(limits.LIMITS, largest_datagram=largest)
     from sleap_rtc.cli import main as run_command
 
     run_command()

@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from typing import assert_never
 
+import msgspec
 import trio
 from aioquic.buffer import Buffer  # type: ignore[attr-defined] # no __all__
 from aioquic.quic.packet import (
@@ -30,7 +31,6 @@ from sleap_rtc.io.link.link import Link
 from sleap_rtc.io.link.session import Client, ProofShown, Server
 from sleap_rtc.io.quic.engine import (
     CONNECTION_ID_LENGTH,
-    DATAGRAM_SIZE,
     Address,
     Datagram,
     client_engine_untrusted,
@@ -52,6 +52,10 @@ from sleap_rtc.io.quic.socket import (
 from sleap_rtc.proto.quic.mtu import SMALLEST_DATAGRAM
 from sleap_rtc.proto.route.kinds import LinkKindName
 
+LARGEST_WITH_FRAGMENTS = 1350
+"""Bytes of UDP payload that datagrams may grow to where the system may fragment them:
+with the headers of IPv6 and UDP 1398 bytes, which most tunnels let pass."""
+
 _VERSIONS = [int(QuicProtocolVersion.VERSION_1), int(QuicProtocolVersion.VERSION_2)]
 
 
@@ -64,9 +68,6 @@ class QuicServer(LinkServer[QuicLink]):
         nursery: The nursery of the links' tasks.
         acceptor: Receives the proofs of the clients.
         limits: The limits of each link.
-
-    Attributes:
-        ignored: Datagrams that neither belong to a link nor began one.
     """
 
     def __init__(
@@ -78,7 +79,6 @@ class QuicServer(LinkServer[QuicLink]):
         limits: LinkLimits,
     ) -> None:
         super().__init__(nursery, acceptor, limits)
-        self.ignored = 0
         self._udp = udp
         self._certificate = certificate
         self._routes: dict[bytes, QuicLink] = {}
@@ -95,9 +95,7 @@ class QuicServer(LinkServer[QuicLink]):
         touched: dict[QuicLink, list[Datagram]] = {}
         for datagram in batch:
             link = self._find_link(*datagram)
-            if link is None:
-                self.ignored += 1
-            else:
+            if link is not None:
                 touched.setdefault(link, []).append(datagram)
         for link, datagrams in touched.items():
             link.receive(datagrams)
@@ -106,7 +104,6 @@ class QuicServer(LinkServer[QuicLink]):
             if link.unused:
                 # Garbage that looked like the first packet of a client.
                 self._forget(link)
-                self.ignored += len(datagrams)
             else:
                 self._links.add(link)
                 self._nursery.start_soon(self._serve, link)
@@ -148,9 +145,7 @@ class QuicServer(LinkServer[QuicLink]):
         engine = server_engine(
             self._certificate,
             header.destination_cid,
-            idle_timeout=self._limits.idle_timeout,
-            datagram_size=SMALLEST_DATAGRAM,
-            largest_datagram=_largest_datagram(self._udp, self._limits),
+            _limits_on(self._udp, self._limits),
         )
         session = QuicSession(
             engine,
@@ -229,12 +224,8 @@ class QuicKind:
             udp = UdpSocket(bind_udp(family, _local_host(address), 0))
         with closing(udp):
             with dial_errors(self.name, shown, limits):
-                engine = client_engine_untrusted(
-                    certificate_der,
-                    idle_timeout=limits.idle_timeout,
-                    datagram_size=SMALLEST_DATAGRAM,
-                    largest_datagram=_largest_datagram(udp, limits),
-                )
+                limits = _limits_on(udp, limits)
+                engine = client_engine_untrusted(certificate_der, limits)
             now = trio.current_time()
             engine.connect(address, now)
             session = QuicSession(
@@ -251,10 +242,12 @@ async def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, Address]
     return family, address
 
 
-def _largest_datagram(udp: UdpSocket, limits: LinkLimits) -> int:
-    """Return how large datagrams may grow: a fragmented probe proves nothing."""
-    largest = limits.largest_datagram
-    return largest if udp.never_fragments else min(DATAGRAM_SIZE, largest)
+def _limits_on(udp: UdpSocket, limits: LinkLimits) -> LinkLimits:
+    """Return the limits for a socket: a probe that may be fragmented proves nothing."""
+    if udp.never_fragments:
+        return limits
+    largest = min(LARGEST_WITH_FRAGMENTS, limits.largest_datagram)
+    return msgspec.structs.replace(limits, largest_datagram=largest)
 
 
 def _local_host(remote: Address) -> str:

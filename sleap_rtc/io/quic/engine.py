@@ -16,6 +16,7 @@ from sleap_rtc.io.link.certificates import (
     Certificate,
     certificate_pem_untrusted,
 )
+from sleap_rtc.io.link.limits import LinkLimits
 from sleap_rtc.io.link.session import ALPN
 from sleap_rtc.io.quic.bulk import Payload
 from sleap_rtc.io.quic.congestion import AioquicCongestion, AioquicPacer
@@ -24,11 +25,10 @@ from sleap_rtc.io.quic.fast_receive import FastReceiver
 from sleap_rtc.io.quic.fast_send import FastSender
 from sleap_rtc.io.quic.packets import CONNECTION_ID_LENGTH, SUITES
 from sleap_rtc.proto.quic.congestion import CongestionControl, Pacer
-from sleap_rtc.proto.quic.mtu import MtuSearch
+from sleap_rtc.proto.quic.mtu import SMALLEST_DATAGRAM, MtuSearch
 
 __all__ = [
     "CONNECTION_ID_LENGTH",
-    "DATAGRAM_SIZE",
     "FIRST_WINDOW",
     "Address",
     "Datagram",
@@ -40,9 +40,6 @@ __all__ = [
 
 # aioquic warns about every fault of a peer; without a handler, Python prints it.
 logging.getLogger("quic").addHandler(logging.NullHandler())
-
-DATAGRAM_SIZE = 1350
-"""UDP payload in bytes: with IPv6 and UDP headers 1398, which most tunnels let pass."""
 
 FIRST_WINDOW = 256 * 1024
 """Bytes that a peer may send before its proof is accepted: a message, and frames that
@@ -75,7 +72,7 @@ class QuicEngine:
 
     Args:
         configuration: The settings of the connection.
-        largest_datagram: UDP payload in bytes that datagrams may grow to.
+        limits: The limits of the link.
         original_destination_connection_id: For a server: the id in the client's first
             packet.
         fast_path: The directions of bulk data that take the fast path.
@@ -88,14 +85,14 @@ class QuicEngine:
     def __init__(
         self,
         configuration: QuicConfiguration,
+        limits: LinkLimits,
         *,
-        largest_datagram: int,
         original_destination_connection_id: bytes | None = None,
         fast_path: FastPath = FAST_PATH,
     ) -> None:
         size = configuration.max_datagram_size
         self.congestion = CongestionControl(size)
-        self._mtu = MtuSearch(size, largest_datagram)
+        self._mtu = MtuSearch(size, limits.largest_datagram)
         self._pacer = Pacer(self.congestion)
         self._packet_pacer = AioquicPacer(self.congestion, self._pacer)
         self.connection = AioquicConnection(
@@ -120,11 +117,6 @@ class QuicEngine:
         return self.connection.host_cid
 
     @property
-    def original_destination_connection_id(self) -> bytes:
-        """The connection id that a client's first packets begin with."""
-        return self.connection.original_destination_connection_id
-
-    @property
     def close_event(self) -> ConnectionTerminated | None:
         """The reason for the end of the connection, as soon as it is known."""
         return self.connection.close_event
@@ -138,11 +130,6 @@ class QuicEngine:
     def peer_certificate(self) -> bytes:
         """The certificate that the peer has proved to hold, DER; empty without one."""
         return self.connection.peer_certificate
-
-    @property
-    def datagram_size(self) -> int:
-        """The UDP payload of a full packet, in bytes."""
-        return self._mtu.size
 
     def unacknowledged(self, stream_id: int) -> int:
         """Return the bytes of our side of a stream that are not acknowledged."""
@@ -260,19 +247,15 @@ class QuicEngine:
 
 def client_engine_untrusted(
     certificate_der: bytes,
+    limits: LinkLimits,
     *,
-    idle_timeout: float,
-    datagram_size: int,
-    largest_datagram: int | None = None,
     fast_path: FastPath = FAST_PATH,
 ) -> QuicEngine:
     """Return the engine of a client that trusts one certificate.
 
     Args:
         certificate_der: The certificate.
-        idle_timeout: Seconds without traffic after which the peer counts as gone.
-        datagram_size: The UDP payload to begin with, in bytes.
-        largest_datagram: The payload that it may grow to; None means that it stays.
+        limits: The limits of the link.
         fast_path: The directions of bulk data that take the fast path.
 
     Raises:
@@ -286,9 +269,9 @@ def client_engine_untrusted(
             cadata=anchor,
             verify_mode=ssl.CERT_REQUIRED,
             server_name=SERVER_NAME,
-            **_common(idle_timeout, datagram_size),
+            **_common(limits),
         ),
-        largest_datagram=largest_datagram or datagram_size,
+        limits,
         fast_path=fast_path,
     )
 
@@ -296,10 +279,8 @@ def client_engine_untrusted(
 def server_engine(
     certificate: Certificate,
     connection_id: bytes,
+    limits: LinkLimits,
     *,
-    idle_timeout: float,
-    datagram_size: int,
-    largest_datagram: int | None = None,
     fast_path: FastPath = FAST_PATH,
 ) -> QuicEngine:
     """Return the engine that answers a client's first packet.
@@ -307,9 +288,7 @@ def server_engine(
     Args:
         certificate: The certificate to show.
         connection_id: The destination connection id of that packet.
-        idle_timeout: Seconds without traffic after which the peer counts as gone.
-        datagram_size: The UDP payload to begin with, in bytes.
-        largest_datagram: The payload that it may grow to; None means that it stays.
+        limits: The limits of the link.
         fast_path: The directions of bulk data that take the fast path.
     """
     return QuicEngine(
@@ -318,20 +297,20 @@ def server_engine(
             alpn_protocols=[ALPN],
             certificate=x509.load_der_x509_certificate(certificate.certificate_der),
             private_key=certificate.private_key,
-            **_common(idle_timeout, datagram_size),
+            **_common(limits),
         ),
-        largest_datagram=largest_datagram or datagram_size,
+        limits,
         original_destination_connection_id=connection_id,
         fast_path=fast_path,
     )
 
 
-def _common(idle_timeout: float, datagram_size: int) -> dict[str, Any]:
+def _common(limits: LinkLimits) -> dict[str, Any]:
     return {
         "cipher_suites": list(SUITES),
         "connection_id_length": CONNECTION_ID_LENGTH,
-        "idle_timeout": idle_timeout,
+        "idle_timeout": limits.idle_timeout,
         "max_data": FIRST_WINDOW,
-        "max_datagram_size": datagram_size,
+        "max_datagram_size": SMALLEST_DATAGRAM,
         "max_stream_data": STREAM_WINDOW,
     }

@@ -57,13 +57,10 @@ class UdpSocket:
         bound: A bound, non-blocking datagram socket, owned from now on.
 
     Attributes:
-        dropped: Datagrams that the operating system refused to send. QUIC
-            retransmits their content.
         never_fragments: True if a datagram arrives in one piece or not at all.
     """
 
     def __init__(self, bound: socket.socket) -> None:
-        self.dropped = 0
         self._socket = bound
         self._unsent: deque[Datagram] = deque()
         self._full = trio.Event()
@@ -115,8 +112,7 @@ class UdpSocket:
                     self._has_gso = False
                     continue
                 # No route, a firewall, an ICMP error, or too large for the next hop:
-                # the same as a loss on the way.
-                self.dropped += len(batch)
+                # the same as a loss on the way. QUIC retransmits the content.
             for _ in batch:
                 self._unsent.popleft()
 

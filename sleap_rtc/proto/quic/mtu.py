@@ -14,8 +14,6 @@ PROBED_SIZES = (1350, 1452, 8848, 8952, 16_383)
 jumbo frames of some clouds, and those of Ethernet; loopback, up to the largest length
 that QUIC writes in two bytes (RFC 9000, 16)."""
 
-LARGEST_DATAGRAM = PROBED_SIZES[-1]
-
 MAX_PROBES = 3
 """Probes of one size that may be lost before it is too large (RFC 8899, 5.1.2)."""
 

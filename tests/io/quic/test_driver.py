@@ -12,7 +12,6 @@ from msgspec.structs import replace
 
 from sleap_rtc.io.link.limits import LIMITS
 from sleap_rtc.io.link.link import Link
-from sleap_rtc.io.quic.driver import QuicServer
 from sleap_rtc.io.quic.link import QuicLink
 from tests.io.link.kinds import (
     VERIFIED,
@@ -37,9 +36,7 @@ async def listener() -> AsyncIterator[OneKind]:
 
 
 @pytest.mark.parametrize("first", [0x00, 0x40, 0x80, 0xC0, 0xFF])
-async def test_garbage_datagrams_are_counted_and_ignored(
-    listener: OneKind, first: int
-) -> None:
+async def test_garbage_datagrams_are_ignored(listener: OneKind, first: int) -> None:
     async with pair("quic", listener) as (client, worker):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stranger:
             for size in (0, 1, 6, 20, 1199, 1200, 1400):
@@ -53,8 +50,6 @@ async def test_garbage_datagrams_are_counted_and_ignored(
             )  # fmt: skip
         await client.send_message(VERIFIED)
         assert await worker.receive_message() == VERIFIED
-        assert isinstance(listener.server, QuicServer)
-        assert listener.server.ignored >= 7
 
 
 async def test_an_unknown_version_is_answered_with_the_known_ones(
@@ -84,4 +79,4 @@ async def test_datagrams_over_loopback_grow_as_far_as_each_side_allows(
 
 def size_of_datagrams(link: Link) -> int:
     assert isinstance(link, QuicLink)
-    return link.session._engine.datagram_size
+    return link.session._engine.connection.datagram_size

@@ -14,6 +14,7 @@ from aioquic.quic.events import (
 from aioquic.tls import Epoch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from typing_extensions import override
 
 from sleap_rtc.io.link.certificates import make_certificate
@@ -21,7 +22,6 @@ from sleap_rtc.io.link.limits import LIMITS
 from sleap_rtc.io.quic import engine as engine_module
 from sleap_rtc.io.quic.connection import Address, AioquicConnection
 from sleap_rtc.io.quic.engine import (
-    DATAGRAM_SIZE,
     Datagram,
     FastPath,
     QuicEngine,
@@ -30,7 +30,8 @@ from sleap_rtc.io.quic.engine import (
 )
 from sleap_rtc.io.quic.fast_send import MAX_BYTES_PER_TURN, MAX_PACKETS_PER_TURN
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.quic.congestion import BURST_PACKETS
+from sleap_rtc.proto.quic.congestion import BURST_PACKETS, LOSS_BACKOFF
+from sleap_rtc.proto.quic.mtu import PROBED_SIZES, SMALLEST_DATAGRAM
 
 CLIENT, SERVER = ("client", 1), ("server", 2)
 MEGABYTE = 1024 * 1024
@@ -64,7 +65,7 @@ class Pair:
         delay: float = 0.02,
         jitter: float = 0.0,
         mtu: int = 65_535,
-        largest_datagram: int = DATAGRAM_SIZE,
+        largest_datagram: int = SMALLEST_DATAGRAM,
     ) -> None:
         self.now = 1000.0
         self.loss, self.mtu = loss, mtu
@@ -72,19 +73,16 @@ class Pair:
         self._delay, self._jitter = delay, jitter
         self._wire: list[tuple[float, int, QuicEngine, Datagram]] = []
         self.datagrams_sent = 0
+        limits = replace(LIMITS, largest_datagram=largest_datagram)
         self.client = client_engine_untrusted(
             CERTIFICATE.certificate_der,
-            idle_timeout=LIMITS.idle_timeout,
-            datagram_size=DATAGRAM_SIZE,
-            largest_datagram=largest_datagram,
+            limits,
             fast_path=fast_path,
         )
         self.server = server_engine(
             CERTIFICATE,
-            self.client.original_destination_connection_id,
-            idle_timeout=LIMITS.idle_timeout,
-            datagram_size=DATAGRAM_SIZE,
-            largest_datagram=largest_datagram,
+            self.client.connection.original_destination_connection_id,
+            limits,
             fast_path=fast_path,
         )
         self.received: dict[QuicEngine, dict[int, bytearray]] = {
@@ -267,13 +265,13 @@ def test_a_path_that_loses_much_counts_as_congested(fast_path: FastPath) -> None
     before = pair.client.congestion.congestion_window
     pair.loss = 0.2
     pair.transfer(9 * MEGABYTE)
-    assert pair.client.congestion.congestion_window < before / 2
+    assert pair.client.congestion.congestion_window < LOSS_BACKOFF * before
 
 
 def test_datagrams_grow_as_far_as_the_path_allows(fast_path: FastPath) -> None:
     pair = Pair(fast_path, largest_datagram=16_383, mtu=9000)
     pair.transfer(2 * MEGABYTE)
-    assert pair.client.datagram_size == 8952
+    assert pair.client.connection.datagram_size == 8952
     assert pair.client.packets_lost == 0
 
 
@@ -287,7 +285,7 @@ def test_a_path_that_begins_to_drop_large_datagrams_does_not_end_a_link(
     pair.transfer(MEGABYTE)
     pair.mtu = 1400
     pair.transfer(MEGABYTE)
-    assert pair.client.datagram_size <= 1400
+    assert pair.client.connection.datagram_size <= 1400
     assert not pair.ends
 
 
@@ -302,7 +300,7 @@ def test_a_window_that_holds_no_datagram_does_not_halt_a_transfer(
     pair.transfer(MEGABYTE)
     # Otherwise only the acknowledgement of a ping would widen the window.
     assert pair.now - began < 1
-    assert pair.client.datagram_size == 16_383
+    assert pair.client.connection.datagram_size == 16_383
 
 
 def test_keys_are_renewed_before_they_wear_out(
@@ -332,8 +330,8 @@ def test_bulk_is_sent_at_the_pacing_rate(fast_path: FastPath) -> None:
     while pair.now < began + 1.05:
         sent += sum(len(data) for data, _ in pair.flush(pair.client))
         pair.now += 0.001
-    burst = BURST_PACKETS * DATAGRAM_SIZE
-    assert 0.05 * rate <= sent <= 0.05 * rate + burst + DATAGRAM_SIZE
+    burst = BURST_PACKETS * SMALLEST_DATAGRAM
+    assert 0.05 * rate <= sent <= 0.05 * rate + burst + SMALLEST_DATAGRAM
 
 
 def test_packets_of_acknowledgements_do_not_count_against_the_pace(
@@ -346,10 +344,14 @@ def test_packets_of_acknowledgements_do_not_count_against_the_pace(
     assert pair.flush(pair.server)
 
 
+def test_datagrams_may_grow_to_the_largest_size_that_is_probed() -> None:
+    assert LIMITS.largest_datagram == PROBED_SIZES[-1]
+
+
 # ----------------------------------------------------------------------- the fast paths
 
 
-@pytest.mark.parametrize("largest", [DATAGRAM_SIZE, 16_383])
+@pytest.mark.parametrize("largest", [SMALLEST_DATAGRAM, 16_383])
 def test_a_turn_makes_a_bounded_number_of_packets(largest: int) -> None:
     pair = Pair(largest_datagram=largest)
     pair.transfer(MEGABYTE)
@@ -501,4 +503,4 @@ def test_the_fast_path_accepts_the_same_packets_as_aioquic(
 
 def test_a_client_trusts_nothing_that_is_not_a_certificate() -> None:
     with pytest.raises(RemoteProtocolError, match="certificate"):
-        client_engine_untrusted(b"garbage", idle_timeout=1, datagram_size=1200)
+        client_engine_untrusted(b"garbage", LIMITS)

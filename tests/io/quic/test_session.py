@@ -22,7 +22,6 @@ from sleap_rtc.io.link.session import (
     Server,
 )
 from sleap_rtc.io.quic.engine import (
-    DATAGRAM_SIZE,
     Datagram,
     QuicEngine,
     client_engine_untrusted,
@@ -39,6 +38,7 @@ from sleap_rtc.proto.messages import (
     Message,
     encode_message,
 )
+from sleap_rtc.proto.quic.mtu import SMALLEST_DATAGRAM
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
 
 AUTH = Auth(session="5" * 32, proof="7" * 64)
@@ -62,7 +62,6 @@ class Network:
         delay: Seconds that a datagram takes.
         jitter: Largest further delay in seconds; datagrams overtake each other.
         mtu: The longest datagram that arrives, in bytes.
-        largest_datagram: The size that datagrams may grow to, in bytes.
         shown: The certificate of the server.
         limits: The limits of both sides.
     """
@@ -75,7 +74,6 @@ class Network:
         delay: float = 0.02,
         jitter: float = 0.0,
         mtu: int = 65_535,
-        largest_datagram: int | None = None,
         shown: Certificate = CERTIFICATE,
         limits: LinkLimits = LIMITS,
     ) -> None:
@@ -86,11 +84,10 @@ class Network:
         self._delay, self._jitter = delay, jitter
         self._wire: list[tuple[float, int, bool, Datagram]] = []
         self._sent = 0
+        engine_limits = replace(limits, largest_datagram=SMALLEST_DATAGRAM)
         engine = client_engine_untrusted(
             CERTIFICATE.certificate_der,
-            idle_timeout=LIMITS.idle_timeout,
-            datagram_size=DATAGRAM_SIZE,
-            largest_datagram=largest_datagram,
+            engine_limits,
         )
         engine.connect(SERVER, self.now)
         self.client = QuicSession(
@@ -102,10 +99,8 @@ class Network:
         )
         self.server_engine = server_engine(
             shown,
-            engine.original_destination_connection_id,
-            idle_timeout=LIMITS.idle_timeout,
-            datagram_size=DATAGRAM_SIZE,
-            largest_datagram=largest_datagram,
+            engine.connection.original_destination_connection_id,
+            engine_limits,
         )
         self.client_engine = engine
         self.server = QuicSession(
@@ -771,7 +766,7 @@ def test_a_message_decoder_accepts_any_cuts(step: int) -> None:
 
 def test_an_engine_needs_a_certificate() -> None:
     with pytest.raises(RemoteProtocolError, match="not a certificate"):
-        client_engine_untrusted(b"garbage", idle_timeout=1, datagram_size=1200)
+        client_engine_untrusted(b"garbage", LIMITS)
 
 
 def test_an_engine_has_no_certificate_before_the_handshake() -> None:

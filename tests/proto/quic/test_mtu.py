@@ -4,13 +4,14 @@ import pytest
 
 from sleap_rtc.proto.quic.mtu import (
     BLACK_HOLE_LOSSES,
-    LARGEST_DATAGRAM,
     MAX_BLACK_HOLES,
     MAX_PROBES,
     PROBED_SIZES,
     SMALLEST_DATAGRAM,
     MtuSearch,
 )
+
+LARGEST_DATAGRAM = PROBED_SIZES[-1]
 
 
 def search_path(search: MtuSearch, mtu: int) -> list[int]:

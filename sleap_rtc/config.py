@@ -258,15 +258,27 @@ class SharedStorageConfig:
                 directory, or cannot be read and written.
             ConfigError: If the configuration file cannot be used.
         """
-        value = os.fspath(cli_override) if cli_override else None
-        source = "--shared-storage-root"
-        if not value:
-            value = os.environ.get(SHARED_STORAGE_VARIABLE)
-            source = SHARED_STORAGE_VARIABLE
-        if not value:
-            value = load_settings().shared_storage_root
-            source = str(config_path())
-        return _checked_root(value, source) if value else None
+        return find_shared_root(cli_override, os.environ)
+
+
+def find_shared_root(
+    override: str | os.PathLike[str] | None, environ: Mapping[str, str]
+) -> Path | None:
+    """Find the shared storage root; see `SharedStorageConfig`.
+
+    Args:
+        override: The value of the command line, if any.
+        environ: Environment variables.
+    """
+    value = os.fspath(override) if override else None
+    source = "--shared-storage-root"
+    if not value:
+        value = environ.get(SHARED_STORAGE_VARIABLE)
+        source = SHARED_STORAGE_VARIABLE
+    if not value:
+        value = load_settings(environ).shared_storage_root
+        source = str(config_path(environ))
+    return _checked_root(value, source) if value else None
 
 
 def _checked_root(value: str, source: str) -> Path:

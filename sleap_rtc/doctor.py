@@ -15,13 +15,14 @@ import trio
 from sleap_rtc import client
 from sleap_rtc.config import (
     SHARED_STORAGE_VARIABLE,
-    SharedStorageConfig,
     chosen_environment,
+    find_shared_root,
     load_settings,
 )
 from sleap_rtc.errors import UserError
 from sleap_rtc.io.hardware import describe_machine
 from sleap_rtc.io.quic.socket import BUFFER_SIZE
+from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.probe import probe_storage
 from sleap_rtc.proto.sizes import human_size
 
@@ -65,11 +66,12 @@ async def examine(
     """
     yield _check_python()
     yield await _check_room(environ)
-    if url := chosen_environment(load_settings(environ), environ).signaling_http:
+    settings = await call_storage(load_settings, environ)
+    if url := chosen_environment(settings, environ).signaling_http:
         yield await _check_http(url)
-    yield await _check_storage(shared_storage_root)
+    yield await _check_storage(shared_storage_root, environ)
     yield _check_udp()
-    machine = await trio.to_thread.run_sync(describe_machine, Path.home())
+    machine = await call_storage(describe_machine, Path.home())
     if machine.sleap_nn:
         yield Check("sleap-nn", "ok", f"version {machine.sleap_nn} on the PATH")
     else:
@@ -144,14 +146,12 @@ def _http_status(url: str) -> int:
         return error.code  # an error is an answer as well
 
 
-async def _check_storage(shared_storage_root: Path | None) -> Check:
+async def _check_storage(
+    shared_storage_root: Path | None, environ: Mapping[str, str]
+) -> Check:
     name = "Shared storage"
     try:
-        root = await trio.to_thread.run_sync(
-            SharedStorageConfig.get_shared_storage_root,
-            shared_storage_root,
-            abandon_on_cancel=True,
-        )
+        root = await call_storage(find_shared_root, shared_storage_root, environ)
     except UserError as error:
         return Check(name, "failed", error.message, error.hint)
     if root is None:

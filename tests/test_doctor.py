@@ -1,6 +1,9 @@
 """The checks of `doctor`, each with a machine that passes and one that fails."""
 
+import os
+import sys
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from sleap_rtc.io.hardware import MachineInfo
 from sleap_rtc.proto.messages import Gpu
 from tests.client.room_lab import environ_of, worker_in
 from tests.io.signaling.lab import HOST, Server, plain_server, running_server
+from tests.io.storage.places import ends_while_reading
 
 BARE = MachineInfo(hostname="laptop", gpus=(), sleap_nn="", disk_free=0)
 
@@ -149,6 +153,36 @@ async def test_storage_that_does_not_answer_fails(
     assert check.verdict == "failed"
     assert "did not answer" in check.found
     assert "mount" in check.advice
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="FIFOs")
+async def test_the_checks_can_be_cancelled_while_the_configuration_hangs(
+    environ: dict[str, str], tmp_path: Path, mock_clock: trio.testing.MockClock
+) -> None:
+    config = tmp_path / "config.toml"
+    os.mkfifo(config)
+    environ["SLEAP_RTC_CONFIG"] = str(config)
+    assert await ends_while_reading(partial(checks, environ), config, mock_clock)
+
+
+async def test_the_storage_is_that_of_the_environment(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    environ["SHARED_STORAGE_ROOT"] = str(tmp_path)
+    assert (await checks(environ))["Shared storage"].verdict == "ok"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="FIFOs")
+async def test_the_checks_can_be_cancelled_while_the_disk_hangs(
+    environ: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    monkeypatch.setattr(doctor, "describe_machine", lambda path: fifo.read_bytes())
+    assert await ends_while_reading(partial(checks, environ), fifo, mock_clock)
 
 
 @pytest.mark.parametrize(("size", "verdict"), [(1024, "ok"), (2**30, "note")])

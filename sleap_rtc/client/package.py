@@ -3,7 +3,7 @@
 import tempfile
 import zipfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -45,12 +45,14 @@ async def open_package(named: Path) -> AsyncIterator[PackageFile]:
     Raises:
         UsageError: If it is not a package, or cannot be read.
     """
-    directory = await trio.to_thread.run_sync(_make_temporary_directory)
+    directory = await call_storage(
+        _make_temporary_directory, discard=tempfile.TemporaryDirectory.cleanup
+    )
     try:
         yield await call_storage(_find_package, named, Path(directory.name))
     finally:
-        with trio.move_on_after(CLEANUP_TIMEOUT, shield=True):
-            await trio.to_thread.run_sync(directory.cleanup, abandon_on_cancel=True)
+        with suppress(StorageError):  # the system removes what hangs
+            await call_storage(directory.cleanup, timeout=CLEANUP_TIMEOUT, shield=True)
 
 
 def _make_temporary_directory() -> "tempfile.TemporaryDirectory[str]":

@@ -24,7 +24,7 @@ from sleap_rtc.client.reach import FIND_TIMEOUT, Reach, discover, enter_room
 from sleap_rtc.client.request import JobRequest, JobResult
 from sleap_rtc.client.session import OpenLink, Plan, run_job
 from sleap_rtc.client.submissions import NoteFile, SubmissionNote, open_note
-from sleap_rtc.config import SharedStorageConfig, make_state_directory
+from sleap_rtc.config import find_shared_root, make_state_directory
 from sleap_rtc.errors import (
     ConnectionLostError,
     InterruptedJobError,
@@ -62,7 +62,7 @@ async def list_workers(
         NoWorkerError: If the signaling server cannot be reached.
         RefusedError: If the server refuses this machine.
     """
-    invite = await trio.to_thread.run_sync(require_invite, environ)
+    invite = await call_storage(require_invite, environ)
     keys = RoomKeys.from_secret(invite.secret)
     async with enter_room(invite, keys, timeout) as room:
         return await discover(room)
@@ -98,14 +98,10 @@ async def submit(
     """
     if cancel_asked is None:
         cancel_asked = trio.Event()
-    invite = await trio.to_thread.run_sync(require_invite, environ)
-    root = await trio.to_thread.run_sync(
-        SharedStorageConfig.get_shared_storage_root,
-        request.shared_storage_root,
-        abandon_on_cancel=True,
-    )
+    invite = await call_storage(require_invite, environ)
+    root = await call_storage(find_shared_root, request.shared_storage_root, environ)
     async with open_package(request.package) as package:
-        state = await trio.to_thread.run_sync(make_state_directory, environ)
+        state = await call_storage(make_state_directory, environ)
         async with open_note(
             state, package.named, package.size, package.modified_ns
         ) as note:
@@ -214,7 +210,7 @@ class _Submission:
         await self._note.write(note)
         if self._note.trouble:
             self._report(NoteTrouble(self._note.trouble))
-        return await trio.to_thread.run_sync(
+        return await call_storage(
             _make_plan, self._job_id, self._request, package, self._root, self._earlier
         )
 

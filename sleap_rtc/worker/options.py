@@ -7,7 +7,7 @@ from pathlib import Path
 
 import msgspec
 
-from sleap_rtc.config import Settings, SharedStorageConfig, load_settings
+from sleap_rtc.config import Settings, find_shared_root, load_settings
 from sleap_rtc.proto.job.script import DEFAULT_PROGRAMS
 from sleap_rtc.proto.rendezvous.envelope import Address
 from sleap_rtc.rendezvous.rooms import Hosting, parse_listen_address
@@ -76,7 +76,7 @@ def read_options(
     return WorkerOptions(
         environ=environ,
         settings=settings,
-        shared_root=SharedStorageConfig.get_shared_storage_root(shared_storage_root),
+        shared_root=find_shared_root(shared_storage_root, environ),
         slots=slots or defaults.slots,
         gpus=defaults.gpus,
         programs=DEFAULT_PROGRAMS | frozenset(defaults.allow) | frozenset(allow),

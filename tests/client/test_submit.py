@@ -1,7 +1,9 @@
 """`submit` from the package to its results or its error, in a room of this process."""
 
 import os
-from collections.abc import AsyncIterator
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ from tests.client.room_lab import Script, environ_of, serve, worker_in
 from tests.client.scripted import ScriptedWorker, result_file
 from tests.e2e.packages import make_package
 from tests.io.signaling.lab import Server, running_server
+from tests.io.storage.places import ends_while_reading
 
 
 @pytest.fixture
@@ -445,6 +448,52 @@ async def test_the_timeout_of_a_request_cancels_its_job(
 
     with pytest.raises(JobTimeoutError, match="cancelled after 5 s"):
         await sender.submit_to(server, script, timeout=5.0)
+
+
+# ------------------------------------------------------------------ storage that hangs
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="FIFOs")
+@pytest.mark.parametrize("call", ["submit", "list_workers"])
+async def test_a_client_can_be_cancelled_while_its_invite_hangs(
+    sender: Sender, call: str, mock_clock: trio.testing.MockClock
+) -> None:
+    del sender.environ["SLEAP_RTC_INVITE"]
+    invite = sender.folder / "state" / "invite"
+    invite.parent.mkdir()
+    os.mkfifo(invite)
+    calls: dict[str, Callable[[], Awaitable[object]]] = {
+        "submit": sender.submit,
+        "list_workers": partial(client.list_workers, environ=sender.environ),
+    }
+    assert await ends_while_reading(calls[call], invite, mock_clock)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="FIFOs")
+async def test_a_client_can_be_cancelled_while_its_configuration_hangs(
+    sender: Sender, mock_clock: trio.testing.MockClock
+) -> None:
+    config = sender.folder / "config.toml"
+    os.mkfifo(config)
+    sender.environ["SLEAP_RTC_CONFIG"] = str(config)
+    assert await ends_while_reading(sender.submit, config, mock_clock)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="FIFOs")
+@pytest.mark.parametrize("step", ["make_state_directory", "_make_plan"])
+async def test_a_client_can_be_cancelled_while_its_home_hangs(
+    sender: Sender,
+    server: Server,
+    step: str,
+    monkeypatch: pytest.MonkeyPatch,
+    mock_clock: trio.testing.MockClock,
+) -> None:
+    fifo = sender.folder / "fifo"
+    os.mkfifo(fifo)
+    module = sys.modules[client.submit.__module__]  # the package has `submit` as well
+    monkeypatch.setattr(module, step, lambda *_: fifo.read_bytes())
+    async with worker_in(server):
+        assert await ends_while_reading(sender.submit, fifo, mock_clock)
 
 
 def test_the_events_of_a_session_are_events_of_submit() -> None:

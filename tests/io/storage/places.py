@@ -7,13 +7,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 MEMORY = Path("/dev/shm")
 """A tmpfs on Linux: copy_file_range() and fallocate() differ there."""
@@ -160,3 +161,41 @@ class HangingStorage:
         while not self.touched.is_set():
             await trio.lowlevel.checkpoint()
         self.touched.clear()
+
+
+async def ends_while_reading(
+    call: Callable[[], Awaitable[object]], fifo: Path, clock: MockClock
+) -> bool:
+    """Cancel a call whose thread hangs while it reads a FIFO.
+
+    Returns:
+        True if the call ended before its thread did.
+    """
+    scope, ended = trio.CancelScope(), trio.Event()
+
+    async def run() -> None:
+        with scope:
+            await call()
+        ended.set()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        writer = await _wait_read(fifo)
+        scope.cancel()
+        clock.rate = 50
+        with trio.move_on_after(500):  # only for a call that waits for its thread
+            await ended.wait()
+        has_ended = ended.is_set()
+        os.close(writer)
+    return has_ended
+
+
+async def _wait_read(fifo: Path) -> int:
+    """Open a FIFO for writing as soon as a thread has opened it to read."""
+    while True:
+        try:
+            return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # no thread reads it yet
+                raise
+            await trio.lowlevel.checkpoint()

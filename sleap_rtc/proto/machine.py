@@ -3,7 +3,7 @@
 A machine gets input from the world (`receive_message`, `handle_timeout`, the state of
 its connection) and commands of its owner. After each of them the driver drains
 `next_output` until it returns None, and then reads `deadline`. The protocols below
-name these verbs; tests/proto/test_machine.py lists which machine follows which one.
+name these verbs, and every machine is a subclass of those that it follows.
 
 The transitions of a machine are one `Table`: states down, triggers across. A
 trigger is a message class or the member of an enumeration. Every cell is followed: the

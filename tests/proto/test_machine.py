@@ -3,93 +3,30 @@
 import importlib
 import pkgutil
 from enum import Enum, auto
-from types import ModuleType, NoneType
-from typing import get_type_hints
+from types import ModuleType
 
 import pytest
 
 from sleap_rtc import proto
-from sleap_rtc.proto import machine, messages
+from sleap_rtc.proto import machine
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.job import client_outputs, worker_outputs
-from sleap_rtc.proto.job.client import ClientJob
-from sleap_rtc.proto.job.shared_intake import (
-    IntakeOutput,
-    SharedIntake,
-    SharedRequest,
-)
-from sleap_rtc.proto.job.shared_route import SharedAnswer, SharedOutput, SharedRoute
-from sleap_rtc.proto.job.worker import WorkerJob
 from sleap_rtc.proto.machine import (
     Accepted,
-    ConnectedMachine,
-    Machine,
-    ReconnectingMachine,
-    ServerMachine,
     Table,
-    TimedMachine,
-    TimedPolicy,
     accept_untrusted,
     move,
     move_untrusted,
 )
-from sleap_rtc.proto.rendezvous.member import RoomMember
-from sleap_rtc.proto.rendezvous.member_outputs import MemberOutput
-from sleap_rtc.proto.rendezvous.messages import PeerSignal, ServerSignal
-from sleap_rtc.proto.rendezvous.server import RoomServer, ServerOutput
-from sleap_rtc.proto.route.race import LinkRace, RaceOutput
-from sleap_rtc.proto.transfer.machine import (
-    ReceiverOutput,
-    SenderOutput,
-    TransferMessage,
-)
-from sleap_rtc.proto.transfer.receiver import Receiver
-from sleap_rtc.proto.transfer.sender import Sender
 
 MODULES = [
     importlib.import_module(each.name)
     for each in pkgutil.walk_packages(proto.__path__, f"{proto.__name__}.")
 ]
 
-# ------------------------------------------------------- which machine has which verbs
+# ------------------------------------------------------------------------- verbs
 
 
-def check_types(
-    member: RoomMember,
-    server: RoomServer,
-    race: LinkRace,
-    receiver: Receiver,
-    sender: Sender,
-) -> None:
-    """Check each machine against its protocol, in mypy. This function never runs."""
-    _member: ReconnectingMachine[ServerSignal, MemberOutput] = member
-    _server: ServerMachine[PeerSignal, ServerOutput] = server
-    _race: TimedPolicy[RaceOutput] = race
-    _receiver: Machine[TransferMessage, ReceiverOutput] = receiver
-    _sender: Machine[TransferMessage, SenderOutput] = sender
-
-
-def check_types_of_jobs(
-    client: ClientJob, worker: WorkerJob, route: SharedRoute, intake: SharedIntake
-) -> None:
-    """Check the machines of jobs, in mypy. This function never runs."""
-    _client: TimedMachine[
-        messages.WorkerJobMessage | messages.Error, client_outputs.Output
-    ] = client
-    _connected: ConnectedMachine[
-        messages.WorkerJobMessage | messages.Error, client_outputs.Output
-    ] = client
-    _worker: ConnectedMachine[messages.ClientJobMessage, worker_outputs.Output] = worker
-    _route: TimedMachine[SharedAnswer, SharedOutput] = route
-    _intake: Machine[SharedRequest, IntakeOutput] = intake
-
-
-def test_every_machine_of_proto_is_checked() -> None:
-    checked = {
-        each
-        for function in (check_types, check_types_of_jobs)
-        for each in get_type_hints(function).values()
-    }
+def test_every_machine_is_a_subclass_of_the_protocols_that_it_follows() -> None:
     machines = {
         each
         for module in MODULES
@@ -97,7 +34,9 @@ def test_every_machine_of_proto_is_checked() -> None:
         if isinstance(each, type) and hasattr(each, "next_output")
         if each.__module__ == module.__name__ != machine.__name__
     }
-    assert machines == checked - {NoneType}
+    assert len(machines) >= 9
+    for each in machines:
+        assert machine.__name__ in {base.__module__ for base in each.__mro__}
 
 
 # --------------------------------------------------------------------------- tables

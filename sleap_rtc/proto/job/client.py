@@ -4,6 +4,7 @@ from collections import deque
 from typing import assert_never
 
 import msgspec
+from typing_extensions import override
 
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
@@ -26,7 +27,7 @@ from sleap_rtc.proto.job.reports import (
 from sleap_rtc.proto.job.results import ResultList
 from sleap_rtc.proto.job.route_plan import RoutePlan
 from sleap_rtc.proto.job.shared_route import SharedAnswer, SharedRoute, SharedState
-from sleap_rtc.proto.machine import move, move_untrusted
+from sleap_rtc.proto.machine import ConnectedMachine, TimedMachine, move, move_untrusted
 from sleap_rtc.proto.route.routes import GiveUp, TryShared, UseChannel
 
 REPLY_TIMEOUT = 30.0
@@ -57,7 +58,10 @@ class _Transfer(msgspec.Struct, frozen=True):
     """True once `StopTransfer` was returned; its report may still come."""
 
 
-class ClientJob:
+class ClientJob(
+    TimedMachine[messages.WorkerJobMessage | messages.Error, Output],
+    ConnectedMachine[messages.WorkerJobMessage | messages.Error, Output],
+):
     """One job, over as many links as it takes.
 
     Inputs from the world: `receive_message`, `handle_timeout`, `connection_lost`, and
@@ -246,14 +250,11 @@ class ClientJob:
 
     # ------------------------------------------------------------ inputs of the world
 
+    @override
     def receive_message(
         self, message: messages.WorkerJobMessage | messages.Error, now: float
     ) -> None:
-        """Handle a message of the worker; after the end of the link it is ignored.
-
-        Raises:
-            RemoteProtocolError: If the worker may not send it now; nothing changed.
-        """
+        """Handle a message of the worker; after the end of the link it is ignored."""
         if self.state is ClientState.ENDED or not self._connected:
             return
         if isinstance(message, messages.Error):
@@ -266,13 +267,9 @@ class ClientJob:
             raise RemoteProtocolError(f"{type(message).__name__} is for another job")
         self._handle(message, now)
 
+    @override
     def connection_lost(self, reason: str, now: float) -> None:
-        """Stop the transfer, and ask for another link.
-
-        Args:
-            reason: Why the link ended, for people.
-            now: Seconds on the owner's clock.
-        """
+        """Stop the transfer, and ask for another link."""
         if self.state is ClientState.ENDED or not self._connected:
             return
         self._connected = False
@@ -283,6 +280,7 @@ class ClientJob:
             self._deadline = None
         self._outputs.append(Reconnect(reason))
 
+    @override
     def connection_restored(self, now: float) -> None:
         """Continue over another link to the same worker.
 
@@ -318,6 +316,7 @@ class ClientJob:
         else:
             self._lose(reason)
 
+    @override
     def handle_timeout(self, now: float) -> None:
         """End a job whose worker is silent; nothing happens before `deadline`."""
         deadline = self.deadline()
@@ -334,14 +333,14 @@ class ClientJob:
         else:
             self._end("lost", f"the worker did not resume for {REPLY_TIMEOUT:.0f} s")
 
+    @override
     def deadline(self) -> float | None:
-        """Return when `handle_timeout` has something to do; None if never."""
         if self.state is ClientState.SHARING:
             return self._sharing().deadline() if self._connected else None
         return self._deadline
 
+    @override
     def next_output(self) -> Output | None:
-        """Remove and return the oldest effect or event; None if none is left."""
         return self._outputs.popleft() if self._outputs else None
 
     # ----------------------------------------------------------- the way to the worker

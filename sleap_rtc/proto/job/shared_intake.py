@@ -9,6 +9,8 @@ from collections import deque
 from enum import Enum, auto
 from typing import assert_never
 
+from typing_extensions import override
+
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.job.results import clean_text
@@ -18,7 +20,7 @@ from sleap_rtc.proto.job.worker_outputs import (
     ReadProbe,
     SendMessage,
 )
-from sleap_rtc.proto.machine import Ignored, Table, move, move_untrusted
+from sleap_rtc.proto.machine import Ignored, Machine, Table, move, move_untrusted
 
 SharedRequest = (
     messages.MountProbe
@@ -91,7 +93,7 @@ IGNORED: Ignored[IntakeState] = {
 """The requests that the client sent before it saw the refusal."""
 
 
-class SharedIntake:
+class SharedIntake(Machine[SharedRequest, IntakeOutput]):
     """Checks the requests of a client, until the job is `STARTED`."""
 
     def __init__(self) -> None:
@@ -106,12 +108,8 @@ class SharedIntake:
         self._early: deque[SharedRequest] = deque()
         self._outputs: deque[IntakeOutput] = deque()
 
+    @override
     def receive_message(self, message: SharedRequest, now: float) -> None:
-        """Handle a request of the client.
-
-        Raises:
-            RemoteProtocolError: If it is out of turn; nothing changed.
-        """
         kind = type(message)
         if kind in IGNORED[self.state]:
             return
@@ -147,8 +145,8 @@ class SharedIntake:
         self._early.clear()
         self._report(Report.PATH_REFUSED, messages.PathError(clean_text(reason)))
 
+    @override
     def next_output(self) -> IntakeOutput | None:
-        """Remove and return the oldest effect; None if none is left."""
         return self._outputs.popleft() if self._outputs else None
 
     def _report(self, report: Report, answer: messages.WorkerJobMessage) -> None:

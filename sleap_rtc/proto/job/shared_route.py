@@ -8,6 +8,8 @@ from collections import deque
 from enum import Enum, auto
 from typing import assert_never
 
+from typing_extensions import override
+
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.job.client_outputs import (
     CopyPackage,
@@ -16,7 +18,7 @@ from sleap_rtc.proto.job.client_outputs import (
     SendMessage,
 )
 from sleap_rtc.proto.job.paths import JobPaths
-from sleap_rtc.proto.machine import Table, move, move_untrusted
+from sleap_rtc.proto.machine import Table, TimedMachine, move, move_untrusted
 
 PROBE_TIMEOUT = 30.0
 """Seconds for the worker to read the probe file: a slow mount takes several."""
@@ -87,7 +89,7 @@ TRANSITIONS: Table[SharedState] = {
 }
 
 
-class SharedRoute:
+class SharedRoute(TimedMachine[SharedAnswer, SharedOutput]):
     """Asks for a start over shared storage, until it is `STARTED` or has `FAILED`.
 
     While no link exists, the owner drops messages and does not call `handle_timeout`.
@@ -110,12 +112,8 @@ class SharedRoute:
         self._deadline: float | None = None
         self._outputs: deque[SharedOutput] = deque([PrepareShared(job_id)])
 
+    @override
     def receive_message(self, message: SharedAnswer, now: float) -> None:
-        """Handle an answer of the worker.
-
-        Raises:
-            RemoteProtocolError: If the worker was not asked; nothing changed.
-        """
         match message:
             case messages.MountProbed(content=content):
                 if content == self._probe_content:
@@ -197,6 +195,7 @@ class SharedRoute:
             case _:
                 pass  # an effect is under way; its report goes over the new link
 
+    @override
     def handle_timeout(self, now: float) -> None:
         """Fail if the worker has not answered; nothing happens before `deadline`."""
         if self._deadline is None or now < self._deadline:
@@ -209,12 +208,12 @@ class SharedRoute:
             else "The worker did not check the paths in time"
         )
 
+    @override
     def deadline(self) -> float | None:
-        """Return when `handle_timeout` has something to do; None if never."""
         return self._deadline
 
+    @override
     def next_output(self) -> SharedOutput | None:
-        """Remove and return the oldest effect or event; None if none is left."""
         return self._outputs.popleft() if self._outputs else None
 
     def _ask_for_probe(self, probe: messages.MountProbe, now: float) -> None:

@@ -4,6 +4,7 @@ from collections import deque
 from typing import assert_never
 
 import msgspec
+from typing_extensions import override
 
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
@@ -41,7 +42,7 @@ from sleap_rtc.proto.job.worker_table import (
     WorkerState,
     WorkerTrigger,
 )
-from sleap_rtc.proto.machine import accept_untrusted, move
+from sleap_rtc.proto.machine import ConnectedMachine, accept_untrusted, move
 
 _NEEDS_ITS_LINK = frozenset(
     {WorkerState.NEW, WorkerState.SHARING, WorkerState.DISCARDED}
@@ -72,7 +73,7 @@ RunEvent = LineEvent | StageSucceeded
 """The events of a run: a line was printed or redrawn, or a stage has succeeded."""
 
 
-class WorkerJob:
+class WorkerJob(ConnectedMachine[messages.ClientJobMessage, Output]):
     """One job of a worker.
 
     Inputs from the world: `receive_message`, `connection_lost`, and then, over another
@@ -187,12 +188,9 @@ class WorkerJob:
 
     # ------------------------------------------------------------ inputs of the world
 
+    @override
     def receive_message(self, message: messages.ClientJobMessage, now: float) -> None:
-        """Handle a message of the client; after the end of the link it is ignored.
-
-        Raises:
-            RemoteProtocolError: If the client may not send it now; nothing changed.
-        """
+        """Handle a message of the client; after the end of the link it is ignored."""
         if not self._connected:
             return
         kind = type(message)
@@ -204,13 +202,9 @@ class WorkerJob:
             self.state = target
             self._handle(message, now)
 
+    @override
     def connection_lost(self, reason: str, now: float) -> None:
-        """Keep or discard the job of a client that went away.
-
-        Args:
-            reason: Why the link ended, for people.
-            now: Seconds on the owner's clock.
-        """
+        """Keep or discard the job of a client that went away."""
         self._connected = False
         before = self.state
         self._move(WorkerTrigger.LOST)
@@ -221,6 +215,7 @@ class WorkerJob:
         ):
             self._outputs.append(Discard())
 
+    @override
     def connection_restored(self, now: float) -> None:
         """Serve a client that came back over another link; its `JobResume` follows.
 
@@ -249,8 +244,8 @@ class WorkerJob:
                 self._move(WorkerTrigger.DISCARD)
                 self._discard(_Ending("CANCELLED", reason))
 
+    @override
     def next_output(self) -> Output | None:
-        """Remove and return the oldest effect; None if none is left."""
         return self._outputs.popleft() if self._outputs else None
 
     # ------------------------------------------------ reports about the shared storage

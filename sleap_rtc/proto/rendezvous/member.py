@@ -6,10 +6,17 @@ from enum import Enum, auto
 from typing import Protocol, assert_never
 
 import msgspec
+from typing_extensions import override
 
 from sleap_rtc.proto.backoff import Backoff
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.machine import Table, Trigger, move, move_untrusted
+from sleap_rtc.proto.machine import (
+    ReconnectingMachine,
+    Table,
+    Trigger,
+    move,
+    move_untrusted,
+)
 from sleap_rtc.proto.rendezvous.invite import RoomKeys
 from sleap_rtc.proto.rendezvous.member_outputs import (
     AnswerReceived,
@@ -156,7 +163,7 @@ _TEMPORARY = frozenset(
 """Codes of refusals that may pass with time; every other refusal is final."""
 
 
-class RoomMember:
+class RoomMember(ReconnectingMachine[ServerSignal, MemberOutput]):
     """One peer in one room.
 
     It starts in `MemberState.CONNECTING`, with a `Connect` to drain. A driver reports
@@ -219,31 +226,19 @@ class RoomMember:
 
     # ---------------------------------------------------------------------- inputs
 
+    @override
     def connected(self, now: float) -> None:
-        """Handle the connection that `Connect` asked for.
-
-        Raises:
-            LocalProtocolError: If the machine did not ask for one.
-        """
         self._move(_T.CONNECTED)
         self._complaint = ""
         self._deadline = now + self._limits.registration_timeout
 
+    @override
     def connect_failed(self, reason: str, now: float) -> None:
-        """Handle the failure of `Connect`.
-
-        Raises:
-            LocalProtocolError: If the machine did not ask for a connection.
-        """
         self._move(_T.CONNECT_FAILED)
         self._schedule_attempt(reason, now)
 
+    @override
     def connection_lost(self, reason: str, now: float) -> None:
-        """Handle the end of the connection.
-
-        Raises:
-            LocalProtocolError: If there was no connection.
-        """
         self._move(_T.CONNECTION_LOST)
         self._schedule_attempt(self._complaint or reason, now)
 
@@ -252,6 +247,7 @@ class RoomMember:
         if self._state is MemberState.REGISTERED:
             self._deadline = now + self._limits.silence_timeout
 
+    @override
     def receive_message(self, message: ServerSignal, now: float) -> None:
         """Handle a message of the server.
 
@@ -286,8 +282,8 @@ class RoomMember:
             case _:
                 assert_never(message)
 
+    @override
     def handle_timeout(self, now: float) -> None:
-        """Handle everything due at `now`; nothing happens before `deadline`."""
         if self._deadline is None or now < self._deadline:
             return
         state = self._state
@@ -356,12 +352,12 @@ class RoomMember:
 
     # --------------------------------------------------------------------- outputs
 
+    @override
     def deadline(self) -> float | None:
-        """Return when `handle_timeout` has something to do; None if never."""
         return self._deadline
 
+    @override
     def next_output(self) -> MemberOutput | None:
-        """Remove and return the oldest effect or event; None if there is none."""
         return self._outputs.popleft() if self._outputs else None
 
     # -------------------------------------------------------------------- internals

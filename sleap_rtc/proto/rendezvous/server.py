@@ -9,8 +9,10 @@ from typing import assert_never
 
 import msgspec
 from msgspec import UNSET, UnsetType
+from typing_extensions import override
 
 from sleap_rtc.proto.errors import LocalProtocolError
+from sleap_rtc.proto.machine import ServerMachine
 from sleap_rtc.proto.rendezvous.filters import matches
 from sleap_rtc.proto.rendezvous.invite import verify_registration
 from sleap_rtc.proto.rendezvous.messages import (
@@ -170,7 +172,7 @@ class _Refusal(Exception):
         self.drop = drop
 
 
-class RoomServer:
+class RoomServer(ServerMachine[PeerSignal, ServerOutput]):
     """All rooms of one signaling server.
 
     It serves many connections (see `ServerMachine`). A driver calls
@@ -217,6 +219,7 @@ class RoomServer:
             return
         self._deliver(connection, Challenge(nonce))
 
+    @override
     def receive_message(self, connection: int, message: PeerSignal, now: float) -> None:
         """Handle a message; a fault in it becomes a reply to the peer."""
         if not self.heard_from(connection, now):
@@ -253,10 +256,11 @@ class RoomServer:
             state.drop_at = now + self._limits.idle_timeout
         return True
 
+    @override
     def connection_lost(self, connection: int, reason: str) -> None:
-        """Forget a connection whose socket is gone."""
         self._forget(connection, reason)
 
+    @override
     def handle_timeout(self, now: float) -> None:
         """Ping and drop the connections that are due; nothing before `deadline`."""
         for connection, state in list(self._connections.items()):
@@ -269,15 +273,15 @@ class RoomServer:
 
     # --------------------------------------------------------------------- outputs
 
+    @override
     def deadline(self) -> float | None:
-        """Return when `handle_timeout` has something to do; None if never."""
         return min(
             (min(state.drop_at, state.ping_at) for state in self._connections.values()),
             default=None,
         )
 
+    @override
     def next_output(self) -> ServerOutput | None:
-        """Remove and return the oldest effect or event; None if none is left."""
         return self._outputs.popleft() if self._outputs else None
 
     # ------------------------------------------------------------------- messages

@@ -6,8 +6,9 @@ from enum import Enum, auto
 from typing import assert_never
 
 import msgspec
+from typing_extensions import override
 
-from sleap_rtc.proto.machine import Table, move
+from sleap_rtc.proto.machine import Table, TimedPolicy, move
 from sleap_rtc.proto.route.kinds import LinkKindName
 
 STAGGER_INTERVAL = 0.25
@@ -95,7 +96,7 @@ TRANSITIONS: Table[RaceState] = {
 """The transitions of `LinkRace`."""
 
 
-class LinkRace:
+class LinkRace(TimedPolicy[RaceOutput]):
     """Decides when to dial which address over which kind, and which link to keep.
 
     Each kind tries the addresses one after another, `STAGGER_INTERVAL` apart, and
@@ -160,14 +161,14 @@ class LinkRace:
         self._start_next_at_once(attempt.kind, now)
         self._advance(now)
 
+    @override
     def handle_timeout(self, now: float) -> None:
-        """Handle everything due at `now`; nothing happens before `deadline`."""
         self._advance(now)
 
     # --------------------------------------------------------------------- outputs
 
+    @override
     def deadline(self) -> float | None:
-        """Return when `handle_timeout` has something to do; None if never."""
         times = [self._next_at[kind] for kind, left in self._waiting.items() if left]
         match self._state:
             case RaceState.DIALING:
@@ -179,8 +180,8 @@ class LinkRace:
             case _:
                 assert_never(self._state)
 
+    @override
     def next_output(self) -> RaceOutput | None:
-        """Remove and return the oldest output; None if none is left."""
         return self._outputs.popleft() if self._outputs else None
 
     # ------------------------------------------------------------------- decisions

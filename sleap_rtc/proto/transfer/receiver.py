@@ -7,7 +7,7 @@ from typing import assert_never
 from typing_extensions import override
 
 from sleap_rtc.proto.errors import LocalProtocolError
-from sleap_rtc.proto.machine import Table, Trigger
+from sleap_rtc.proto.machine import Machine, Table, Trigger
 from sleap_rtc.proto.messages import (
     ChunkGrant,
     FileError,
@@ -107,7 +107,10 @@ LATE: Late[ReceiverState] = {
 storage may report on a transfer that has failed meanwhile."""
 
 
-class Receiver(TransferMachine[ReceiverState, ReceiverOutput]):
+class Receiver(
+    TransferMachine[ReceiverState, ReceiverOutput],
+    Machine[TransferMessage, ReceiverOutput],
+):
     """The receiving side of one transfer; the first grants wait in `next_output`.
 
     Report what happens: `chunk_arrived` for the header of each frame of this transfer,
@@ -202,12 +205,9 @@ class Receiver(TransferMachine[ReceiverState, ReceiverOutput]):
             else:
                 self._ask_for_more()
 
+    @override
     def receive_message(self, message: TransferMessage, now: float) -> None:
         """Handle a control message of this transfer.
-
-        Args:
-            message: The message.
-            now: The time, on which a transfer does not depend.
 
         Raises:
             LocalProtocolError: If the message is of another transfer.
@@ -243,8 +243,8 @@ class Receiver(TransferMachine[ReceiverState, ReceiverOutput]):
         if self._move(ReceiverTrigger.CANCELLED):
             self._report_failure(reason)
 
+    @override
     def next_output(self) -> ReceiverOutput | None:
-        """Remove and return the oldest effect or event; None if none is left."""
         return self._outputs.popleft() if self._outputs else None
 
     def _fault_of_chunk(self, header: ChunkHeader) -> str | None:

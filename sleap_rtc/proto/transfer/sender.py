@@ -8,7 +8,7 @@ from typing import assert_never
 from typing_extensions import override
 
 from sleap_rtc.proto.errors import LocalProtocolError
-from sleap_rtc.proto.machine import Table, Trigger
+from sleap_rtc.proto.machine import Machine, Table, Trigger
 from sleap_rtc.proto.messages import (
     ChunkGrant,
     FileError,
@@ -103,7 +103,9 @@ LATE: Late[SenderState] = {
 _CHANGED = "the file changed while it was sent; send it again"
 
 
-class Sender(TransferMachine[SenderState, SenderOutput]):
+class Sender(
+    TransferMachine[SenderState, SenderOutput], Machine[TransferMessage, SenderOutput]
+):
     """The sending side of one transfer, from the offer of the file on.
 
     Report what happens: `receive_message`, `chunk_sent` for each `ReadAndSend`,
@@ -138,12 +140,9 @@ class Sender(TransferMachine[SenderState, SenderOutput]):
         """Bytes of the chunks that were sent or hashed so far, each counted once."""
         return self._hashes.bytes_there
 
+    @override
     def receive_message(self, message: TransferMessage, now: float) -> None:
         """Handle a control message of this transfer.
-
-        Args:
-            message: The message.
-            now: The time, on which a transfer does not depend.
 
         Raises:
             LocalProtocolError: If the message is of another transfer.
@@ -217,8 +216,8 @@ class Sender(TransferMachine[SenderState, SenderOutput]):
         if self._move(SenderTrigger.CANCELLED):
             self._report_failure(reason)
 
+    @override
     def next_output(self) -> SenderOutput | None:
-        """Remove and return the oldest effect or event; None if none is left."""
         if self._outputs:
             return self._outputs.popleft()
         is_sending = self.state is SenderState.SENDING

@@ -154,7 +154,11 @@ class TerminalWatch(Watch):
 
 
 class _Lines:
-    """The output of a job on standard output, with redraws of the last line."""
+    """The output of a job on standard output, with redraws of the last line.
+
+    It keeps only the line that may still be redrawn; the worker keeps the others, in
+    `LogHistory` for a client that resumes, and in the file of `JobLog`.
+    """
 
     def __init__(self) -> None:
         self._number = 0

@@ -52,6 +52,9 @@ async def open_job_log(
 class JobLog:
     """Cuts output into lines, delivers them, and writes those that are final.
 
+    It is the source of all lines and keeps none that is written: `LogHistory` keeps the
+    recent ones for a client that resumes its job.
+
     A full or slow disk does not stop the job: the client gets all lines in any case.
     Made by `open_job_log`.
     """

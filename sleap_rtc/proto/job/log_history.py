@@ -14,6 +14,10 @@ _LINE_OVERHEAD = 200
 class LogHistory:
     """Keeps the last version of each line, up to a number of bytes.
 
+    It serves a client that resumes its job: unlike the file of the worker's `JobLog` it
+    has a limit and includes lines that may still be redrawn, and it keeps messages to
+    send, not text to show as the terminal of the client does.
+
     Args:
         limit: Bytes to keep; the oldest lines are dropped first.
     """

@@ -28,6 +28,7 @@ from sleap_rtc.io.signaling.client import (
 )
 from sleap_rtc.io.signals import end_on_signal
 from sleap_rtc.io.storage.call import call_storage
+from sleap_rtc.proto.job.paths import JOBS
 from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting
 from sleap_rtc.proto.rendezvous.envelope import Address
 from sleap_rtc.proto.rendezvous.invite import Invite, RoomKeys
@@ -108,7 +109,7 @@ class Worker:
         self._peer_id = peer_id
         self._log = structlog.get_logger().bind(worker=peer_id)
         self._state = state_directory(options.environ)
-        self._jobs = self._state / "jobs"
+        self._jobs = self._state / JOBS
         self._disk_free = machine.disk_free
         self._queue = SlotQueue(options.slots or max(1, len(gpus)), gpus)
 

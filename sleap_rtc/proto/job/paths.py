@@ -2,6 +2,10 @@
 
 import msgspec
 
+JOBS = "jobs"
+"""Name of the folder of all job directories, beneath a shared root and in the state
+directory of a worker."""
+
 MODELS = "models"
 """Name of the folder for the models in a job directory."""
 
@@ -20,7 +24,7 @@ class JobPaths(msgspec.Struct, frozen=True):
     @property
     def directory(self) -> str:
         """The job directory."""
-        return f"jobs/{self.job_id}"
+        return f"{JOBS}/{self.job_id}"
 
     @property
     def probe(self) -> str:

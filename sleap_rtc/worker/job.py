@@ -322,14 +322,9 @@ class Job:
         self.drain()
 
     async def _make_output(self, path: str) -> None:
-        root, directory = self._shared_root, self._directory
         try:
-            if root is None or directory not in (root / path, (root / path).parent):
-                raise InvalidInput(
-                    f"{path} is not in the job directory, beside the package"
-                )
             if self.state is WorkerState.SHARING:
-                await ask_shared(root, make_directories_beneath, path)
+                await ask_shared(self._shared_root, make_directories_beneath, path)
             self._machine.output_made()
         except (InvalidInput, StorageError) as error:
             self._machine.path_refused(str(error))

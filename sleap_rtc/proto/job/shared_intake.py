@@ -169,8 +169,23 @@ class SharedIntake(Machine[SharedRequest, IntakeOutput]):
                 self._outputs.append(CheckInput(path))
             case messages.SharedOutputPath(path=path):
                 self.output_path = path
-                self._outputs.append(MakeOutput(path))
+                if _is_beside(path, self.package):
+                    self._outputs.append(MakeOutput(path))
+                else:
+                    self.path_refused(
+                        f"{path} is not in the job directory, beside the package"
+                    )
             case messages.SharedStorageJob():
                 pass
             case _:
                 assert_never(message)
+
+
+def _is_beside(path: str, package: str) -> bool:
+    """Return True for the directory of the package, and for a path directly in it."""
+    directory = _parent(package)
+    return directory in (path, _parent(path))
+
+
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0]

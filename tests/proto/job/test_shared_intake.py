@@ -143,6 +143,39 @@ def test_every_request_in_every_state(
     assert (snapshot(intake) == before) == is_ignored
 
 
+@pytest.mark.parametrize(
+    ("path", "is_made"),
+    [
+        (f"jobs/{JOB}", True),
+        (f"jobs/{JOB}/models", True),
+        (f"jobs/{JOB}/deep/models", False),
+        ("jobs", False),
+        ("jobs/job_ffff0000/models", False),
+        (f"/jobs/{JOB}/models", False),
+    ],
+)
+@pytest.mark.parametrize("is_early", [False, True])
+def test_models_lie_beside_their_package(
+    path: str, is_made: bool, is_early: bool
+) -> None:
+    intake = intake_at(
+        IntakeState.CHECKING_INPUT if is_early else IntakeState.INPUT_VALID
+    )
+    intake.receive_message(messages.SharedOutputPath(path), 0.0)
+    if is_early:
+        receive(messages.SharedStorageJob)(intake)
+        intake.input_valid()
+    if is_made:
+        assert intake.state is IntakeState.MAKING_OUTPUT
+        assert drain(intake)[-1] == MakeOutput(path)
+    else:
+        assert intake.state is IntakeState.REFUSED
+        reason = f"{path} is not in the job directory, beside the package"
+        assert drain(intake)[-1] == SendMessage(messages.PathError(reason))
+        receive(messages.SharedStorageJob)(intake)  # sent before the refusal came
+        assert intake.state is IntakeState.REFUSED
+
+
 # Each report with its outputs, the states that expect it, and those that follow.
 REPORTS: list[tuple[Input, list[IntakeOutput], dict[IntakeState, IntakeState]]] = [
     (

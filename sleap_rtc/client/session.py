@@ -138,6 +138,7 @@ class _Session:
             plan.chosen_output,
             lambda done, total: self._progress("Fetching results", done, total),
         )
+        self._begun = trio.Event()
         self._there_before = 0
         self._source: ChunkReader | None = None
         self._connection: Connection | None = None
@@ -255,6 +256,7 @@ class _Session:
             self._job.resume(route_plan, now, route=plan.route)
         else:
             self._job.submit(route_plan, now)
+        self._begun.set()
         self._drain()
 
     # ---------------------------------------------------------------- background tasks
@@ -269,6 +271,8 @@ class _Session:
     async def cancel_when(self, asked: trio.Event) -> None:
         """Cancel the job once the event is set."""
         await asked.wait()
+        if self._plan.resumes:
+            await self._begun.wait()  # the worker has the job, and has to stop it
         self._job.cancel("cancelled", trio.current_time())
         self._drain()
 

@@ -130,6 +130,7 @@ class _Submission:
         self._worker_id = ""
         self._output: Path | None = None
         self._timed_out = False
+        self._is_noted = False
         self._connecting = trio.CancelScope()
         self._phases = _Phases("connect", trio.current_time())
 
@@ -138,14 +139,16 @@ class _Submission:
         if self._note.changed is not None:
             self._report(PackageChanged(self._note.changed.job_id))
         reach = Reach(invite, self._request.route, self._on_event)
-        ending = JobEnded("cancelled", "no worker had been reached")
+        ending = JobEnded(
+            "cancelled", "no worker had been reached", confirmed=self._earlier is None
+        )
         async with open_background_nursery() as nursery:
             nursery.start_soon(self._watch_time, cancel_asked)
             nursery.start_soon(self._stop_connecting, cancel_asked)
             with self._connecting:
                 ending = await self._connect_and_run(reach, cancel_asked)
         self._phases.enter("done", trio.current_time())
-        if not ending.can_be_resumed:
+        if self._is_noted and not ending.can_be_resumed:
             await self._note.remove()
         self._raise_unless_complete(ending)
         return JobResult(self._job_id, self._output, self._phases.seconds)
@@ -208,6 +211,7 @@ class _Submission:
         )
         # On the disk before the job starts: a crash must not start it twice.
         await self._note.write(note)
+        self._is_noted = True
         if self._note.trouble:
             self._report(NoteTrouble(self._note.trouble))
         return await call_storage(

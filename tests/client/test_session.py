@@ -205,6 +205,23 @@ async def test_a_worker_that_does_not_confirm_is_given_some_time(
     assert trio.current_time() - began == pytest.approx(CANCEL_TIMEOUT)
 
 
+async def test_an_earlier_job_is_cancelled_at_its_worker_even_before_the_greeting(
+    client: Client,
+) -> None:
+    client.plan = msgspec.structs.replace(client.plan, resumes=True)
+    client.cancel_asked.set()
+
+    async def script(worker: ScriptedWorker) -> None:
+        await worker.greet()
+        await worker.expect(messages.JobResume)
+        await worker.send(messages.ResumeAccepted(JOB, messages.JobProgress("RUNNING")))
+        await worker.expect(messages.JobCancel)
+        await worker.send(messages.JobFailed(JOB, "cancelled"))
+
+    ending = await client.run(script)
+    assert (ending.outcome, ending.confirmed) == ("cancelled", True)
+
+
 async def test_a_job_is_cancelled_while_its_link_is_lost(
     client: Client, autojump_clock: trio.testing.MockClock
 ) -> None:

@@ -397,6 +397,20 @@ async def test_cancelling_before_a_worker_is_reached_ends_at_once(
             await sender.submit()
 
 
+@pytest.mark.parametrize("change", ["nothing", "fresh", "package"])
+async def test_cancelling_before_a_worker_is_reached_keeps_the_note_of_an_earlier_job(
+    sender: Sender, server: Server, change: str
+) -> None:
+    await leave_note(sender, server)
+    if change == "package":
+        make_package(sender.package, "act say something else")
+    async with worker_in(server, on_offer=sender.cancel_asked.set):
+        with pytest.raises(InterruptedJobError) as caught:
+            await sender.submit(fresh=change == "fresh")
+    assert len(sender.notes()) == 1
+    assert bool(caught.value.hint) is (change == "nothing")
+
+
 async def test_a_cancelled_job_is_cancelled_at_the_worker(
     sender: Sender, server: Server, made: Path
 ) -> None:

@@ -13,14 +13,13 @@ transition depends on time: the link notices a peer that is gone.
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Mapping
 from enum import Enum
 from typing import Generic, TypeVar
 
 import msgspec
 
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
-from sleap_rtc.proto.machine import Table, Trigger, move, move_untrusted
+from sleap_rtc.proto.machine import Ignored, Table, Trigger, move, move_untrusted
 from sleap_rtc.proto.messages import (
     ChunkGrant,
     FileError,
@@ -31,7 +30,13 @@ from sleap_rtc.proto.messages import (
 MAX_WINDOW = 64
 """Chunks that may be granted and not yet begun by the sender."""
 
-TransferMessage = ChunkGrant | FileReceived | FileVerified | FileError
+SenderMessage = FileVerified | FileError
+"""Messages that a sender sends."""
+
+ReceiverMessage = ChunkGrant | FileReceived | FileError
+"""Messages that a receiver sends."""
+
+TransferMessage = SenderMessage | ReceiverMessage
 """The messages of a running transfer."""
 
 
@@ -88,9 +93,6 @@ SenderOutput = SendMessage | ReadAndSend | HashMissing | TransferDone | Transfer
 StateT = TypeVar("StateT", bound=Enum)
 OutputT = TypeVar("OutputT", bound=msgspec.Struct)
 
-Late = Mapping[StateT, frozenset[Trigger]]
-"""Triggers that are ignored in each state because they come too late to matter."""
-
 
 class TransferMachine(ABC, Generic[StateT, OutputT]):
     """State, tables and outputs of a receiver or a sender.
@@ -102,7 +104,7 @@ class TransferMachine(ABC, Generic[StateT, OutputT]):
         transfer_id: The number that the two sides use.
         state: The first state.
         transitions: The state that each trigger leads to.
-        late: The triggers that are ignored.
+        ignored: The triggers that come too late to matter.
     """
 
     def __init__(
@@ -111,12 +113,12 @@ class TransferMachine(ABC, Generic[StateT, OutputT]):
         state: StateT,
         *,
         transitions: Table[StateT],
-        late: Late[StateT],
+        ignored: Ignored[StateT],
     ) -> None:
         self.transfer_id = transfer_id
         self.state = state
         self._transitions = transitions
-        self._late = late
+        self._ignored = ignored
         self._outputs: deque[SendMessage | TransferFailed | OutputT] = deque()
 
     def _move(self, trigger: Trigger) -> bool:
@@ -125,7 +127,7 @@ class TransferMachine(ABC, Generic[StateT, OutputT]):
         Raises:
             LocalProtocolError: If the trigger is not in the row of the state.
         """
-        if trigger in self._late[self.state]:
+        if trigger in self._ignored[self.state]:
             return False
         self.state = move(self._transitions, self.state, trigger)
         return True
@@ -135,7 +137,7 @@ class TransferMachine(ABC, Generic[StateT, OutputT]):
 
         The transfer fails if it is not expected.
         """
-        if trigger in self._late[self.state]:
+        if trigger in self._ignored[self.state]:
             return False
         try:
             self.state = move_untrusted(self._transitions, self.state, trigger)

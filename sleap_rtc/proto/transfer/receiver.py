@@ -4,10 +4,11 @@ from collections.abc import Iterable
 from enum import Enum, auto
 from typing import assert_never
 
+import msgspec
 from typing_extensions import override
 
 from sleap_rtc.proto.errors import LocalProtocolError
-from sleap_rtc.proto.machine import Machine, Table, Trigger
+from sleap_rtc.proto.machine import Ignored, Machine, Table, Trigger
 from sleap_rtc.proto.messages import (
     ChunkGrant,
     FileError,
@@ -18,22 +19,33 @@ from sleap_rtc.proto.transfer.chunk_map import ChunkMap
 from sleap_rtc.proto.transfer.frames import ChunkHeader
 from sleap_rtc.proto.transfer.machine import (
     MAX_WINDOW,
-    Late,
     Publish,
     ReceiverOutput,
+    SenderMessage,
     Store,
     TransferDone,
     TransferMachine,
     TransferMessage,
 )
 
-MAX_WINDOW_BYTES = 64 * 1024 * 1024
-"""Bytes that a receiver grants at most, whatever the size of the chunks: it may have to
-hold them in memory."""
 
-MAX_DAMAGES = 5
-"""Times that one chunk may arrive damaged. The link has integrity checks of its own,
-so more damage means a broken sender."""
+class ReceiverLimits(msgspec.Struct, frozen=True):
+    """Limits of a receiver.
+
+    Args:
+        window: Chunks that may be granted and not yet stored, at most `MAX_WINDOW`.
+        window_bytes: Bytes that are granted at most, whatever the size of the chunks:
+            a receiver may have to hold them in memory.
+        damages: Times that one chunk may arrive damaged. The link has integrity checks
+            of its own, so more damage means a broken sender.
+    """
+
+    window: int = 16
+    window_bytes: int = 64 * 1024 * 1024
+    damages: int = 5
+
+
+LIMITS = ReceiverLimits()
 
 
 class ReceiverState(Enum):
@@ -96,15 +108,15 @@ _AFTER_THE_END: frozenset[Trigger] = frozenset(
     }
 )
 
-LATE: Late[ReceiverState] = {
+IGNORED: Ignored[ReceiverState] = {
     _S.RECEIVING: frozenset(),
     _S.VERIFYING: frozenset({_T.CHUNK_ARRIVED}),
     _S.PUBLISHING: frozenset({_T.CHUNK_ARRIVED, FileVerified, FileError}),
     _S.DONE: _AFTER_THE_END,
     _S.FAILED: _AFTER_THE_END | {_T.CHUNK_STORED, _T.CHUNK_DAMAGED, _T.PUBLISHED},
 }
-"""Triggers that are ignored. The sender may answer or send a chunk twice, and the
-storage may report on a transfer that has failed meanwhile."""
+"""The sender may answer or send a chunk twice, and the storage may report on a transfer
+that has failed meanwhile."""
 
 
 class Receiver(
@@ -122,22 +134,27 @@ class Receiver(
         transfer_id: The number that the two sides use.
         chunk_map: The chunks that an earlier transfer stored. The machine adds those
             that it stores.
-        window: Chunks that may be granted and not yet stored; fewer if they are large.
+        limits: The credits of the sender.
 
     Raises:
         LocalProtocolError: If the window is not between 1 and `MAX_WINDOW`.
     """
 
     def __init__(
-        self, transfer_id: int, chunk_map: ChunkMap, *, window: int = 16
+        self, transfer_id: int, chunk_map: ChunkMap, limits: ReceiverLimits = LIMITS
     ) -> None:
         super().__init__(
-            transfer_id, ReceiverState.RECEIVING, transitions=TRANSITIONS, late=LATE
+            transfer_id,
+            ReceiverState.RECEIVING,
+            transitions=TRANSITIONS,
+            ignored=IGNORED,
         )
-        if not 0 < window <= MAX_WINDOW:
-            raise LocalProtocolError(f"not a window: {window} chunks")
+        if not 0 < limits.window <= MAX_WINDOW:
+            raise LocalProtocolError(f"not a window: {limits.window} chunks")
         self._map = chunk_map
-        self._window = min(window, max(1, MAX_WINDOW_BYTES // chunk_map.chunk_size))
+        in_memory = max(1, limits.window_bytes // chunk_map.chunk_size)
+        self._window = min(limits.window, in_memory)
+        self._max_damages = limits.damages
         self._granted: set[int] = set()
         self._storing: dict[int, bytes] = {}  # the hash of each chunk
         self._again: set[int] = set()
@@ -191,7 +208,7 @@ class Receiver(
     def chunk_damaged(self, index: int) -> None:
         """Record that the hash of a chunk was wrong, and ask for the chunk again.
 
-        After `MAX_DAMAGES` of the same chunk the transfer fails.
+        The transfer fails if the same chunk was damaged too often.
 
         Raises:
             LocalProtocolError: If there was no `Store` for it.
@@ -200,8 +217,9 @@ class Receiver(
             self._end_storing(index)
             self._again.add(index)
             self._damages_of[index] = self._damages_of.get(index, 0) + 1
-            if self._damages_of[index] == MAX_DAMAGES:
-                self._blame_peer(f"chunk {index} arrived damaged {MAX_DAMAGES} times")
+            damages = self._damages_of[index]
+            if damages == self._max_damages:
+                self._blame_peer(f"chunk {index} arrived damaged {damages} times")
             else:
                 self._ask_for_more()
 
@@ -213,15 +231,14 @@ class Receiver(
             LocalProtocolError: If the message is of another transfer.
         """
         self._check_id(message.transfer_id)
-        if not self._move_untrusted(type(message)):
-            return
+        is_expected = self._move_untrusted(type(message))
+        if not is_expected or not isinstance(message, SenderMessage):
+            return  # the messages of a receiver are never expected
         match message:
             case FileVerified():
                 self._outputs.append(Publish())
             case FileError(reason=reason):
                 self._report_failure(reason, tell_peer=False)
-            case ChunkGrant() | FileReceived():
-                raise AssertionError("the sender's messages are not in the table")
             case _:
                 assert_never(message)
 

@@ -8,7 +8,7 @@ from typing import assert_never
 from typing_extensions import override
 
 from sleap_rtc.proto.errors import LocalProtocolError
-from sleap_rtc.proto.machine import Machine, Table, Trigger
+from sleap_rtc.proto.machine import Ignored, Machine, Table, Trigger
 from sleap_rtc.proto.messages import (
     ChunkGrant,
     FileError,
@@ -19,8 +19,8 @@ from sleap_rtc.proto.transfer.chunk_map import ChunkMap
 from sleap_rtc.proto.transfer.machine import (
     MAX_WINDOW,
     HashMissing,
-    Late,
     ReadAndSend,
+    ReceiverMessage,
     SenderOutput,
     TransferDone,
     TransferMachine,
@@ -92,13 +92,14 @@ _AFTER_THE_END: frozenset[Trigger] = frozenset(
     }
 )
 
-LATE: Late[SenderState] = {
+IGNORED: Ignored[SenderState] = {
     _S.SENDING: frozenset(),
     _S.VERIFYING: frozenset(),
     _S.DONE: _AFTER_THE_END,
     _S.FAILED: _AFTER_THE_END,
 }
-"""Triggers that are ignored: they were under way when the transfer ended."""
+"""The sender finishes what was under way when the transfer ended, and the receiver may
+send on."""
 
 _CHANGED = "the file changed while it was sent; send it again"
 
@@ -127,7 +128,7 @@ class Sender(
 
     def __init__(self, transfer_id: int, size: int, chunk_size: int) -> None:
         super().__init__(
-            transfer_id, SenderState.SENDING, transitions=TRANSITIONS, late=LATE
+            transfer_id, SenderState.SENDING, transitions=TRANSITIONS, ignored=IGNORED
         )
         self._hashes = ChunkMap(size, chunk_size)
         self._queue: deque[int] = deque()
@@ -148,8 +149,9 @@ class Sender(
             LocalProtocolError: If the message is of another transfer.
         """
         self._check_id(message.transfer_id)
-        if not self._move_untrusted(type(message)):
-            return
+        is_expected = self._move_untrusted(type(message))
+        if not is_expected or not isinstance(message, ReceiverMessage):
+            return  # the messages of a sender are never expected
         match message:
             case ChunkGrant():
                 self._receive_grant_untrusted(message)
@@ -158,8 +160,6 @@ class Sender(
                 self._verify()
             case FileError(reason=reason):
                 self._report_failure(reason, tell_peer=False)
-            case FileVerified():
-                raise AssertionError("the receiver's message is not in the table")
             case _:
                 assert_never(message)
 

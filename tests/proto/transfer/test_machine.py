@@ -5,7 +5,12 @@ from collections.abc import Callable
 import pytest
 
 from sleap_rtc.proto.messages import ChunkGrant
-from sleap_rtc.proto.transfer.receiver import MAX_DAMAGES, Receiver, ReceiverState
+from sleap_rtc.proto.transfer.receiver import (
+    LIMITS,
+    Receiver,
+    ReceiverLimits,
+    ReceiverState,
+)
 from tests.proto.transfer.world import CHUNK_SIZE, NOW, TRANSFER_ID, World
 
 SIZES = [0, 1, CHUNK_SIZE - 1, CHUNK_SIZE, CHUNK_SIZE + 1, 5 * CHUNK_SIZE, 90_001]
@@ -129,7 +134,7 @@ def test_a_chunk_that_is_bad_every_time_ends_the_transfer() -> None:
     world = World(1, content_of(1))
     world.damage_chance = 1.0
     world.run()
-    assert world.damages == MAX_DAMAGES
+    assert world.damages == LIMITS.damages
     assert world.failure == "chunk 0 arrived damaged 5 times"
     assert world.sender_failure == world.failure
     assert not world.done
@@ -192,7 +197,7 @@ def test_a_resumed_receiver_grants_only_missing_chunks() -> None:
         assert world.step()
     there = world.receiver.chunk_map
     missing = [index for run in there.missing() for index in run]
-    receiver = Receiver(TRANSFER_ID, there, window=64)
+    receiver = Receiver(TRANSFER_ID, there, ReceiverLimits(window=64))
     granted: list[int] = []
     while (output := receiver.next_output()) is not None:
         message = getattr(output, "message", None)

@@ -28,8 +28,9 @@ from sleap_rtc.proto.transfer.machine import (
     TransferFailed,
 )
 from sleap_rtc.proto.transfer.receiver import (
-    MAX_WINDOW_BYTES,
+    LIMITS,
     Receiver,
+    ReceiverLimits,
     ReceiverState,
     ReceiverTrigger,
 )
@@ -78,8 +79,9 @@ def failure(reason: str) -> list[msgspec.Struct]:
 # ---------------------------------------------------------------------- receiver
 
 
-def new_receiver(size: int = len(CONTENT), *, window: int = 16) -> Receiver:
-    return Receiver(TRANSFER_ID, ChunkMap(size, CHUNK_SIZE), window=window)
+def new_receiver(window: int = LIMITS.window) -> Receiver:
+    chunks = ChunkMap(len(CONTENT), CHUNK_SIZE)
+    return Receiver(TRANSFER_ID, chunks, ReceiverLimits(window=window))
 
 
 def receiver_in(state: ReceiverState) -> Receiver:
@@ -146,7 +148,7 @@ def test_every_trigger_of_a_receiver_in_every_state(
         give(receiver)
         assert outputs_of(receiver) == RECEIVER_OUTPUTS[state, trigger]
         assert receiver.state is receiving.TRANSITIONS[state][trigger]
-    elif trigger in receiving.LATE[state]:
+    elif trigger in receiving.IGNORED[state]:
         give(receiver)
         assert (receiver.state, outputs_of(receiver)) == (state, [])
     elif isinstance(trigger, type) or trigger is ReceiverTrigger.CHUNK_ARRIVED:
@@ -163,9 +165,9 @@ def test_every_trigger_of_a_receiver_in_every_state(
 
 def test_no_trigger_of_a_receiver_is_left_out() -> None:
     for state in ReceiverState:
-        row, late = receiving.TRANSITIONS[state].keys(), receiving.LATE[state]
-        assert not row & late
-        assert row | late <= RECEIVER_INPUTS.keys() | RECEIVER_GUARDS
+        row, ignored = receiving.TRANSITIONS[state].keys(), receiving.IGNORED[state]
+        assert not row & ignored
+        assert row | ignored <= RECEIVER_INPUTS.keys() | RECEIVER_GUARDS
         expected = {trigger for other, trigger in RECEIVER_OUTPUTS if other is state}
         assert expected == row - RECEIVER_GUARDS
 
@@ -263,8 +265,8 @@ def test_a_window_has_limits(window: int) -> None:
 def test_large_chunks_make_a_small_window() -> None:
     chunk_size = 16 * 1024 * 1024
     chunks = ChunkMap(100 * chunk_size, chunk_size)
-    receiver = Receiver(TRANSFER_ID, chunks, window=MAX_WINDOW)
-    assert receiver.outstanding * chunk_size == MAX_WINDOW_BYTES
+    receiver = Receiver(TRANSFER_ID, chunks)
+    assert receiver.outstanding * chunk_size == LIMITS.window_bytes
 
 
 # ------------------------------------------------------------------------ sender
@@ -347,7 +349,7 @@ def test_every_trigger_of_a_sender_in_every_state(
         give(sender)
         assert outputs_of(sender) == SENDER_OUTPUTS[state, trigger]
         assert sender.state is sending.TRANSITIONS[state][trigger]
-    elif trigger in sending.LATE[state]:
+    elif trigger in sending.IGNORED[state]:
         give(sender)
         assert (sender.state, outputs_of(sender)) == (state, [])
     elif isinstance(trigger, type):
@@ -363,9 +365,9 @@ def test_every_trigger_of_a_sender_in_every_state(
 
 def test_no_trigger_of_a_sender_is_left_out() -> None:
     for state in SenderState:
-        row, late = sending.TRANSITIONS[state].keys(), sending.LATE[state]
-        assert not row & late
-        assert row | late <= SENDER_INPUTS.keys() | SENDER_GUARDS
+        row, ignored = sending.TRANSITIONS[state].keys(), sending.IGNORED[state]
+        assert not row & ignored
+        assert row | ignored <= SENDER_INPUTS.keys() | SENDER_GUARDS
         expected = {trigger for other, trigger in SENDER_OUTPUTS if other is state}
         assert expected == row - SENDER_GUARDS
 

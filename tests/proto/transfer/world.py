@@ -17,7 +17,7 @@ from sleap_rtc.proto.transfer.machine import (
     TransferFailed,
     TransferMessage,
 )
-from sleap_rtc.proto.transfer.receiver import Receiver
+from sleap_rtc.proto.transfer.receiver import Receiver, ReceiverLimits
 from sleap_rtc.proto.transfer.sender import READ_AHEAD, Sender
 
 CHUNK_SIZE = 4096
@@ -43,11 +43,11 @@ class World:
         self.random = Random(seed)
         self.content = content
         self.source = content
-        self.window = window
+        self.limits = ReceiverLimits(window=window)
         self.disk = bytearray(len(content))
         self.sender = Sender(TRANSFER_ID, len(content), CHUNK_SIZE)
         self.receiver = Receiver(
-            TRANSFER_ID, ChunkMap(len(content), CHUNK_SIZE), window=window
+            TRANSFER_ID, ChunkMap(len(content), CHUNK_SIZE), self.limits
         )
         self.to_sender: list[TransferMessage] = []
         self.to_receiver: list[TransferMessage] = []
@@ -166,7 +166,7 @@ class World:
         self.sender = Sender(TRANSFER_ID, len(self.content), CHUNK_SIZE)
         self.sender_done = False
         journaled = self.receiver.chunk_map
-        self.receiver = Receiver(TRANSFER_ID, journaled, window=self.window)
+        self.receiver = Receiver(TRANSFER_ID, journaled, self.limits)
         self.drain()
 
     def _lose_what_is_on_the_way(self) -> None:
@@ -182,8 +182,8 @@ class World:
         """Run every output of both machines, and check the credits."""
         self._drain_receiver()
         self._drain_sender()
-        assert self.receiver.outstanding <= self.window
-        assert len(self.writes) <= self.window
+        assert self.receiver.outstanding <= self.limits.window
+        assert len(self.writes) <= self.limits.window
         assert sum(isinstance(r, ReadAndSend) for r in self.reads) <= READ_AHEAD
 
     def _drain_receiver(self) -> None:

@@ -183,10 +183,9 @@ async def send(task: Task) -> Sent:
         _replace_congestion_control(task.congestion)
     async with (
         dial(
-            [task.address],
+            {task.kind: [task.address]},
             certificate_der=task.certificate,
             auth=AUTH,
-            kinds=[task.kind],
         ) as (link, _),
         open_background_nursery() as nursery,
     ):

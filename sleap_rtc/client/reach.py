@@ -148,13 +148,11 @@ class Reach:
                 f"Cannot reach the worker: {choice.reason}.",
                 "Send the package without --route.",
             )
-        addresses = [(address.host, address.port) for address in answer.addresses]
         try:
             async with dial(
-                addresses,
+                {kind: answer.targets(kind) for kind in choice.kinds},
                 certificate_der=answer.certificate,
                 auth=introduction.auth,
-                kinds=choice.kinds,
             ) as (link, reason):
                 opened = link.statistics()
                 self._on_event(

@@ -133,17 +133,21 @@ class Authenticator:
         self._offers = OfferTable(keys, peer_id, certificate)
 
     async def answer_offers(
-        self, room: RoomConnection, addresses: Callable[[], tuple[Address, ...]]
+        self,
+        room: RoomConnection,
+        addresses: Callable[[], tuple[Address, ...]],
+        kinds: tuple[LinkKindName, ...],
     ) -> None:
         """Answer every valid offer until cancelled; log and drop the others.
 
         Args:
             room: The room that the offers come from.
             addresses: Returns the addresses of the worker's links at present.
+            kinds: The kinds of link that the worker listens for.
         """
         async for sender, text in room.offers:
             try:
-                sealed = self._answer(sender, text, addresses())
+                sealed = self._answer(sender, text, addresses(), kinds)
             except InvalidInput as error:
                 self._log.warning(
                     "offer refused: wrong secret, replayed, altered or too old",
@@ -170,7 +174,13 @@ class Authenticator:
             self._log.warning("link refused: it did not prove the room secret")
             raise
 
-    def _answer(self, sender: str, text: str, addresses: tuple[Address, ...]) -> str:
+    def _answer(
+        self,
+        sender: str,
+        text: str,
+        addresses: tuple[Address, ...],
+        kinds: tuple[LinkKindName, ...],
+    ) -> str:
         now = time.time()
         opened = open_offer_untrusted(
             self._keys,
@@ -186,7 +196,7 @@ class Authenticator:
         self._offers.expect(opened.nonce.hex(), answer_nonce, sender, expires)
         return seal_answer(
             self._keys,
-            Answer(addresses, self._certificate, LINK_KINDS),
+            Answer(addresses, self._certificate, kinds),
             sender=self._peer_id,
             target=sender,
             nonce=answer_nonce,

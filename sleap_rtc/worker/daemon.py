@@ -136,7 +136,10 @@ class Worker:
             if on_ready is not None:
                 on_ready(invite, hosted)
             servants.start_soon(
-                authenticator.answer_offers, room, lambda: self._addresses(listener)
+                authenticator.answer_offers,
+                room,
+                lambda: self._addresses(listener),
+                listener.kinds,
             )
             servants.start_soon(self._update_card, room, authenticator)
             await self._serve_links(listener)

@@ -74,7 +74,9 @@ async def worker_in(
 
         address = Address(*(at or (HOST, listener.port)))
         if on_offer is None:
-            nursery.start_soon(authenticator.answer_offers, room, lambda: (address,))
+            nursery.start_soon(
+                authenticator.answer_offers, room, lambda: (address,), listener.kinds
+            )
         else:
             nursery.start_soon(ignore_offers)
         yield listener

@@ -22,7 +22,7 @@ from sleap_rtc.proto.rendezvous.envelope import (
 )
 from sleap_rtc.proto.rendezvous.invite import RoomKeys
 from sleap_rtc.proto.rendezvous.workers import Candidate, WorkerCard
-from sleap_rtc.proto.route.kinds import LINK_KINDS
+from sleap_rtc.proto.route.kinds import LINK_KINDS, LinkKindName
 from sleap_rtc.rendezvous.introductions import Authenticator, Introduction, ask_worker
 from tests.io.signaling.lab import (
     DEADLINE,
@@ -37,6 +37,7 @@ STRANGER = RoomKeys.from_secret(b"x" * 32)
 CERTIFICATE = b"certificate"
 REFUSED_OFFER = "offer refused: wrong secret, replayed, altered or too old"
 REFUSED_LINK = "link refused: it did not prove the room secret"
+LISTENING: tuple[LinkKindName, ...] = ("quic",)
 ADDRESSES = (Address("192.0.2.7", 4000),)
 
 
@@ -59,7 +60,9 @@ async def worker(
     """A worker that answers offers in the room."""
     authenticator = Authenticator(KEYS, "worker", CERTIFICATE, logs.log)
     async with server.room("worker", "worker") as room:
-        nursery.start_soon(authenticator.answer_offers, room, lambda: ADDRESSES)
+        nursery.start_soon(
+            authenticator.answer_offers, room, lambda: ADDRESSES, LISTENING
+        )
         await room.wait_registered()
         yield authenticator
 
@@ -77,7 +80,7 @@ async def test_an_introduction_has_the_answer_and_a_proof(
     server: Server, worker: Authenticator
 ) -> None:
     introduction = await introduce(server, worker)
-    assert introduction.answer == Answer(ADDRESSES, CERTIFICATE, LINK_KINDS)
+    assert introduction.answer == Answer(ADDRESSES, CERTIFICATE, LISTENING)
     assert worker.authenticate(introduction.auth) == "client"
 
 

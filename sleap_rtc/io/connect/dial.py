@@ -1,6 +1,6 @@
-"""Dialing a peer at all of its addresses, over every kind of link, and keeping one."""
+"""Dialing a peer at all of its targets, over every kind of link, and keeping one."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import assert_never
 
@@ -12,7 +12,7 @@ from sleap_rtc.io.link.limits import LIMITS, LinkLimits
 from sleap_rtc.io.link.link import DialError, DialFailure, Link
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.proto.messages import Auth
-from sleap_rtc.proto.route.kinds import LINK_KINDS, LinkKindName
+from sleap_rtc.proto.route.kinds import LinkKindName, Target
 from sleap_rtc.proto.route.race import (
     Attempt,
     KeepLink,
@@ -28,7 +28,7 @@ class _Dialing:
     The winner keeps its link open until `released`, the others close theirs at once.
 
     Args:
-        race: Decides when to dial which address, and which link to keep.
+        race: Decides when to dial which target, and which link to keep.
         certificate_der: The only certificate that the peer may show.
         limits: The limits of each link.
         nursery: The nursery of the attempts.
@@ -84,7 +84,7 @@ class _Dialing:
         with trio.CancelScope() as self._scopes[attempt]:
             try:
                 async with KINDS[attempt.kind].connect(
-                    attempt.host, attempt.port, self._certificate_der, self._limits
+                    attempt.target, self._certificate_der, self._limits
                 ) as link:
                     self._links[attempt] = link
                     self._race.attempt_opened(attempt, trio.current_time())
@@ -100,22 +100,20 @@ class _Dialing:
 
 @asynccontextmanager
 async def dial(
-    addresses: Sequence[tuple[str, int]],
+    targets: Mapping[LinkKindName, Sequence[Target]],
     *,
     certificate_der: bytes,
     auth: Auth,
-    kinds: Sequence[LinkKindName] = LINK_KINDS,
     limits: LinkLimits = LIMITS,
 ) -> AsyncIterator[tuple[Link, str]]:
-    """Open a link to a peer, of the best kind and at the best address that works.
+    """Open a link to a peer, of the best kind and at the best target that works.
 
     The proof is sent over that link only. The link is closed after the body.
 
     Args:
-        addresses: Each host and port, the best first.
+        targets: The targets of each kind, the best first; the preferred kinds first.
         certificate_der: The only certificate that the peer may show.
         auth: The proof, which can be used once.
-        kinds: The kinds of link to try, the preferred one first.
         limits: The limits of each link.
 
     Yields:
@@ -125,7 +123,7 @@ async def dial(
         DialError: If all attempts failed; the error holds the reason of each.
     """
     async with open_background_nursery() as nursery:
-        race = LinkRace(addresses, kinds, trio.current_time())
+        race = LinkRace(targets, trio.current_time())
         dialing = _Dialing(race, certificate_der, limits, nursery)
         nursery.start_soon(dialing.run)
         await dialing.settled.wait()

@@ -57,13 +57,12 @@ class LinkKind(Protocol):
         """
 
     def connect(
-        self, host: str, port: int, certificate_der: bytes, limits: LinkLimits
+        self, target: Any, certificate_der: bytes, limits: LinkLimits
     ) -> AbstractAsyncContextManager[Link]:
         """Open a link without a proof, whose first message must be `Auth`.
 
         Args:
-            host: The host of the listener.
-            port: Its port.
+            target: The listener, in the form of this kind (see `Answer.targets`).
             certificate_der: The only certificate that it may show.
             limits: The limits of the link.
 

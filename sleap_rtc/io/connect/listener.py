@@ -11,6 +11,7 @@ from sleap_rtc.io.link.certificates import Certificate
 from sleap_rtc.io.link.endpoint import Acceptor, Authenticate
 from sleap_rtc.io.link.limits import LIMITS, LinkLimits
 from sleap_rtc.io.link.link import Link
+from sleap_rtc.proto.route.kinds import LinkKindName
 
 ATTEMPTS = 50
 """Port numbers to try until one is free for all kinds. Even on a busy machine the first
@@ -26,14 +27,22 @@ class Listener:
 
     Args:
         bound: One of its sockets.
+        kinds: The kinds of link that it listens for.
         acceptor: Receives the proofs of the clients.
 
     Attributes:
         port: The port number.
+        kinds: As above, the preferred ones first.
     """
 
-    def __init__(self, bound: socket.socket, acceptor: Acceptor) -> None:
+    def __init__(
+        self,
+        bound: socket.socket,
+        kinds: tuple[LinkKindName, ...],
+        acceptor: Acceptor,
+    ) -> None:
         self.port = int(bound.getsockname()[1])
+        self.kinds = kinds
         self._bound = bound
         self._acceptor = acceptor
 
@@ -79,7 +88,7 @@ async def open_listener(
         for kind, one in bound:
             server = kind.serve(one, certificate, acceptor, limits)
             await stack.enter_async_context(server)
-        yield Listener(bound[0][1], acceptor)
+        yield Listener(bound[0][1], tuple(kind.name for kind, _ in bound), acceptor)
 
 
 def _bind_all(host: str, port: int) -> list[tuple[LinkKind, socket.socket]]:

@@ -215,12 +215,12 @@ class QuicKind:
 
     @asynccontextmanager
     async def connect(
-        self, host: str, port: int, certificate_der: bytes, limits: LinkLimits
+        self, target: tuple[str, int], certificate_der: bytes, limits: LinkLimits
     ) -> AsyncIterator[Link]:
         """Open a link without a proof."""
-        shown = describe_address((host, port))
+        shown = describe_address(target)
         with dial_errors(self.name, shown, limits):
-            family, address = await _resolve(host, port)
+            family, address = await _resolve(*target)
             udp = UdpSocket(bind_udp(family, _local_host(address), 0))
         with closing(udp):
             with dial_errors(self.name, shown, limits):

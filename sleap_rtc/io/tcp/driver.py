@@ -116,14 +116,14 @@ class TcpKind:
 
     @asynccontextmanager
     async def connect(
-        self, host: str, port: int, certificate_der: bytes, limits: LinkLimits
+        self, target: tuple[str, int], certificate_der: bytes, limits: LinkLimits
     ) -> AsyncIterator[Link]:
         """Open a link without a proof."""
-        address = describe_address((host, port))
+        address = describe_address(target)
         with dial_errors(self.name, address, limits):
             context = client_context_untrusted(certificate_der)
             with trio.fail_after(limits.handshake_timeout):
-                tcp = await open_tcp_socket(host, port)
+                tcp = await open_tcp_socket(*target)
         session = TcpSession(
             TlsEngine(context, server_side=False),
             address,

@@ -11,7 +11,7 @@ machines have to agree on them.
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, assert_never
 
 import msgspec
 from msgspec import Meta
@@ -19,6 +19,7 @@ from msgspec import Meta
 from sleap_rtc.proto.errors import InvalidInput, LocalProtocolError
 from sleap_rtc.proto.messages import Nonce
 from sleap_rtc.proto.rendezvous.invite import RoomKeys, join_fields
+from sleap_rtc.proto.route.kinds import LinkKindName, Target
 
 NONCE_BYTES = 16
 AEAD_NONCE_BYTES = 12
@@ -69,6 +70,14 @@ class Answer(msgspec.Struct, frozen=True):
     addresses: Annotated[tuple[Address, ...], Meta(min_length=1, max_length=32)]
     certificate: Annotated[bytes, Meta(min_length=1, max_length=8192)]
     kinds: Annotated[tuple[_KindText, ...], Meta(min_length=1, max_length=8)]
+
+    def targets(self, kind: LinkKindName) -> tuple[Target, ...]:
+        """Return where links of a kind reach the worker, the best target first."""
+        match kind:
+            case "tcp" | "quic":
+                return tuple((each.host, each.port) for each in self.addresses)
+            case _:
+                assert_never(kind)
 
 
 class OpenedOffer(msgspec.Struct, frozen=True):

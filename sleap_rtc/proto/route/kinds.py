@@ -3,6 +3,7 @@
 Another kind needs its name here, and its row in `sleap_rtc.io.connect.kinds`.
 """
 
+from collections.abc import Hashable
 from typing import Literal, get_args
 
 LinkKindName = Literal["tcp", "quic"]
@@ -11,3 +12,6 @@ several times as much as a QUIC connection; QUIC is for peers that TCP can't rea
 
 LINK_KINDS: tuple[LinkKindName, ...] = get_args(LinkKindName)
 """All kinds of link, the preferred ones first."""
+
+Target = Hashable
+"""Where a link leads, in the form of its kind: a host and a port for TCP and QUIC."""

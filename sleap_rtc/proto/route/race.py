@@ -1,7 +1,7 @@
 """The race of the links that a client dials: the choice of the one to keep."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum, auto
 from typing import assert_never
 
@@ -9,7 +9,7 @@ import msgspec
 from typing_extensions import override
 
 from sleap_rtc.proto.machine import Table, TimedPolicy, move
-from sleap_rtc.proto.route.kinds import LinkKindName
+from sleap_rtc.proto.route.kinds import LinkKindName, Target
 
 STAGGER_INTERVAL = 0.25
 """Seconds between the starts of two attempts (RFC 8305, 5)."""
@@ -20,11 +20,10 @@ over TCP takes one round trip more than a handshake over QUIC."""
 
 
 class Attempt(msgspec.Struct, frozen=True):
-    """One kind of link to one address."""
+    """One kind of link to one target, whose form only this kind knows."""
 
     kind: LinkKindName
-    host: str
-    port: int
+    target: Target
 
 
 class StartAttempt(msgspec.Struct, frozen=True):
@@ -97,9 +96,9 @@ TRANSITIONS: Table[RaceState] = {
 
 
 class LinkRace(TimedPolicy[RaceOutput]):
-    """Decides when to dial which address over which kind, and which link to keep.
+    """Decides when to dial which target over which kind, and which link to keep.
 
-    Each kind tries the addresses one after another, `STAGGER_INTERVAL` apart, and
+    Each kind tries its targets one after another, `STAGGER_INTERVAL` apart, and
     begins that much later than the kind before it. A failure starts the next attempt of
     its kind at once, or, if its kind has none left, that of the best kind that has one.
     An open link wins when no better kind can open one, or when `GRACE_TIMEOUT` has
@@ -110,26 +109,23 @@ class LinkRace(TimedPolicy[RaceOutput]):
     follows `KeepLink` or `NoLink`.
 
     Args:
-        addresses: Each host and port, the best first.
-        kinds: The kinds to try, the preferred ones first.
+        targets: The targets of each kind, the best first; the preferred kinds first.
         now: The time in seconds.
     """
 
     def __init__(
         self,
-        addresses: Sequence[tuple[str, int]],
-        kinds: Sequence[LinkKindName],
+        targets: Mapping[LinkKindName, Sequence[Target]],
         now: float,
     ) -> None:
-        unique = dict.fromkeys(addresses)
         self._began = now
-        self._kinds = tuple(kinds)
+        self._kinds = tuple(targets)
         self._waiting = {
-            kind: deque(Attempt(kind, host, port) for host, port in unique)
-            for kind in kinds
+            kind: deque(Attempt(kind, target) for target in dict.fromkeys(each))
+            for kind, each in targets.items()
         }
         self._next_at = {
-            kind: now + rank * STAGGER_INTERVAL for rank, kind in enumerate(kinds)
+            kind: now + rank * STAGGER_INTERVAL for rank, kind in enumerate(targets)
         }
         self._running: set[Attempt] = set()
         self._failures: list[tuple[Attempt, str]] = []

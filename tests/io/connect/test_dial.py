@@ -38,6 +38,13 @@ def address_of(bound: socket.socket) -> tuple[str, int]:
     return host, port
 
 
+def everywhere(
+    addresses: list[tuple[str, int]],
+) -> dict[LinkKindName, list[tuple[str, int]]]:
+    """The addresses as targets of every kind of link."""
+    return dict.fromkeys(LINK_KINDS, addresses)
+
+
 @pytest.fixture(autouse=True)
 async def deadline() -> AsyncIterator[None]:
     with trio.fail_after(30):
@@ -51,7 +58,9 @@ async def listener() -> AsyncIterator[Listener]:
 
 
 async def test_tcp_is_preferred_when_both_kinds_work(listener: Listener) -> None:
-    async with dial([("127.0.0.1", listener.port)], certificate_der=DER, auth=AUTH) as (
+    async with dial(
+        everywhere([("127.0.0.1", listener.port)]), certificate_der=DER, auth=AUTH
+    ) as (
         client,
         reason,
     ):
@@ -83,7 +92,10 @@ async def test_a_worker_that_listens_for_tcp_only_is_reached() -> None:
         tcp.listen()
         async with (
             listening_for_one("tcp", tcp) as listener,
-            dial([address_of(tcp)], certificate_der=DER, auth=AUTH) as (client, _),
+            dial(everywhere([address_of(tcp)]), certificate_der=DER, auth=AUTH) as (
+                client,
+                _,
+            ),
         ):
             assert (await listener.accept()).statistics().kind == "tcp"
             assert client.statistics().kind == "tcp"
@@ -93,7 +105,10 @@ async def test_a_worker_that_listens_for_quic_only_is_reached() -> None:
     with one_number() as (tcp, udp):
         async with (
             listening_for_one("quic", udp) as listener,
-            dial([address_of(tcp)], certificate_der=DER, auth=AUTH) as (client, reason),
+            dial(everywhere([address_of(tcp)]), certificate_der=DER, auth=AUTH) as (
+                client,
+                reason,
+            ),
         ):
             assert (await listener.accept()).statistics().kind == "quic"
             assert client.statistics().kind == "quic"
@@ -105,7 +120,10 @@ async def test_quic_is_kept_when_tcp_is_silent() -> None:
         tcp.listen()
         async with (
             listening_for_one("quic", udp) as listener,
-            dial([address_of(tcp)], certificate_der=DER, auth=AUTH) as (client, reason),
+            dial(everywhere([address_of(tcp)]), certificate_der=DER, auth=AUTH) as (
+                client,
+                reason,
+            ),
         ):
             await listener.accept()
             assert client.statistics().kind == "quic"
@@ -119,7 +137,7 @@ async def test_the_next_address_is_tried_while_one_is_silent(
     with silent_port() as silent:
         begin = trio.current_time()
         addresses = [("127.0.0.1", silent), ("127.0.0.1", listener.port)]
-        async with dial(addresses, certificate_der=DER, auth=AUTH, kinds=("tcp",)):
+        async with dial({"tcp": addresses}, certificate_der=DER, auth=AUTH):
             assert trio.current_time() - begin == pytest.approx(STAGGER_INTERVAL)
             await listener.accept()
 
@@ -133,7 +151,10 @@ async def test_the_proof_is_used_once_by_the_link_that_wins() -> None:
 
     async with open_listener("127.0.0.1", 0, CERTIFICATE, authenticate) as listener:
         addresses = [("127.0.0.1", listener.port), ("localhost", listener.port)]
-        async with dial(addresses, certificate_der=DER, auth=AUTH) as (client, _):
+        async with dial(everywhere(addresses), certificate_der=DER, auth=AUTH) as (
+            client,
+            _,
+        ):
             worker = await listener.accept()
             await trio.testing.wait_all_tasks_blocked(2 * STAGGER_INTERVAL)
             await client.send_message(VERIFIED)
@@ -147,7 +168,7 @@ async def test_a_stranger_at_one_address_does_not_stop_the_dial(
     async with (
         open_listener("127.0.0.1", 0, make_certificate(), judge) as stranger,
         dial(
-            [("127.0.0.1", stranger.port), ("127.0.0.1", listener.port)],
+            everywhere([("127.0.0.1", stranger.port), ("127.0.0.1", listener.port)]),
             certificate_der=DER,
             auth=AUTH,
         ),
@@ -164,7 +185,7 @@ async def test_a_failed_dial_reports_the_failure_of_each_address(
         with silent_port() as silent:
             addresses = [("127.0.0.1", silent), other]
             with pytest.raises(DialError) as caught:
-                async with dial(addresses, certificate_der=DER, auth=AUTH):
+                async with dial(everywhere(addresses), certificate_der=DER, auth=AUTH):
                     pytest.fail("it must not open")
     reasons = {(f.kind, f.address): f.reason for f in caught.value.failures}
     assert len(reasons) == 2 * len(LINK_KINDS)
@@ -195,13 +216,15 @@ async def test_a_peer_that_refuses_is_described() -> None:
 
 async def test_a_peer_without_addresses_cannot_be_dialed() -> None:
     with pytest.raises(DialError, match="no address"):
-        async with dial([], certificate_der=DER, auth=AUTH):
+        async with dial(everywhere([]), certificate_der=DER, auth=AUTH):
             pytest.fail("it must not open")
 
 
 async def test_an_exception_of_the_body_is_not_wrapped(listener: Listener) -> None:
     async def fail() -> None:
-        async with dial([("127.0.0.1", listener.port)], certificate_der=DER, auth=AUTH):
+        async with dial(
+            everywhere([("127.0.0.1", listener.port)]), certificate_der=DER, auth=AUTH
+        ):
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -211,7 +234,7 @@ async def test_an_exception_of_the_body_is_not_wrapped(listener: Listener) -> No
 async def test_a_cancelled_dial_leaves_nothing_behind() -> None:
     async def open_link(port: int) -> None:
         address = ("127.0.0.1", port)
-        async with dial([address, address], certificate_der=DER, auth=AUTH):
+        async with dial(everywhere([address, address]), certificate_der=DER, auth=AUTH):
             pytest.fail("it must not open")
 
     most = 0
@@ -234,7 +257,10 @@ async def test_the_losers_of_a_race_are_closed() -> None:
         async with listening() as listener:
             addresses = [("127.0.0.1", silent), ("127.0.0.1", listener.port)]
             listening_only = open_sockets()
-            async with dial(addresses, certificate_der=DER, auth=AUTH) as (client, _):
+            async with dial(everywhere(addresses), certificate_der=DER, auth=AUTH) as (
+                client,
+                _,
+            ):
                 await listener.accept()
                 await trio.testing.wait_all_tasks_blocked()
                 assert client.statistics().kind == "tcp"

@@ -120,10 +120,9 @@ async def dialed(
 ) -> AsyncIterator[Link]:
     """A link of one kind, dialed over loopback."""
     async with dial(
-        [(host, port)],
+        {kind: [(host, port)]},
         certificate_der=certificate_der,
         auth=auth,
-        kinds=(kind,),
         limits=limits,
     ) as (link, _):
         yield link
@@ -132,7 +131,7 @@ async def dialed(
 @asynccontextmanager
 async def connected(kind: LinkKindName, port: int) -> AsyncIterator[Link]:
     """A link of one kind that has not shown a proof yet."""
-    async with KINDS[kind].connect(LOOPBACK, port, DER, LIMITS) as link:
+    async with KINDS[kind].connect((LOOPBACK, port), DER, LIMITS) as link:
         yield link
 
 

@@ -245,10 +245,9 @@ async def test_a_file_arrives_over_quic(tmp_path: Path) -> None:
                 "127.0.0.1", 0, certificate, lambda auth: auth.session
             ) as listener,
             dial(
-                [("127.0.0.1", listener.port)],
+                {"quic": [("127.0.0.1", listener.port)]},
                 certificate_der=certificate.certificate_der,
                 auth=auth,
-                kinds=("quic",),
             ) as (link, _),
             open_background_nursery() as nursery,
         ):

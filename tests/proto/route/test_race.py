@@ -13,13 +13,16 @@ from sleap_rtc.proto.route.race import (
 )
 
 A, B = ("a", 1), ("b", 2)
-TCP_A, TCP_B = Attempt("tcp", *A), Attempt("tcp", *B)
-QUIC_A, QUIC_B = Attempt("quic", *A), Attempt("quic", *B)
+TCP_A, TCP_B = Attempt("tcp", A), Attempt("tcp", B)
+QUIC_A, QUIC_B = Attempt("quic", A), Attempt("quic", B)
 
 THREE = ("tcp", "quic", "relay")
 """A third kind, which the race does not name."""
 
-RELAY_A, RELAY_B = Attempt("relay", *A), Attempt("relay", *B)  # type: ignore[arg-type]
+RELAY_A = Attempt("relay", "the peer")  # type: ignore[arg-type]
+RELAY_B = Attempt("relay", "its twin")  # type: ignore[arg-type]
+
+TARGETS = {"tcp": (A, B), "quic": (A, B), "relay": ("the peer", "its twin")}
 
 # At a time, in seconds: an attempt opens, or fails for a reason, or the time passes.
 Input = tuple[float, Attempt | None, str]
@@ -227,24 +230,24 @@ def play(
 @pytest.mark.parametrize("title", RACES)
 def test_a_race_between_links(title: str) -> None:
     kinds, inputs, expected = RACES[title]
-    race = LinkRace([A, B], kinds, 1000.0)  # type: ignore[arg-type]
+    race = LinkRace({kind: TARGETS[kind] for kind in kinds}, 1000.0)  # type: ignore[misc]
     found = play(race, inputs)
     assert [(round(now - 1000.0, 6), *what) for now, *what in found] == expected
 
 
 def test_a_race_without_addresses_is_lost() -> None:
-    race = LinkRace([], LINK_KINDS, 0.0)
+    race = LinkRace(dict.fromkeys(LINK_KINDS, ()), 0.0)
     assert race.next_output() == NoLink()
     assert race.deadline() is None
 
 
 def test_an_address_that_is_named_twice_is_tried_once() -> None:
-    race = LinkRace([A, A, A], ("tcp",), 0.0)
+    race = LinkRace({"tcp": [A, A, A]}, 0.0)
     assert play(race, [(9, None, "")], 0.0) == [(0.0, TCP_A, "start")]
 
 
 def test_a_settled_race_no_longer_changes() -> None:
-    race = LinkRace([A, B], LINK_KINDS, 0.0)
+    race = LinkRace(dict.fromkeys(LINK_KINDS, (A, B)), 0.0)
     assert race.next_output() == StartAttempt(TCP_A)
     race.attempt_opened(TCP_A, 0.1)
     assert race.next_output() == KeepLink(TCP_A, "it answered first")
@@ -256,7 +259,7 @@ def test_a_settled_race_no_longer_changes() -> None:
 
 
 def test_an_early_timeout_changes_nothing() -> None:
-    race = LinkRace([A, B], LINK_KINDS, 0.0)
+    race = LinkRace(dict.fromkeys(LINK_KINDS, (A, B)), 0.0)
     assert race.next_output() == StartAttempt(TCP_A)
     race.handle_timeout(0.2)
     assert race.next_output() is None
@@ -264,7 +267,7 @@ def test_an_early_timeout_changes_nothing() -> None:
 
 
 def test_a_link_cannot_open_after_every_attempt_has_failed() -> None:
-    race = LinkRace([A], ("tcp",), 0.0)
+    race = LinkRace({"tcp": [A]}, 0.0)
     race.attempt_failed(TCP_A, "refused", 0.1)
     with pytest.raises(LocalProtocolError, match="LINK_OPENED"):
         race.attempt_opened(TCP_A, 0.2)

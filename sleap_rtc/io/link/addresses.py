@@ -3,7 +3,8 @@
 import errno
 import ipaddress
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ifaddr
@@ -37,6 +38,28 @@ def bind_any(host: str, port: int, bind: Bind) -> socket.socket:
     found = socket.getaddrinfo(host, port, flags=socket.AI_NUMERICHOST)
     family, _, _, _, address = found[0]
     return bind(family, str(address[0]), port)
+
+
+@contextmanager
+def opened_socket(
+    family: socket.AddressFamily, kind: socket.SocketKind, host: str
+) -> Iterator[socket.socket]:
+    """Open a non-blocking socket, which the body binds; close it if that fails.
+
+    Args:
+        family: The address family of the host.
+        kind: A stream or datagrams.
+        host: The literal address that it will be bound to; ``::`` includes IPv4.
+    """
+    opened = socket.socket(family, kind)
+    try:
+        opened.setblocking(False)
+        if family == socket.AF_INET6:
+            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
+        yield opened
+    except OSError:
+        opened.close()
+        raise
 
 
 def reachable_addresses(bound: socket.socket) -> tuple[tuple[str, int], ...]:

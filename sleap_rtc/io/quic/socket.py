@@ -10,6 +10,7 @@ from itertools import islice
 
 import trio
 
+from sleap_rtc.io.link.addresses import opened_socket
 from sleap_rtc.io.quic.engine import Datagram
 
 BUFFER_SIZE = 8 * 1024 * 1024
@@ -187,16 +188,9 @@ def bind_udp(family: socket.AddressFamily, host: str, port: int) -> socket.socke
     Raises:
         OSError: If the address cannot be bound.
     """
-    opened = socket.socket(family, socket.SOCK_DGRAM)
-    try:
-        opened.setblocking(False)
-        if family == socket.AF_INET6:
-            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
+    with opened_socket(family, socket.SOCK_DGRAM, host) as opened:
         _enlarge_buffers(opened)
         opened.bind((host, port))
-    except OSError:
-        opened.close()
-        raise
     return opened
 
 

@@ -8,6 +8,8 @@ import sys
 
 import trio
 
+from sleap_rtc.io.link.addresses import opened_socket
+
 RECEIVE_SIZE = 256 * 1024
 """Bytes received at once, before other tasks run."""
 
@@ -170,19 +172,12 @@ def bind_tcp(family: socket.AddressFamily, host: str, port: int) -> socket.socke
     Raises:
         OSError: If the address cannot be bound.
     """
-    opened = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        opened.setblocking(False)
+    with opened_socket(family, socket.SOCK_STREAM, host) as opened:
         if sys.platform == "win32":
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, True)
         else:
             # Connections of an earlier listener must not block this one.
             opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, True)
-        if family == socket.AF_INET6:
-            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, host != "::")
         opened.bind((host, port))
         opened.listen(_BACKLOG)
-    except OSError:
-        opened.close()
-        raise
     return opened

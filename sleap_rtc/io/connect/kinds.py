@@ -10,7 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 from sleap_rtc.io.link.certificates import Certificate
-from sleap_rtc.io.link.endpoint import Acceptor, LinkServer
+from sleap_rtc.io.link.endpoint import Acceptor, AnyLink, LinkServer
 from sleap_rtc.io.link.limits import LinkLimits
 from sleap_rtc.io.link.link import Link
 from sleap_rtc.io.quic.driver import QuicKind
@@ -46,7 +46,7 @@ class LinkKind(Protocol):
         certificate: Certificate,
         acceptor: Acceptor,
         limits: LinkLimits,
-    ) -> AbstractAsyncContextManager[LinkServer[Any]]:
+    ) -> AbstractAsyncContextManager[LinkServer[AnyLink]]:
         """Accept links during the body.
 
         Args:

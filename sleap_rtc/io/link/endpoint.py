@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import trio
 
@@ -20,10 +20,11 @@ Authenticate = Callable[[Auth], str]
 """Returns the name of the client that a proof belongs to, or raises
 `RemoteProtocolError`. The client learns only that it is refused."""
 
-AnyLink = SessionLink[Any]
+AnyLink = SessionLink[object]
+"""A link of any kind over a session."""
 
-LinkT = TypeVar("LinkT", bound=AnyLink)
-ServerT = TypeVar("ServerT", bound="LinkServer[Any]")
+LinkT_co = TypeVar("LinkT_co", bound=AnyLink, covariant=True)
+ServerT = TypeVar("ServerT", bound="LinkServer[AnyLink]")
 
 
 class Acceptor:
@@ -54,7 +55,7 @@ class Acceptor:
         return await self._accepted.receive()
 
 
-class LinkServer(ABC, Generic[LinkT]):
+class LinkServer(ABC, Generic[LinkT_co]):
     """The links of one kind that came in on one socket.
 
     Args:
@@ -69,7 +70,7 @@ class LinkServer(ABC, Generic[LinkT]):
         self._nursery = nursery
         self._acceptor = acceptor
         self._limits = limits
-        self._links: set[LinkT] = set()
+        self._links: set[LinkT_co] = set()
 
     @abstractmethod
     async def run(self) -> None:
@@ -105,12 +106,11 @@ async def run_server(make: Callable[[trio.Nursery], ServerT]) -> AsyncIterator[S
 
 
 @asynccontextmanager
-async def run_client(link: AnyLink, kind: LinkKindName) -> AsyncIterator[Link]:
+async def run_client(link: AnyLink) -> AsyncIterator[Link]:
     """Run a link that was dialed: open it, and close it after the body.
 
     Args:
         link: The link, with a socket for itself.
-        kind: The transport.
 
     Raises:
         DialError: If it does not open.
@@ -124,7 +124,7 @@ async def run_client(link: AnyLink, kind: LinkKindName) -> AsyncIterator[Link]:
             except LinkClosedError as error:
                 ended = link.session.ended
                 reason = error.reason if ended is None else ended.reason
-                failure = DialFailure(kind, link.session.address, reason)
+                failure = DialFailure(link.kind, link.session.address, reason)
                 raise DialError([failure]) from None
             yield link
             await link.aclose()

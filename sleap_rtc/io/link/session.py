@@ -117,10 +117,10 @@ class ProofShown(msgspec.Struct, frozen=True):
     auth: Auth
 
 
-OutputT = TypeVar("OutputT")
+OutputT_co = TypeVar("OutputT_co", covariant=True)
 
 
-class Session(ABC, Generic[OutputT]):
+class Session(ABC, Generic[OutputT_co]):
     """The messages and frames of one connection.
 
     After each input and command the driver sends waiting data, drains
@@ -151,7 +151,7 @@ class Session(ABC, Generic[OutputT]):
         self._limits = limits
         self._messages: deque[tuple[Message, int]] = deque()
         self._frames: deque[Frame] = deque()
-        self._outputs: deque[ProofShown | OutputT] = deque()
+        self._outputs: deque[ProofShown | OutputT_co] = deque()
         self._proof_deadline = now + limits.handshake_timeout
         self._ping_at = now
         self._ping_sent = (0, now)
@@ -176,7 +176,7 @@ class Session(ABC, Generic[OutputT]):
     def deadline(self) -> float | None:
         """Return when `handle_timeout` is due; None once the session is finished."""
 
-    def next_output(self) -> ProofShown | OutputT | None:
+    def next_output(self) -> ProofShown | OutputT_co | None:
         """Remove and return the oldest output; None if none is left."""
         return self._outputs.popleft() if self._outputs else None
 

@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import trio
 from typing_extensions import override
@@ -11,15 +11,19 @@ from typing_extensions import override
 from sleap_rtc.io.alarm import Alarm
 from sleap_rtc.io.link.limits import LinkLimits
 from sleap_rtc.io.link.link import Link, LinkClosedError, LinkStatistics
-from sleap_rtc.io.link.session import Phase, Session
+from sleap_rtc.io.link.session import Phase, ProofShown, Session
 from sleap_rtc.proto.messages import Message
 from sleap_rtc.proto.route.kinds import LinkKindName
 from sleap_rtc.proto.transfer.frames import Frame
 
-SessionT = TypeVar("SessionT", bound=Session[Any])
+OutputT_co = TypeVar("OutputT_co", covariant=True)
 
 
-class SessionLink(Link, Generic[SessionT]):
+def ignore_output(_output: object) -> None:
+    """Ignore the output of a client, which gets no proof and shares no socket."""
+
+
+class SessionLink(Link, Generic[OutputT_co]):
     """A link whose protocol is a session; the kinds differ in how its bytes travel.
 
     A waiting call registers an event and its condition. `pump` is synchronous: it sends
@@ -27,21 +31,24 @@ class SessionLink(Link, Generic[SessionT]):
     whose condition is true.
 
     Args:
-        kind: The transport.
         session: The protocol.
         limits: The limits of the link.
         on_output: Called with each output of the session.
+
+    Attributes:
+        kind: The transport.
+        session: As above.
     """
+
+    kind: ClassVar[LinkKindName]
 
     def __init__(
         self,
-        kind: LinkKindName,
-        session: SessionT,
+        session: Session[OutputT_co],
         limits: LinkLimits,
-        on_output: Callable[[Any], None],
+        on_output: Callable[[ProofShown | OutputT_co], None] = ignore_output,
     ) -> None:
         self.session = session
-        self._kind = kind
         self._limits = limits
         self._on_output = on_output
         self._waiting: dict[trio.Event, Callable[[], bool]] = {}
@@ -93,7 +100,7 @@ class SessionLink(Link, Generic[SessionT]):
     @override
     def statistics(self) -> LinkStatistics:
         return LinkStatistics(
-            kind=self._kind,
+            kind=self.kind,
             address=self.session.address,
             rtt=self.session.rtt,
             bytes_sent=self.session.bytes_sent,

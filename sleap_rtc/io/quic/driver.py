@@ -191,7 +191,7 @@ class QuicServer(LinkServer[QuicLink]):
 class QuicKind:
     """Links over QUIC."""
 
-    name: LinkKindName = "quic"
+    name: LinkKindName = QuicLink.kind
     transport = "UDP"
 
     def bind(self, host: str, port: int) -> socket.socket:
@@ -231,8 +231,8 @@ class QuicKind:
             session = QuicSession(
                 engine, shown, Client(certificate_der), limits=limits, now=now
             )
-            link = QuicLink(session, udp, limits, _ignore_output)
-            async with run_client(link, self.name) as opened:
+            link = QuicLink(session, udp, limits)
+            async with run_client(link) as opened:
                 yield opened
 
 
@@ -256,7 +256,3 @@ def _local_host(remote: Address) -> str:
     if is_loopback(host):
         return host
     return "::" if ":" in host else "0.0.0.0"
-
-
-def _ignore_output(output: Output) -> None:
-    """Ignore the output of a client, which has its socket for itself."""

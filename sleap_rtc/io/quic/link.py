@@ -7,9 +7,9 @@ import trio
 from typing_extensions import override
 
 from sleap_rtc.io.link.limits import LinkLimits
-from sleap_rtc.io.link.session_link import SessionLink
+from sleap_rtc.io.link.session_link import SessionLink, ignore_output
 from sleap_rtc.io.quic.engine import Datagram
-from sleap_rtc.io.quic.session import Output, QuicSession
+from sleap_rtc.io.quic.session import Output, QuicSession, RouteChange
 from sleap_rtc.io.quic.socket import UdpSocket, receive_datagrams, resume_sending
 
 SHORTEST_SLEEP = 1e-4
@@ -17,7 +17,7 @@ SHORTEST_SLEEP = 1e-4
 and a fast sender would fall behind its pace."""
 
 
-class QuicLink(SessionLink[QuicSession]):
+class QuicLink(SessionLink[RouteChange]):
     """A link over one QUIC connection.
 
     Args:
@@ -27,14 +27,17 @@ class QuicLink(SessionLink[QuicSession]):
         on_output: Called with each output of the session.
     """
 
+    kind = "quic"
+    session: QuicSession
+
     def __init__(
         self,
         session: QuicSession,
         udp: UdpSocket,
         limits: LinkLimits,
-        on_output: Callable[[Output], None],
+        on_output: Callable[[Output], None] = ignore_output,
     ) -> None:
-        super().__init__("quic", session, limits, on_output)
+        super().__init__(session, limits, on_output)
         self._udp = udp
 
     @property

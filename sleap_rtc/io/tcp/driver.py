@@ -92,7 +92,7 @@ class TcpServer(LinkServer[TcpLink]):
 class TcpKind:
     """Links over TCP."""
 
-    name: LinkKindName = "tcp"
+    name: LinkKindName = TcpLink.kind
     transport = "TCP"
 
     def bind(self, host: str, port: int) -> socket.socket:
@@ -131,11 +131,7 @@ class TcpKind:
             limits=limits,
             now=trio.current_time(),
         )
-        link = TcpLink(session, tcp, limits, _ignore_output)
+        link = TcpLink(session, tcp, limits)
         with closing(tcp):
-            async with run_client(link, self.name) as opened:
+            async with run_client(link) as opened:
                 yield opened
-
-
-def _ignore_output(output: ProofShown) -> None:
-    """Ignore the outputs of a client's session, which receives no proof."""

@@ -1,6 +1,7 @@
 """One link over TCP: how its session is connected to its socket."""
 
 from collections.abc import Callable
+from typing import Never
 
 import trio
 from typing_extensions import override
@@ -8,12 +9,12 @@ from typing_extensions import override
 from sleap_rtc.io.link.limits import LinkLimits
 from sleap_rtc.io.link.link import LinkClosedError
 from sleap_rtc.io.link.session import ProofShown
-from sleap_rtc.io.link.session_link import SessionLink
+from sleap_rtc.io.link.session_link import SessionLink, ignore_output
 from sleap_rtc.io.tcp.session import TcpSession
 from sleap_rtc.io.tcp.socket import TcpSocket
 
 
-class TcpLink(SessionLink[TcpSession]):
+class TcpLink(SessionLink[Never]):
     """A link over one TCP connection.
 
     Args:
@@ -23,14 +24,17 @@ class TcpLink(SessionLink[TcpSession]):
         on_output: Called with each output of the session.
     """
 
+    kind = "tcp"
+    session: TcpSession
+
     def __init__(
         self,
         session: TcpSession,
         tcp: TcpSocket,
         limits: LinkLimits,
-        on_output: Callable[[ProofShown], None],
+        on_output: Callable[[ProofShown], None] = ignore_output,
     ) -> None:
-        super().__init__("tcp", session, limits, on_output)
+        super().__init__(session, limits, on_output)
         self._tcp = tcp
         self._done = trio.Event()
 

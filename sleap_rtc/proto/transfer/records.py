@@ -1,17 +1,7 @@
 """The records of a TCP link: everything on one stream, message by message.
 
 A record is a type in one byte, the length of its content in four bytes (big-endian),
-and the content.
-
-====  =======  ============  ========================================================
-type  name     longest       content
-====  =======  ============  ========================================================
-1     MESSAGE  64 KiB        one control message
-2     BULK     64 KiB        the next bytes of the stream of bulk frames
-3     PING     8 bytes       anything
-4     PONG     8 bytes       content of the ping
-5     CLOSE    512 bytes     why the link ends, UTF-8; the last record of its sender
-====  =======  ============  ========================================================
+and the content. Section 3.2 of docs/protocol.md lists the types.
 """
 
 import enum

@@ -14,4 +14,4 @@ LINK_KINDS: tuple[LinkKindName, ...] = get_args(LinkKindName)
 """All kinds of link, the preferred ones first."""
 
 Target = Hashable
-"""Where a link leads, in the form of its kind: a host and a port for TCP and QUIC."""
+"""Address of a link, in the form of its kind: a host and a port for TCP and QUIC."""

@@ -1,7 +1,7 @@
 """The kinds of link, one row each.
 
-Another kind needs its own folder, its name in `sleap_rtc.proto.route.kinds`, and a row
-here.
+Another kind needs its own folder, its name in `sleap_rtc.proto.route.kinds`, a row
+here, and its targets in `Answer.targets`. docs/development.md lists every place.
 """
 
 import socket

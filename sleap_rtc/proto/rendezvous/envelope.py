@@ -46,7 +46,12 @@ _KindText = Annotated[str, Meta(min_length=1, max_length=32)]
 
 
 class Offer(msgspec.Struct, frozen=True):
-    """The request of a client for a link, of one of these kinds."""
+    """The request of a client for a link.
+
+    Args:
+        kinds: The kinds of link that the client would dial. They are informative: the
+            answer does not depend on them.
+    """
 
     kinds: Annotated[tuple[_KindText, ...], Meta(min_length=1, max_length=8)]
 

@@ -1,6 +1,7 @@
 """The kinds of link, and the order in which they are preferred.
 
-Another kind needs its name here, and its row in `sleap_rtc.io.connect.kinds`.
+Another kind needs its name here, its row in `sleap_rtc.io.connect.kinds`, and its
+targets in `Answer.targets`.
 """
 
 from collections.abc import Hashable

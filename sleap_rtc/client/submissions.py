@@ -69,20 +69,29 @@ class SubmissionNote(msgspec.Struct, frozen=True):
 class NoteFile:
     """The note about one package, held by this process; `open_note` makes it.
 
-    Attributes:
-        shared: True if another living process is sending this package. Then this
-            process writes no note, and its job is independent.
+    Args:
+        path: The file.
+        lock: Its lock. Without one, because another living process is sending this
+            package or because of trouble, nothing is written, and the job of this
+            process is independent.
         earlier: The note that an earlier process left about this very package.
         changed: The note that an earlier process left about this path, if the package
             has changed since.
         trouble: Why the last access failed, for people; empty if all is well.
     """
 
-    def __init__(self, path: Path, lock: BaseFileLock | None) -> None:
-        self.shared = False
-        self.earlier: SubmissionNote | None = None
-        self.changed: SubmissionNote | None = None
-        self.trouble = ""
+    def __init__(
+        self,
+        path: Path,
+        lock: BaseFileLock | None,
+        *,
+        earlier: SubmissionNote | None = None,
+        changed: SubmissionNote | None = None,
+        trouble: str = "",
+    ) -> None:
+        self.earlier = earlier
+        self.changed = changed
+        self.trouble = trouble
         self._path = path
         self._lock = lock
         self._note: SubmissionNote | None = None
@@ -112,6 +121,22 @@ class NoteFile:
             if self._lock is not None:
                 await self._access(lambda: self._path.unlink(missing_ok=True))
 
+    async def save_changes(self) -> None:
+        """Write the note whenever it has changed, until cancelled."""
+        while True:
+            await self._news.wait()
+            self._news = trio.Event()
+            await self._save()
+
+    async def close(self) -> None:
+        """Write unsaved changes, and release the note."""
+        with trio.move_on_after(DISK_TIMEOUT, shield=True):
+            if not self._is_current:
+                await self._save()
+            lock, self._lock = self._lock, None
+            if lock is not None:
+                await self._access(lambda: _release(lock, self._path))
+
     def _change(self, note: SubmissionNote) -> None:
         if note != self._note:
             self._note, self._is_current = note, False
@@ -124,22 +149,6 @@ class NoteFile:
                 await self._access(
                     lambda: write_private(self._path, msgspec.json.encode(note))
                 )
-
-    async def _save_changes(self) -> None:
-        """Write the note whenever it has changed, until cancelled."""
-        while True:
-            await self._news.wait()
-            self._news = trio.Event()
-            await self._save()
-
-    async def _close(self) -> None:
-        """Write unsaved changes, and release the note."""
-        with trio.move_on_after(DISK_TIMEOUT, shield=True):
-            if not self._is_current:
-                await self._save()
-            lock, self._lock = self._lock, None
-            if lock is not None:
-                await self._access(lambda: _release(lock, self._path))
 
     async def _access(self, function: Callable[[], None]) -> None:
         try:
@@ -164,24 +173,27 @@ async def open_note(
         modified_ns: Time of its last change, in nanoseconds since 1970.
     """
     path = state_directory / FOLDER / f"{_key(package)}{_NOTE}"
-    try:
-        lock, note = await _access(path, lambda: _lock_and_read(path))
-    except _NotKeptError as error:
-        file = NoteFile(path, None)
-        file.trouble = str(error)
-    else:
-        file = NoteFile(path, lock)
-        file.shared = lock is None
-        if note is not None and (note.size, note.modified_ns) == (size, modified_ns):
-            file.earlier = note
-        else:
-            file.changed = note
+    file = await _open(path, size, modified_ns)
     try:
         async with open_background_nursery() as nursery:
-            nursery.start_soon(file._save_changes)
+            nursery.start_soon(file.save_changes)
             yield file
     finally:
-        await file._close()
+        await file.close()
+
+
+async def _open(path: Path, size: int, modified_ns: int) -> NoteFile:
+    def release(found: tuple[BaseFileLock | None, SubmissionNote | None]) -> None:
+        if found[0] is not None:
+            _release(found[0], path)
+
+    try:
+        lock, note = await _access(path, lambda: _lock_and_read(path), discard=release)
+    except _NotKeptError as error:
+        return NoteFile(path, None, trouble=str(error))
+    if note is not None and (note.size, note.modified_ns) == (size, modified_ns):
+        return NoteFile(path, lock, earlier=note)
+    return NoteFile(path, lock, changed=note)
 
 
 def _key(package: Path) -> str:
@@ -194,7 +206,11 @@ class _NotKeptError(Exception):
     """A note could not be read or written; the text is for people."""
 
 
-async def _access(path: Path, function: Callable[[], T]) -> T:
+async def _access(
+    path: Path,
+    function: Callable[[], T],
+    discard: Callable[[T], None] | None = None,
+) -> T:
     """Run a function that accesses a note, in a worker thread.
 
     Not cancellable, but limited in time: an interrupted change would be useless to a
@@ -204,7 +220,9 @@ async def _access(path: Path, function: Callable[[], T]) -> T:
         _NotKeptError: If it failed or took too long.
     """
     try:
-        return await call_storage(function, timeout=DISK_TIMEOUT, shield=True)
+        return await call_storage(
+            function, timeout=DISK_TIMEOUT, shield=True, discard=discard
+        )
     except OSError as error:
         reason = error.strerror or str(error)
     except StorageError as error:

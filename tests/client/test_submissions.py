@@ -23,6 +23,7 @@ from sleap_rtc.client.submissions import (
     SubmissionNote,
     open_note,
 )
+from tests.io.storage.places import wait_read
 
 SIZE, MODIFIED = 1234, 1_700_000_000_123_456_789
 
@@ -37,7 +38,8 @@ async def main(state, package, size, modified, job_id):
         await file.write(
             SubmissionNote(job_id, "worker-1", package, int(size), int(modified))
         )
-        print("shared" if file.shared else "noted", flush=True)
+        notes = "".join(path.read_text() for path in Path(state).rglob("*.json"))
+        print("noted" if job_id in notes else "not noted", flush=True)
         sys.stdin.read()
 
 trio.run(main, *sys.argv[1:])
@@ -75,6 +77,15 @@ def files(state: Path) -> list[Path]:
     return sorted((state / FOLDER).iterdir())
 
 
+def noted(state: Path) -> set[str]:
+    """Return the ids of the jobs that have notes."""
+    return {
+        msgspec.json.decode(path.read_bytes(), type=SubmissionNote).job_id
+        for path in files(state)
+        if path.suffix == ".json"
+    }
+
+
 def make_old(path: Path, seconds: float = KEPT_SECONDS + 60) -> None:
     then = time.time() - seconds
     os.utime(path, (then, then))
@@ -101,7 +112,7 @@ def holder(
 
 async def test_a_package_is_unknown_at_first(state: Path, package: Path) -> None:
     async with opened(state, package) as file:
-        assert (file.shared, file.earlier, file.changed) == (False, None, None)
+        assert (file.earlier, file.changed) == (None, None)
         assert file.trouble == ""
     assert files(state) == []
 
@@ -199,15 +210,16 @@ async def test_the_note_of_a_living_process_is_left_alone(
     with holder(state, package, "job_aaaaaaaaaaaaaaaa") as (process, said):
         assert said == "noted"
         async with opened(state, package) as file:
-            assert file.shared
             assert (file.earlier, file.changed, file.trouble) == (None, None, "")
             await file.write(note_of(package))
             await file.remove()
         # Closing it did not take the lock from its holder either.
         async with opened(state, package) as file:
-            assert file.shared
+            await file.write(note_of(package))
+        assert noted(state) == {"job_aaaaaaaaaaaaaaaa"}
         async with opened(state, package.with_name("other.zip")) as other:
-            assert not other.shared
+            await other.write(note_of(package))
+        assert noted(state) == {"job_aaaaaaaaaaaaaaaa", note_of(package).job_id}
         process.communicate(timeout=30)
     async with opened(state, package) as file:
         assert file.earlier == note_of(package, "job_aaaaaaaaaaaaaaaa")
@@ -221,10 +233,9 @@ async def test_the_note_of_a_killed_process_is_taken_over(
         process.kill()
         process.wait(timeout=30)
     async with opened(state, package) as file:
-        assert not file.shared
         assert file.earlier == note_of(package, "job_bbbbbbbbbbbbbbbb")
         with holder(state, package, "job_cccccccccccccccc") as (_, said):
-            assert said == "shared"
+            assert said == "not noted"
     async with opened(state, package) as file:
         assert file.earlier == note_of(package, "job_bbbbbbbbbbbbbbbb")
 
@@ -233,7 +244,11 @@ async def test_two_notes_of_one_process_are_kept_apart(
     state: Path, package: Path
 ) -> None:
     async with opened(state, package) as first, opened(state, package) as second:
-        assert (first.shared, second.shared) == (False, True)
+        await second.write(note_of(package, "job_2222222222222222"))
+        assert noted(state) == set()
+        await first.write(note_of(package, "job_1111111111111111"))
+        await second.remove()
+        assert noted(state) == {"job_1111111111111111"}
 
 
 async def test_a_closed_note_changes_nothing(state: Path, package: Path) -> None:
@@ -330,6 +345,28 @@ async def test_a_disk_that_hangs_does_not_raise(
         released.set()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="FIFOs")
+async def test_a_lock_that_comes_too_late_is_released(
+    state: Path, package: Path, mock_clock: trio.testing.MockClock
+) -> None:
+    path = await leave(state, package)
+    path.unlink()
+    os.mkfifo(path)
+
+    async def open_slowly() -> None:
+        async with opened(state, package) as file:
+            assert "did not answer within 10 s" in file.trouble
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(open_slowly)
+        writer = await wait_read(path)
+        path.unlink()
+        mock_clock.jump(DISK_TIMEOUT)
+    os.close(writer)  # the thread continues, and finds that it was left behind
+    while files(state):
+        await trio.lowlevel.checkpoint()
+
+
 # ------------------------------------------------------------------------- old notes
 
 
@@ -370,7 +407,7 @@ async def test_an_old_note_that_is_in_use_stays(state: Path, package: Path) -> N
         async with opened(state, package.with_name("other.zip")) as file:
             assert not file.trouble
         async with opened(state, package) as file:
-            assert file.shared
+            assert file.earlier is None
         assert {path.suffix for path in files(state)} == {".json", ".lock"}
 
 
@@ -384,7 +421,7 @@ async def test_a_state_directory_that_is_a_file_does_not_raise(
     async with opened(state, package) as file:
         await file.write(note_of(package))
         await file.remove()
-    assert (file.shared, file.earlier) == (False, None)
+    assert file.earlier is None
     assert str(state) in file.trouble
 
 
@@ -417,4 +454,4 @@ async def test_a_path_that_is_not_text_can_be_looked_up(
     state: Path, package: Path
 ) -> None:
     async with opened(state, package.with_name("\udcff.zip")) as file:
-        assert (file.shared, file.trouble) == (False, "")
+        assert file.trouble == ""

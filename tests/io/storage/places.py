@@ -180,7 +180,7 @@ async def ends_while_reading(
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(run)
-        writer = await _wait_read(fifo)
+        writer = await wait_read(fifo)
         scope.cancel()
         clock.rate = 50
         with trio.move_on_after(500):  # only for a call that waits for its thread
@@ -190,7 +190,7 @@ async def ends_while_reading(
     return has_ended
 
 
-async def _wait_read(fifo: Path) -> int:
+async def wait_read(fifo: Path) -> int:
     """Open a FIFO for writing as soon as a thread has opened it to read."""
     while True:
         try:

@@ -24,20 +24,8 @@ from sleap_rtc.io.storage.probe import probe_storage
 from sleap_rtc.proto.job.script import Command, equivalents
 from sleap_rtc.worker.job_log import JobLog
 
-GRACE_TIMEOUT = 10.0
-"""Seconds from SIGTERM to SIGKILL; sleap-nn takes up to 4 s to end its training."""
-
-KILL_TIMEOUT = 5.0
-"""Seconds to wait after SIGKILL; only a process inside the kernel takes longer."""
-
 START_TIMEOUT = 60.0
 """Seconds for the folder of a command to answer; a mount may fail over in 30."""
-
-DRAIN_TIMEOUT = 2.0
-"""Seconds to wait for output after a command has ended; a child may hold the pipe."""
-
-DRAIN_BYTES = 1024 * 1024
-"""Bytes of output that are read after the end of a command; a pipe holds no more."""
 
 _READ_SIZE = 16 * 1024
 """Bytes of one read; as 16 Ki empty lines they keep the event loop busy for 0.1 s."""
@@ -45,26 +33,49 @@ _READ_SIZE = 16 * 1024
 OnOutput = Callable[[bytes], Awaitable[None]]
 
 
+class CommandLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits for the end of a command; the product uses `LIMITS`."""
+
+    grace_timeout: float = 10.0
+    """Seconds from SIGTERM to SIGKILL; sleap-nn takes up to 4 s to end its training."""
+
+    kill_timeout: float = 5.0
+    """Seconds to wait after SIGKILL; only a process inside the kernel takes longer."""
+
+    drain_timeout: float = 2.0
+    """Seconds to wait for output after a command has ended; a child may hold the
+    pipe."""
+
+    drain_bytes: int = 1024 * 1024
+    """Bytes of output that are read after the end of a command; a pipe holds no
+    more."""
+
+
+LIMITS = CommandLimits()
+"""The limits of the product."""
+
+
 class ProgramStartError(Exception):
     """A program could not be started.
 
     Args:
-        program: Its name.
         reason: The reason and the remedy, for people.
     """
 
-    def __init__(self, program: str, reason: str) -> None:
+    def __init__(self, reason: str) -> None:
         super().__init__(reason)
-        self.program = program
         self.reason = reason
 
 
 class ProgramMissingError(ProgramStartError):
-    """A program is not installed here."""
+    """A program is not installed here.
+
+    Args:
+        program: Its name.
+    """
 
     def __init__(self, program: str) -> None:
         super().__init__(
-            program,
             f"'{program}' is not installed on this worker, or not on its PATH. Install "
             "it there, or start the worker from the environment that has it.",
         )
@@ -120,7 +131,7 @@ async def run_script(
     for command in commands:
         log.note("$ " + shlex.join(command.argv))
         try:
-            await _require_answer(command.argv[0], cwd)
+            await _require_answer(cwd)
             status = await run_command(
                 await _resolve(command, cwd, environment, log),
                 cwd=cwd,
@@ -138,7 +149,7 @@ async def run_script(
     return ScriptOutcome()
 
 
-async def _require_answer(program: str, cwd: Path) -> None:
+async def _require_answer(cwd: Path) -> None:
     """Check that the storage of a program's folder answers.
 
     Python holds its global lock until a new program runs. A program that hangs while
@@ -149,7 +160,7 @@ async def _require_answer(program: str, cwd: Path) -> None:
     """
     health = await probe_storage(cwd, START_TIMEOUT)
     if not health.answered:
-        raise ProgramStartError(program, health.reason)
+        raise ProgramStartError(health.reason)
 
 
 async def _resolve(
@@ -211,7 +222,7 @@ async def run_command(
     environment: Mapping[str, str],
     on_output: OnOutput,
     gpus: tuple[int, ...] | None = None,
-    grace: float = GRACE_TIMEOUT,
+    limits: CommandLimits = LIMITS,
 ) -> int:
     """Run a program to its end.
 
@@ -225,7 +236,7 @@ async def run_command(
         on_output: Called with the output, standard error included, as it comes, at
             most 16 KiB at once. The next output is read after it returns.
         gpus: The GPUs that the program sees, by number; None for all.
-        grace: Seconds between SIGTERM and SIGKILL.
+        limits: The limits for its end.
 
     Returns:
         The exit status, or minus the number of the signal that ended the program.
@@ -237,14 +248,14 @@ async def run_command(
     process = await _start(argv, cwd, job_environment(environment, gpus))
     try:
         assert process.stdout is not None  # `_start` opens a pipe
-        output = _Output(process.stdout)
+        output = _Output(process.stdout, limits)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_end_output_with, process, output)
             while data := await output.read():
                 await on_output(data)
         return await process.wait()
     finally:
-        await _stop(process, grace)
+        await _stop(process, limits)
 
 
 def job_environment(
@@ -276,13 +287,13 @@ class _Output:
     It ends when the last of them closes it, or after the drain that `end_soon` starts.
     """
 
-    def __init__(self, stream: trio.abc.ReceiveStream) -> None:
+    def __init__(self, stream: trio.abc.ReceiveStream, limits: CommandLimits) -> None:
         self._stream = stream
         self._scope = trio.CancelScope()
         self._ending = False
         self._since = 0.0
-        self._seconds = DRAIN_TIMEOUT
-        self._bytes = DRAIN_BYTES
+        self._seconds = limits.drain_timeout
+        self._bytes = limits.drain_bytes
 
     def end_soon(self) -> None:
         """Read only the content of the pipe, and wait for more for a short time."""
@@ -329,22 +340,20 @@ async def _start(
     except FileNotFoundError as error:
         if error.filename == argv[0]:
             raise ProgramMissingError(argv[0]) from None
-        raise ProgramStartError(argv[0], f"the folder {cwd} is gone") from None
+        raise ProgramStartError(f"the folder {cwd} is gone") from None
     except OSError as error:
-        raise ProgramStartError(
-            argv[0], f"Cannot start '{argv[0]}': {error.strerror}"
-        ) from None
+        raise ProgramStartError(f"Cannot start '{argv[0]}': {error.strerror}") from None
 
 
-async def _stop(process: trio.Process, grace: float) -> None:
+async def _stop(process: trio.Process, limits: CommandLimits) -> None:
     """End a program and everything that it started; takes limited time."""
     assert process.stdout is not None  # `_start` opens a pipe
     if process.returncode is None:
         _signal_all(process, kill=False)
-        with trio.move_on_after(grace, shield=True):
+        with trio.move_on_after(limits.grace_timeout, shield=True):
             await _wait_for_all(process, process.stdout)
     _signal_all(process, kill=True)
-    with trio.move_on_after(KILL_TIMEOUT, shield=True):
+    with trio.move_on_after(limits.kill_timeout, shield=True):
         await _wait_for_all(process, process.stdout)
     await process.stdout.aclose()
 

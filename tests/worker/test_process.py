@@ -15,7 +15,8 @@ from sleap_rtc.proto.job.lines import LineEvent
 from sleap_rtc.proto.job.script import Command
 from sleap_rtc.worker.job_log import open_job_log
 from sleap_rtc.worker.process import (
-    DRAIN_BYTES,
+    LIMITS,
+    CommandLimits,
     ProgramMissingError,
     ProgramStartError,
     ScriptOutcome,
@@ -67,7 +68,12 @@ class Output:
             await self._more.wait()
 
 
-async def run(program: Path, *arguments: str, output: Output | None = None) -> int:
+async def run(
+    program: Path,
+    *arguments: str,
+    output: Output | None = None,
+    limits: CommandLimits = LIMITS,
+) -> int:
     output = output or Output()
     with trio.fail_after(LIMIT):
         return await run_command(
@@ -75,6 +81,7 @@ async def run(program: Path, *arguments: str, output: Output | None = None) -> i
             cwd=program.parent,
             environment=os.environ,
             on_output=output.add,
+            limits=limits,
         )
 
 
@@ -243,9 +250,8 @@ async def test_a_slow_reader_slows_the_program_and_loses_nothing(
 
 
 async def test_the_last_output_survives_a_reader_slower_than_the_drain(
-    make_program: MakeProgram, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_program: MakeProgram, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("sleap_rtc.worker.process.DRAIN_TIMEOUT", 0.05)
     lifeline = Lifeline(tmp_path / "bin" / "alive")
     program = make_program(
         "p",
@@ -265,7 +271,11 @@ async def test_the_last_output_survives_a_reader_slower_than_the_drain(
 
     with trio.fail_after(LIMIT):
         await run_command(
-            [str(program)], cwd=program.parent, environment={}, on_output=take
+            [str(program)],
+            cwd=program.parent,
+            environment={},
+            on_output=take,
+            limits=CommandLimits(drain_timeout=0.05),
         )
     assert received == b"first" + b"x" * 60000
 
@@ -278,11 +288,9 @@ async def test_the_last_output_survives_a_reader_slower_than_the_drain(
 async def test_a_daemon_that_a_program_left_cannot_print_forever(
     make_program: MakeProgram,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     prints: str,
 ) -> None:
-    monkeypatch.setattr("sleap_rtc.worker.process.DRAIN_TIMEOUT", 0.2)
-    monkeypatch.setattr("sleap_rtc.worker.process.KILL_TIMEOUT", 0.2)
+    limits = CommandLimits(drain_timeout=0.2, kill_timeout=0.2)
     lifeline = Lifeline(tmp_path / "bin" / "alive")
     program = make_program(
         "p",
@@ -293,8 +301,8 @@ async def test_a_daemon_that_a_program_left_cannot_print_forever(
         f"    while True: {prints}\n",
     )
     output = Output()
-    assert await run(program, output=output) == 0
-    assert len(output.data) < 4 * DRAIN_BYTES
+    assert await run(program, output=output, limits=limits) == 0
+    assert len(output.data) < 4 * limits.drain_bytes
     await lifeline.ends()
 
 
@@ -324,7 +332,7 @@ while True: time.sleep(9)
 """
 
 
-async def cancel_after(program: Path, text: bytes, *, grace: float) -> None:
+async def cancel_after(program: Path, text: bytes, *, grace_timeout: float) -> None:
     """Run a program, and cancel it once it has printed a text."""
     output = Output()
     with trio.fail_after(LIMIT):
@@ -336,7 +344,7 @@ async def cancel_after(program: Path, text: bytes, *, grace: float) -> None:
                     cwd=program.parent,
                     environment=os.environ,
                     on_output=output.add,
-                    grace=grace,
+                    limits=CommandLimits(grace_timeout=grace_timeout),
                 )
 
             nursery.start_soon(follow)
@@ -348,7 +356,7 @@ async def test_cancelling_ends_a_grandchild_that_ignores_it(
     make_program: MakeProgram, tmp_path: Path
 ) -> None:
     lifeline = Lifeline(tmp_path / "bin" / "alive")
-    await cancel_after(make_program("p", STUBBORN), b"ready", grace=0.2)
+    await cancel_after(make_program("p", STUBBORN), b"ready", grace_timeout=0.2)
     await lifeline.ends()
 
 
@@ -356,7 +364,7 @@ async def test_cancelling_lets_a_program_end_in_order(
     make_program: MakeProgram,
 ) -> None:
     program = make_program("p", POLITE)
-    await cancel_after(program, b"ready", grace=LIMIT)
+    await cancel_after(program, b"ready", grace_timeout=LIMIT)
     assert (program.parent / "ended").exists()
 
 

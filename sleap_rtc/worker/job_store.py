@@ -37,8 +37,22 @@ CREATE TABLE jobs (
 )
 """
 
-_BUSY_TIMEOUT = 5.0
-"""Seconds to wait for another process that writes; a write takes milliseconds."""
+
+class StoreLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Limits of a store and of its writer; the product uses `LIMITS`."""
+
+    busy_timeout: float = 5.0
+    """Seconds to wait for another process that writes; a write takes milliseconds."""
+
+    flush_timeout: float = 3.0
+    """Seconds for the last writes of a worker that ends."""
+
+    close_timeout: float = 3.0
+    """Seconds for closing the store of a worker that ends."""
+
+
+LIMITS = StoreLimits()
+"""The limits of the product."""
 
 
 class StoreError(Exception):
@@ -174,11 +188,12 @@ class JobStore:
             self._connection.close()
 
 
-def open_store(path: Path) -> JobStore:
+def open_store(path: Path, limits: StoreLimits = LIMITS) -> JobStore:
     """Open the store, or create it with access for its owner only.
 
     Args:
         path: The file; its directory exists.
+        limits: The limits of the store.
 
     Raises:
         StoreError: If it cannot be opened, is damaged, or was made by a newer version.
@@ -187,10 +202,13 @@ def open_store(path: Path) -> JobStore:
     with _translated(path):
         _create_private(path)
         connection = sqlite3.connect(
-            path, timeout=_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False
+            path,
+            timeout=limits.busy_timeout,
+            isolation_level=None,
+            check_same_thread=False,
         )
         try:
-            _prepare(path, connection)
+            _prepare(path, connection, limits)
         except BaseException:
             connection.close()
             raise
@@ -209,12 +227,12 @@ def _create_private(path: Path) -> None:
         pass
 
 
-def _prepare(path: Path, connection: sqlite3.Connection) -> None:
+def _prepare(path: Path, connection: sqlite3.Connection, limits: StoreLimits) -> None:
     # Damaged text must cost only its row, so each row is decoded by itself.
     connection.text_factory = bytes
     _require_known_version(path, connection)
     # Where WAL is not available, the older journal is as safe.
-    _use_write_ahead_log(connection)
+    _use_write_ahead_log(connection, limits)
     connection.execute("PRAGMA synchronous = FULL")
     (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if verdict != b"ok":
@@ -223,9 +241,9 @@ def _prepare(path: Path, connection: sqlite3.Connection) -> None:
         _create_table(connection)
 
 
-def _use_write_ahead_log(connection: sqlite3.Connection) -> None:
+def _use_write_ahead_log(connection: sqlite3.Connection, limits: StoreLimits) -> None:
     """Switch the journal; here SQLite does not wait for other processes itself."""
-    end = time.monotonic() + _BUSY_TIMEOUT
+    end = time.monotonic() + limits.busy_timeout
     while True:
         try:
             connection.execute("PRAGMA journal_mode = WAL").fetchone()

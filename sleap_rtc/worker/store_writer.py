@@ -10,13 +10,14 @@ import trio
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.folder import StorageError
-from sleap_rtc.worker.job_store import JobRecord, JobStore, StoreError, open_store
-
-_FLUSH_TIMEOUT = 3.0
-"""Seconds for the last writes of a worker that ends."""
-
-_CLOSE_TIMEOUT = 3.0
-"""Seconds for closing the store of a worker that ends."""
+from sleap_rtc.worker.job_store import (
+    LIMITS,
+    JobRecord,
+    JobStore,
+    StoreError,
+    StoreLimits,
+    open_store,
+)
 
 
 class StoreWriter:
@@ -28,13 +29,18 @@ class StoreWriter:
     Args:
         store: The store. It must stay open as long as `run` runs.
         log: The log for failures.
+        limits: The limits of the writer.
     """
 
     def __init__(
-        self, store: JobStore, log: structlog.typing.FilteringBoundLogger
+        self,
+        store: JobStore,
+        log: structlog.typing.FilteringBoundLogger,
+        limits: StoreLimits = LIMITS,
     ) -> None:
         self._store = store
         self._log = log
+        self._limits = limits
         self._waiting: dict[str, JobRecord | None] = {}
         self._changed = trio.Event()
         self._logged: set[str] = set()
@@ -58,7 +64,7 @@ class StoreWriter:
                 self._changed = trio.Event()
                 await self._write_waiting()
         finally:
-            with trio.move_on_after(_FLUSH_TIMEOUT, shield=True):
+            with trio.move_on_after(self._limits.flush_timeout, shield=True):
                 await self._write_waiting()
             if self._waiting:
                 self._log.warning("jobs not stored", jobs=list(self._waiting))
@@ -120,6 +126,6 @@ async def open_store_writer(
             yield store, writer
     finally:
         try:
-            await call_storage(store.close, timeout=_CLOSE_TIMEOUT, shield=True)
+            await call_storage(store.close, timeout=LIMITS.close_timeout, shield=True)
         except (StoreError, StorageError) as error:
             log.warning("job store not closed", reason=str(error))

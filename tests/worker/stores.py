@@ -7,7 +7,13 @@ from typing import Any
 
 import msgspec
 
-from sleap_rtc.worker.job_store import JobRecord, JobStore, open_store
+from sleap_rtc.worker.job_store import (
+    LIMITS,
+    JobRecord,
+    JobStore,
+    StoreLimits,
+    open_store,
+)
 
 ME = "worker-here-0123ab"
 
@@ -30,8 +36,8 @@ def record(number: int, **changes: Any) -> JobRecord:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[JobStore]:
-    store = open_store(path)
+def opened(path: Path, limits: StoreLimits = LIMITS) -> Iterator[JobStore]:
+    store = open_store(path, limits)
     try:
         yield store
     finally:

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sleap_rtc.worker import job_store as module
-from sleap_rtc.worker.job_store import JobStore, StoreError, open_store
+from sleap_rtc.worker.job_store import JobStore, StoreError, StoreLimits, open_store
 from tests.io.storage.places import small_mount
 from tests.worker.stores import ME, opened, record
 
@@ -210,11 +209,8 @@ def test_a_name_that_is_not_unicode_is_refused_with_advice(path: Path) -> None:
         assert store.load(ME).records == [record(2)]
 
 
-def test_a_locked_store_is_reported(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_BUSY_TIMEOUT", 0.05)
-    with opened(path) as store:
+def test_a_locked_store_is_reported(path: Path) -> None:
+    with opened(path, StoreLimits(busy_timeout=0.05)) as store:
         other = sqlite3.connect(path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(StoreError, match="locked") as caught:

@@ -11,9 +11,9 @@ import trio
 import trio.testing
 from structlog.testing import capture_logs
 from trio.testing import MockClock
+from typing_extensions import override
 
-from sleap_rtc.worker import job_store, store_writer
-from sleap_rtc.worker.job_store import JobStore, StoreError
+from sleap_rtc.worker.job_store import LIMITS, JobStore, StoreError, StoreLimits
 from sleap_rtc.worker.store_writer import StoreWriter, open_store_writer
 from tests.worker.stores import ME, opened, record
 
@@ -29,27 +29,41 @@ def deadline() -> Iterator[None]:
         yield
 
 
-def make_writer(store: JobStore) -> StoreWriter:
-    return StoreWriter(store, structlog.get_logger())
+class WatchedWriter(StoreWriter):
+    """A writer whose passes over the waiting records a test can wait for."""
 
+    def __init__(self, store: JobStore, limits: StoreLimits = LIMITS) -> None:
+        super().__init__(store, structlog.get_logger(), limits)
+        self._passed = trio.Event()
 
-async def until_written(writer: StoreWriter) -> None:
-    while writer._waiting:
-        await trio.lowlevel.checkpoint()
+    async def wait_for_pass(self) -> None:
+        """Wait until each waiting record was written or has failed once."""
+        await self._passed.wait()
+
+    async def wait_written(self) -> None:
+        """Wait until no record waits."""
+        while self._waiting:
+            await self._passed.wait()
+
+    @override
+    async def _write_waiting(self) -> None:
+        await super()._write_waiting()
+        self._passed.set()
+        self._passed = trio.Event()
 
 
 async def test_records_are_written_in_order(path: Path) -> None:
     with opened(path) as store, deadline():
-        writer = make_writer(store)
+        writer = WatchedWriter(store)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(writer.run)
             for number in (2, 1, 3):
                 writer.put(record(number))
-            await until_written(writer)
+            await writer.wait_written()
             assert store.load(ME).records == [record(2), record(1), record(3)]
             writer.remove(record(1).job_id)
             writer.put(record(3, state="COMPLETE"))
-            await until_written(writer)
+            await writer.wait_written()
             nursery.cancel_scope.cancel()
         assert store.load(ME).records == [record(2), record(3, state="COMPLETE")]
 
@@ -58,13 +72,13 @@ async def test_only_the_latest_record_of_a_job_waits_for_a_slow_disk(
     path: Path,
 ) -> None:
     with opened(path) as store, deadline():
-        writer = make_writer(store)
+        writer = WatchedWriter(store)
         for number in range(10_000):
             writer.put(record(number % 3, updated=float(number)))
         assert len(writer._waiting) == 3
         async with trio.open_nursery() as nursery:
             nursery.start_soon(writer.run)
-            await until_written(writer)
+            await writer.wait_written()
             nursery.cancel_scope.cancel()
         assert sorted(job.updated for job in store.load(ME).records) == [
             9997.0,
@@ -75,7 +89,7 @@ async def test_only_the_latest_record_of_a_job_waits_for_a_slow_disk(
 
 async def test_waiting_records_are_written_when_the_worker_ends(path: Path) -> None:
     with opened(path) as store, deadline():
-        writer = make_writer(store)
+        writer = WatchedWriter(store)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(writer.run)
             await trio.testing.wait_all_tasks_blocked()
@@ -87,13 +101,12 @@ async def test_waiting_records_are_written_when_the_worker_ends(path: Path) -> N
 
 async def test_a_write_that_is_interrupted_is_done_again(path: Path) -> None:
     with opened(path) as store, deadline():
-        writer = make_writer(store)
+        writer = WatchedWriter(store)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(writer.run)
             with store._lock:  # the disk is busy
                 writer.put(record(1))
-                while not writer._limiter.borrowed_tokens:
-                    await trio.lowlevel.checkpoint()
+                await trio.testing.wait_all_tasks_blocked()
                 writer.put(record(1, state="FAILED"))
                 writer.put(record(2))
                 nursery.cancel_scope.cancel()
@@ -101,32 +114,24 @@ async def test_a_write_that_is_interrupted_is_done_again(path: Path) -> None:
         assert store.load(ME).records == [record(1, state="FAILED"), record(2)]
 
 
-async def test_a_worker_ends_although_its_disk_hangs(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store_writer, "_FLUSH_TIMEOUT", 0.05)
+async def test_a_worker_ends_although_its_disk_hangs(path: Path) -> None:
     with opened(path) as store, deadline(), capture_logs() as logs:
-        writer = make_writer(store)
+        writer = WatchedWriter(store, StoreLimits(flush_timeout=0.05))
         with store._lock:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(writer.run)
                 writer.put(record(1))
-                while not writer._limiter.borrowed_tokens:
-                    await trio.lowlevel.checkpoint()
+                await trio.testing.wait_all_tasks_blocked()
                 nursery.cancel_scope.cancel()
-        while writer._limiter.borrowed_tokens:  # before the store is closed
-            await trio.lowlevel.checkpoint()
     assert [(log["event"], log["jobs"]) for log in logs] == [
         ("jobs not stored", [record(1).job_id])
     ]
 
 
-async def test_a_locked_store_is_logged_once_and_tried_again(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(job_store, "_BUSY_TIMEOUT", 0.01)
-    with opened(path) as store, deadline(), capture_logs() as logs:
-        writer = make_writer(store)
+async def test_a_locked_store_is_logged_once_and_tried_again(path: Path) -> None:
+    limits = StoreLimits(busy_timeout=0.01)
+    with opened(path, limits) as store, deadline(), capture_logs() as logs:
+        writer = WatchedWriter(store)
         other = sqlite3.connect(path, isolation_level=None)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(writer.run)
@@ -134,14 +139,12 @@ async def test_a_locked_store_is_logged_once_and_tried_again(
                 other.execute("BEGIN IMMEDIATE")
                 for number in range(3):
                     writer.put(record(number, updated=float(round_)))
-                while len(logs) == round_:
-                    await trio.lowlevel.checkpoint()
+                await writer.wait_for_pass()
                 writer.put(record(8, updated=float(round_)))
-                while not writer._limiter.borrowed_tokens:
-                    await trio.lowlevel.checkpoint()
+                await trio.testing.wait_all_tasks_blocked()
                 other.execute("ROLLBACK")
                 writer.put(record(9, updated=float(round_)))
-                await until_written(writer)
+                await writer.wait_written()
                 assert len(store.load(ME).records) == 5
                 assert len(logs) == round_ + 1
             nursery.cancel_scope.cancel()
@@ -151,14 +154,13 @@ async def test_a_locked_store_is_logged_once_and_tried_again(
 
 async def test_a_job_that_cannot_be_written_does_not_delay_others(path: Path) -> None:
     with opened(path) as store, deadline(), capture_logs() as logs:
-        writer = make_writer(store)
+        writer = WatchedWriter(store)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(writer.run)
             writer.put(record(1, directory="/\udcff"))
             for number in range(2, 5):
                 writer.put(record(number))
-                while len(writer._waiting) > 1:
-                    await trio.lowlevel.checkpoint()
+                await writer.wait_for_pass()
             nursery.cancel_scope.cancel()
         assert store.load(ME).records == [record(2), record(3), record(4)]
     events = [log["event"] for log in logs]
@@ -184,7 +186,5 @@ async def test_closing_a_store_whose_disk_hangs_takes_limited_time(
             writer.put(record(1))
             mock_clock.rate = 50
         store._lock.release()
-        while writer._limiter.borrowed_tokens:
-            await trio.lowlevel.checkpoint()
     assert [log["event"] for log in logs] == ["jobs not stored", "job store not closed"]
     store.close()

@@ -5,6 +5,7 @@ with the key that a room is named after may enter that room.
 """
 
 from collections import deque
+from enum import Enum, auto
 from typing import assert_never
 
 import msgspec
@@ -12,7 +13,7 @@ from msgspec import UNSET, UnsetType
 from typing_extensions import override
 
 from sleap_rtc.proto.errors import LocalProtocolError
-from sleap_rtc.proto.machine import ServerMachine
+from sleap_rtc.proto.machine import ServerMachine, Table, move
 from sleap_rtc.proto.rendezvous.filters import matches
 from sleap_rtc.proto.rendezvous.invite import verify_registration
 from sleap_rtc.proto.rendezvous.messages import (
@@ -121,6 +122,37 @@ class Refused(msgspec.Struct, frozen=True):
 
 ServerOutput = Deliver | Ping | Drop | PeerJoined | PeerLeft | Refused
 
+# -------------------------------------------------------------- states, transitions
+
+
+class ConnectionState(Enum):
+    """State of one connection."""
+
+    CHALLENGED = auto()
+    """The peer has not registered yet."""
+
+    REGISTERED = auto()
+    """The peer is in its room."""
+
+
+_S = ConnectionState
+
+TRANSITIONS: Table[ConnectionState] = {
+    _S.CHALLENGED: {
+        Register: _S.REGISTERED,
+    },
+    _S.REGISTERED: {
+        Register: _S.REGISTERED,
+        DiscoverPeers: _S.REGISTERED,
+        UpdateMetadata: _S.REGISTERED,
+        OfferSignal: _S.REGISTERED,
+        AnswerSignal: _S.REGISTERED,
+        PeerMessage: _S.REGISTERED,
+        UnknownSignal: _S.REGISTERED,
+    },
+}
+"""The transitions of a connection; any other message of its peer is refused."""
+
 
 class _Peer(msgspec.Struct):
     """A registered peer."""
@@ -136,14 +168,14 @@ class _Peer(msgspec.Struct):
 
 
 class _Connection(msgspec.Struct):
-    """State of one connection; without a peer it has yet to register."""
+    """One connection of a peer."""
 
     nonce: bytes
     tokens: float
     tokens_at: float
     drop_at: float
     ping_at: float
-    peer: _Peer | None = None
+    state: ConnectionState = ConnectionState.CHALLENGED
 
     def spend_token(self, now: float, limits: ServerLimits) -> bool:
         """Count one message in a token bucket; False if no token is left."""
@@ -154,6 +186,13 @@ class _Connection(msgspec.Struct):
             return False
         self.tokens -= 1.0
         return True
+
+
+_LATE = {
+    ConnectionState.CHALLENGED: "it did not register in time",
+    ConnectionState.REGISTERED: "silent",
+}
+"""Reasons to drop a connection whose time is over."""
 
 
 class _Refusal(Exception):
@@ -192,6 +231,7 @@ class RoomServer(ServerMachine[PeerSignal, ServerOutput]):
     def __init__(self, limits: ServerLimits = LIMITS) -> None:
         self._limits = limits
         self._connections: dict[int, _Connection] = {}
+        self._peers: dict[int, _Peer] = {}
         self._rooms: dict[str, dict[str, _Peer]] = {}
         self._outputs: deque[ServerOutput] = deque()
 
@@ -243,17 +283,17 @@ class RoomServer(ServerMachine[PeerSignal, ServerOutput]):
         Returns:
             Whether the connection is still served.
         """
-        state = self._connections.get(connection)
-        if state is None:
+        source = self._connections.get(connection)
+        if source is None:
             return False
-        if not state.spend_token(now, self._limits):
+        if not source.spend_token(now, self._limits):
             rate = self._limits.messages_per_second
             reason = f"more than {rate:.0f} messages per second"
             self._refuse(connection, _Refusal(ErrorCode.TOO_MANY_MESSAGES, reason))
             self._drop(connection, reason)
             return False
-        if state.peer is not None:
-            state.drop_at = now + self._limits.idle_timeout
+        if source.state is ConnectionState.REGISTERED:
+            source.drop_at = now + self._limits.idle_timeout
         return True
 
     @override
@@ -263,20 +303,19 @@ class RoomServer(ServerMachine[PeerSignal, ServerOutput]):
     @override
     def handle_timeout(self, now: float) -> None:
         """Ping and drop the connections that are due; nothing before `deadline`."""
-        for connection, state in list(self._connections.items()):
-            if now >= state.drop_at:
-                late = "it did not register in time" if state.peer is None else "silent"
-                self._drop(connection, late)
-            elif now >= state.ping_at:
-                state.ping_at = now + self._limits.ping_interval
-                self._outputs.append(Ping(connection))
+        for number, connection in list(self._connections.items()):
+            if now >= connection.drop_at:
+                self._drop(number, _LATE[connection.state])
+            elif now >= connection.ping_at:
+                connection.ping_at = now + self._limits.ping_interval
+                self._outputs.append(Ping(number))
 
     # --------------------------------------------------------------------- outputs
 
     @override
     def deadline(self) -> float | None:
         return min(
-            (min(state.drop_at, state.ping_at) for state in self._connections.values()),
+            (min(each.drop_at, each.ping_at) for each in self._connections.values()),
             default=None,
         )
 
@@ -287,12 +326,12 @@ class RoomServer(ServerMachine[PeerSignal, ServerOutput]):
     # ------------------------------------------------------------------- messages
 
     def _receive(self, connection: int, signal: PeerSignal, now: float) -> None:
+        if type(signal) not in TRANSITIONS[self._connections[connection].state]:
+            raise _Refusal(ErrorCode.NOT_IN_ROOM, "register first")
         if isinstance(signal, Register):
             self._register(connection, signal, now)
             return
-        peer = self._connections[connection].peer
-        if peer is None:
-            raise _Refusal(ErrorCode.NOT_IN_ROOM, "register first")
+        peer = self._peers[connection]
         match signal:
             case DiscoverPeers(from_peer_id=claimed, filters=filters):
                 _check_sender(peer, claimed)
@@ -315,8 +354,7 @@ class RoomServer(ServerMachine[PeerSignal, ServerOutput]):
                 assert_never(signal)
 
     def _register(self, connection: int, register: Register, now: float) -> None:
-        state = self._connections[connection]
-        self._check_registration(state, register)
+        self._check_registration(connection, register)
         room = self._rooms.setdefault(register.room_id, {})
         old = room.get(register.peer_id)
         if old is not None and old.connection != connection:
@@ -330,16 +368,18 @@ class RoomServer(ServerMachine[PeerSignal, ServerOutput]):
             register.role,
             register.metadata,
         )
-        is_new = state.peer is None
-        state.peer = room[register.peer_id] = peer
-        state.drop_at = now + self._limits.idle_timeout
+        source = self._connections[connection]
+        is_new = source.state is ConnectionState.CHALLENGED
+        source.state = move(TRANSITIONS, source.state, Register)
+        source.drop_at = now + self._limits.idle_timeout
+        self._peers[connection] = room[register.peer_id] = peer
         self._deliver(connection, RegisteredAuth(peer.room_id, peer.peer_id))
         if is_new:
             self._outputs.append(PeerJoined(peer.room_id, peer.peer_id, peer.role))
 
-    def _check_registration(self, state: _Connection, register: Register) -> None:
+    def _check_registration(self, connection: int, register: Register) -> None:
         """Check that a registration is proven and that the server has room for it."""
-        peer = state.peer
+        peer = self._peers.get(connection)
         if peer is not None and (peer.room_id, peer.peer_id) != (
             register.room_id,
             register.peer_id,
@@ -348,7 +388,7 @@ class RoomServer(ServerMachine[PeerSignal, ServerOutput]):
         if not verify_registration(
             register.public_key,
             register.room_id,
-            state.nonce,
+            self._connections[connection].nonce,
             register.peer_id,
             register.signature,
         ):
@@ -401,10 +441,10 @@ class RoomServer(ServerMachine[PeerSignal, ServerOutput]):
         self._forget(connection, reason)
 
     def _forget(self, connection: int, reason: str) -> None:
-        state = self._connections.pop(connection, None)
-        if state is None or state.peer is None:
+        self._connections.pop(connection, None)
+        peer = self._peers.pop(connection, None)
+        if peer is None:
             return
-        peer = state.peer
         room = self._rooms[peer.room_id]
         del room[peer.peer_id]
         if not room:

@@ -1,5 +1,7 @@
 """The signaling server, without a network."""
 
+from typing import get_args
+
 import msgspec
 import pytest
 from msgspec.structs import replace
@@ -21,6 +23,7 @@ from sleap_rtc.proto.rendezvous.messages import (
     PeerInfo,
     PeerList,
     PeerMessage,
+    PeerSignal,
     Property,
     Register,
     RegisteredAuth,
@@ -33,6 +36,8 @@ from sleap_rtc.proto.rendezvous.messages import (
 )
 from sleap_rtc.proto.rendezvous.server import (
     LIMITS,
+    TRANSITIONS,
+    ConnectionState,
     Deliver,
     Drop,
     PeerJoined,
@@ -128,6 +133,10 @@ def test_a_connection_is_challenged() -> None:
     assert heard(world.open(1), 1) == [Challenge(NONCE + b"\x01")]
     with pytest.raises(LocalProtocolError):
         world.open(1)
+
+
+def test_a_registered_peer_may_send_every_message_of_a_peer() -> None:
+    assert set(TRANSITIONS[ConnectionState.REGISTERED]) == set(get_args(PeerSignal))
 
 
 def test_a_peer_with_the_secret_gets_in() -> None:

@@ -36,17 +36,16 @@ class MachineInfo(msgspec.Struct, frozen=True):
     disk_free: int
 
 
-def describe_machine(directory: Path, *, path: str | None = None) -> MachineInfo:
+def describe_machine(directory: Path) -> MachineInfo:
     """Return the description of this machine. Blocking: call it in a thread.
 
     Args:
         directory: The directory for jobs.
-        path: The folders to look for sleap-nn in, as in PATH; None for PATH itself.
     """
     return MachineInfo(
         hostname=socket.gethostname(),
         gpus=find_gpus(),
-        sleap_nn=find_sleap_nn(os.environ.get("PATH", "") if path is None else path),
+        sleap_nn=find_sleap_nn(os.environ.get("PATH", "")),
         disk_free=shutil.disk_usage(directory).free,
     )
 

@@ -30,8 +30,11 @@ def add_environment(prefix: Path, version: str, interpreter: str) -> Path:
     return program
 
 
-def test_the_machine_describes_itself(tmp_path: Path) -> None:
-    info = describe_machine(tmp_path, path="")
+def test_the_machine_describes_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    info = describe_machine(tmp_path)
     assert info.hostname == socket.gethostname()
     assert info.sleap_nn == ""
     free = shutil.disk_usage(tmp_path).free

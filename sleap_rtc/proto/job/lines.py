@@ -111,15 +111,12 @@ class LineAssembler:
     delivered `REDRAW_INTERVAL` after it changed, with the text that it has then, so
     that its last text is always delivered. That text does not depend on where the bytes
     were cut.
-
-    Args:
-        first_line: The number of the first line.
     """
 
-    def __init__(self, first_line: int = 1) -> None:
+    def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
-        self._rows = [_Row(first_line)]
+        self._rows = [_Row(1)]
         self._cursor = 0
         self._fresh = False
         """True if the next text replaces the line instead of extending it."""

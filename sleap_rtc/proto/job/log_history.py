@@ -12,18 +12,14 @@ _LINE_OVERHEAD = 200
 
 
 class LogHistory:
-    """Keeps the last version of each line, up to a number of bytes.
+    """Keeps the last version of each line; the oldest are dropped beyond `MAX_HISTORY`.
 
     It serves a client that resumes its job: unlike the file of the worker's `JobLog` it
     has a limit and includes lines that may still be redrawn, and it keeps messages to
     send, not text to show as the terminal of the client does.
-
-    Args:
-        limit: Bytes to keep; the oldest lines are dropped first.
     """
 
-    def __init__(self, limit: int = MAX_HISTORY) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
         self._size = 0
         self._by_line: dict[int, JobLog] = {}
 
@@ -34,7 +30,7 @@ class LogHistory:
             self._size -= _cost(earlier)
         self._by_line[message.line] = message
         self._size += _cost(message)
-        while self._size > self._limit:
+        while self._size > MAX_HISTORY:
             oldest = next(iter(self._by_line))
             self._size -= _cost(self._by_line.pop(oldest))
 

@@ -167,15 +167,15 @@ def test_cuts_never_matter_and_no_control_gets_through(data: bytes, seed: int) -
 
 
 def test_line_numbers_have_no_gaps_and_continue_after_the_end() -> None:
-    assembler = LineAssembler(first_line=7)
+    assembler = LineAssembler()
     events = assembler.receive_data(b"one\ntwo", 0.0)
     events += assembler.finish(0.0)
-    assert assembler.next_line == 9
+    assert assembler.next_line == 3
     # Later output cannot redraw the lines of the program before.
     events += assembler.receive_data(b"\x1b[Athree\n", 0.0)
-    assert events == [LineEvent(7, "one"), LineEvent(8, "two"), LineEvent(9, "three")]
+    assert events == [LineEvent(1, "one"), LineEvent(2, "two"), LineEvent(3, "three")]
     assert assembler.finish(0.0) == []
-    assert assembler.next_line == 10
+    assert assembler.next_line == 4
 
 
 def test_redraws_are_delivered_ten_times_a_second_and_the_last_one_always() -> None:

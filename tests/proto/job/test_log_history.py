@@ -5,6 +5,9 @@ from sleap_rtc.proto.job.log_history import MAX_HISTORY, LogHistory
 from sleap_rtc.proto.messages import JobLog
 from tests.proto.job.examples import JOB
 
+LONG = "x" * (MAX_HISTORY // 3 - 200)
+"""A text of which the history keeps three, with their overhead."""
+
 
 def log(sequence: int, line: int, text: str = "epoch") -> JobLog:
     return JobLog(JOB, sequence, line, text)
@@ -20,24 +23,24 @@ def test_a_redrawn_line_is_kept_in_its_last_version_and_place() -> None:
 
 
 def test_the_oldest_lines_are_dropped() -> None:
-    history = LogHistory(limit=1000)
+    history = LogHistory()
     for number in range(10):
-        history.add(log(number, number, "x" * 100))
+        history.add(log(number, number, LONG))
     assert [each.line for each in history.since(0)] == [7, 8, 9]
 
 
 def test_a_line_that_is_redrawn_often_counts_once() -> None:
-    history = LogHistory(limit=1000)
+    history = LogHistory()
     history.add(log(0, 0, "saved"))
     for number in range(1, 100):
-        history.add(log(number, 1, "x" * 100))
-    assert list(history.since(0)) == [log(0, 0, "saved"), log(99, 1, "x" * 100)]
+        history.add(log(number, 1, LONG))
+    assert list(history.since(0)) == [log(0, 0, "saved"), log(99, 1, LONG)]
 
 
 def test_a_line_over_the_limit_empties_the_history() -> None:
-    history = LogHistory(limit=1000)
+    history = LogHistory()
     history.add(log(0, 0))
-    history.add(log(1, 1, "x" * 1000))
+    history.add(log(1, 1, "x" * MAX_HISTORY))
     assert list(history.since(0)) == []
     history.add(log(2, 2))
     assert list(history.since(0)) == [log(2, 2)]

@@ -20,14 +20,23 @@ from sleap_rtc.proto.job.client_outputs import (
     SendPackage,
     StopTransfer,
 )
-from sleap_rtc.proto.job.client_table import TRANSITIONS, ClientState, ClientTrigger
-from sleap_rtc.proto.job.reports import (
-    ReportReader,
+from sleap_rtc.proto.job.client_table import (
+    ACCEPTED,
+    IGNORED,
+    TRANSITIONS,
+    ClientState,
+    ClientTrigger,
 )
+from sleap_rtc.proto.job.reports import ReportReader
 from sleap_rtc.proto.job.results import ResultList
 from sleap_rtc.proto.job.route_plan import RoutePlan
 from sleap_rtc.proto.job.shared_route import SharedAnswer, SharedRoute, SharedState
-from sleap_rtc.proto.machine import ConnectedMachine, TimedMachine, move, move_untrusted
+from sleap_rtc.proto.machine import (
+    ConnectedMachine,
+    TimedMachine,
+    accept_untrusted,
+    move,
+)
 from sleap_rtc.proto.route.routes import GiveUp, TryShared, UseChannel
 
 REPLY_TIMEOUT = 30.0
@@ -163,7 +172,7 @@ class ClientJob(
         Raises:
             LocalProtocolError: If it was not asked for.
         """
-        if not self._is_late():
+        if not self._ignores_storage():
             self._sharing().probe_written(path, content, now)
             self._follow_shared(now)
 
@@ -177,7 +186,7 @@ class ClientJob(
         Raises:
             LocalProtocolError: If it was not asked for.
         """
-        if not self._is_late():
+        if not self._ignores_storage():
             self._sharing().package_copied(path, now)
             self._follow_shared(now)
 
@@ -191,7 +200,7 @@ class ClientJob(
         Raises:
             LocalProtocolError: If the shared route is not being tried.
         """
-        if not self._is_late():
+        if not self._ignores_storage():
             self._sharing().storage_failed(reason)
             self._follow_shared(now)
 
@@ -201,18 +210,7 @@ class ClientJob(
         Raises:
             LocalProtocolError: If it was not being sent.
         """
-        if self._is_late():
-            return
-        match self.state:
-            case ClientState.SENDING if self._is_transferring():
-                self._transfer = None
-                self._move(ClientTrigger.SENT)
-            case ClientState.WAITING if self._is_transferring():
-                self._transfer = None
-            case ClientState.FETCHING if self._is_transferring():
-                pass  # the worker ended the job before this report
-            case _ if self._transfer is None:
-                raise LocalProtocolError(f"no package is sent in {self.state.name}")
+        self._report(ClientTrigger.SENT)
 
     def results_fetched(self) -> None:
         """Handle a report: the results are where the user asked for them.
@@ -220,14 +218,11 @@ class ClientJob(
         Raises:
             LocalProtocolError: If they were not asked for.
         """
-        if self._is_late():
-            return
-        if self.state is ClientState.FETCHING:
-            self._transfer = None
+        # Results that have arrived count, even if their transfer was stopped meanwhile.
+        counts = self.state is ClientState.FETCHING
+        if self._report(ClientTrigger.FETCHED, even_if_stopped=counts):
             self._send(messages.ResultsReceived(self.job_id))
-            self._end_as(self._ending)
-        elif self._transfer is None or not self._transfer.stopped:
-            raise LocalProtocolError(f"no results are fetched in {self.state.name}")
+            self._outputs.append(self._ending)
 
     def transfer_failed(self, reason: str) -> None:
         """Handle a report: the package was not sent, or the results not fetched.
@@ -235,18 +230,13 @@ class ClientJob(
         Raises:
             LocalProtocolError: If nothing was being transferred.
         """
-        if self._is_late():
+        sending = self.state is ClientState.SENDING
+        if not self._report(ClientTrigger.TRANSFER_FAILED):
             return
-        if self._transfer is None:
-            raise LocalProtocolError(f"no transfer is under way in {self.state.name}")
-        if self._transfer.stopped:
-            return
-        self._transfer = None
-        if self.state is ClientState.SENDING:
+        if sending:
             self._send(messages.JobCancel(self.job_id))  # no package will follow
-        if self.state is not ClientState.WAITING:
-            self._end("transfer_failed", reason)
-        # Otherwise the worker has reported that it has the package, and that counts.
+        if self.state is ClientState.ENDED:
+            self._outputs.append(JobEnded("transfer_failed", reason))
 
     # ------------------------------------------------------------ inputs of the world
 
@@ -255,16 +245,21 @@ class ClientJob(
         self, message: messages.WorkerJobMessage | messages.Error, now: float
     ) -> None:
         """Handle a message of the worker; after the end of the link it is ignored."""
-        if self.state is ClientState.ENDED or not self._connected:
+        kind = type(message)
+        if not self._connected or self.state is ClientState.ENDED:
             return
         if isinstance(message, messages.Error):
             self._lose(f"the worker ended the connection: {message.reason}")
             return
         if isinstance(message, SharedAnswer) and self.route == "channel":
             return  # the answer to a request of the shared route, which was given up
-        move_untrusted(TRANSITIONS, self.state, type(message))
         if isinstance(message, messages.JobMessage) and message.job_id != self.job_id:
-            raise RemoteProtocolError(f"{type(message).__name__} is for another job")
+            raise RemoteProtocolError(f"{kind.__name__} is for another job")
+        if kind in IGNORED[self.state]:
+            return
+        target = accept_untrusted(TRANSITIONS, ACCEPTED, self.state, kind)
+        if target is not self.state:
+            self.state, self._deadline = target, None
         self._handle(message, now)
 
     @override
@@ -403,26 +398,21 @@ class ClientJob(
     # --------------------------------------------------------- messages of the worker
 
     def _handle(self, message: messages.WorkerJobMessage, now: float) -> None:
-        """Handle a message that the table expects now."""
+        """Handle a message that led to the present state."""
         if isinstance(message, messages.JobReport):
             self._handle_report(message)
             return
+        if isinstance(message, SharedAnswer):
+            self._sharing().receive_message(message, now)
+            self._follow_shared(now)
+            return
         match message:
-            case (
-                messages.MountProbed()
-                | messages.MountProbeFailed()
-                | messages.PathValidated()
-                | messages.PathError()
-            ):
-                self._sharing().receive_message(message, now)
-                self._follow_shared(now)
             case messages.JobAccepted():
-                if self.state is ClientState.SUBMITTING:
-                    self._send_package()
-                    self._move(messages.JobAccepted)
+                self._send_package()
             case messages.JobRejected(reason=reason):
                 cancelled = self._cancellation is not None
-                self._end("cancelled" if cancelled else "rejected", reason)
+                outcome: Outcome = "cancelled" if cancelled else "rejected"
+                self._outputs.append(JobEnded(outcome, reason))
             case messages.ResumeAccepted(progress=progress):
                 self._resumed(progress, now)
             case messages.JobUnknown():
@@ -430,13 +420,13 @@ class ClientJob(
             case messages.JobResults(page=page):
                 self._results.add_untrusted(page)
             case messages.JobComplete(path=path):
-                self._fetch(JobEnded("complete", path=path), messages.JobComplete)
+                self._fetch(JobEnded("complete", path=path))
             case messages.JobFailed(reason=reason):
                 if self._cancellation is None:
                     ending = JobEnded("failed", reason)
                 else:
                     ending = JobEnded("cancelled", self._cancellation.reason)
-                self._fetch(ending, messages.JobFailed)
+                self._fetch(ending)
             case _:
                 assert_never(message)
 
@@ -473,7 +463,7 @@ class ClientJob(
             self._send_package()
             self._move(ClientTrigger.SEND)
         else:
-            self._move(messages.ResumeAccepted)
+            self._move(ClientTrigger.CONTINUE)
 
     def _start_again(self, now: float) -> None:
         """Submit a job that the worker lacks, unless it had the job before."""
@@ -502,14 +492,9 @@ class ClientJob(
 
     # ------------------------------------------------------------------------ the end
 
-    def _fetch(
-        self,
-        ending: JobEnded,
-        message: type[messages.JobComplete] | type[messages.JobFailed],
-    ) -> None:
+    def _fetch(self, ending: JobEnded) -> None:
         """End the job, after fetching its results."""
         self._abandon()
-        self._move(message)
         self._ending = ending
         if self._cancellation is not None:
             self._cancellation = _Cancellation(self._cancellation.reason, stopped=True)
@@ -532,7 +517,8 @@ class ClientJob(
 
     def _abandon(self) -> None:
         """Stop the effect that is under way, and discard a useless copy."""
-        if self.state is ClientState.SHARING:
+        if self._shared is not None and self._shared.state is not SharedState.STARTED:
+            self._shared = None
             self._outputs.append(DiscardShared(self.job_id))
         self._stop_transfer()
 
@@ -552,11 +538,23 @@ class ClientJob(
 
     # ------------------------------------------------------------------ small helpers
 
-    def _move(
-        self,
-        trigger: ClientTrigger | type[messages.WorkerJobMessage],
-        deadline: float | None = None,
-    ) -> None:
+    def _report(self, trigger: ClientTrigger, *, even_if_stopped: bool = False) -> bool:
+        """Change the state for a report on a transfer; return False if it is ignored.
+
+        Raises:
+            LocalProtocolError: If nothing was being transferred.
+        """
+        if trigger in IGNORED[self.state]:
+            return False
+        if self._transfer is None:
+            raise LocalProtocolError(f"no transfer is under way in {self.state.name}")
+        if self._transfer.stopped and not even_if_stopped:
+            return False
+        self._move(trigger)
+        self._transfer = None
+        return True
+
+    def _move(self, trigger: ClientTrigger, deadline: float | None = None) -> None:
         self.state = move(TRANSITIONS, self.state, trigger)
         self._deadline = deadline
 
@@ -572,13 +570,9 @@ class ClientJob(
             )
         return self._shared
 
-    def _is_late(self) -> bool:
-        """Return whether a report may come from an effect that was given up."""
-        return self.state in (
-            ClientState.CANCELLING,
-            ClientState.RESUMING,
-            ClientState.ENDED,
-        )
+    def _ignores_storage(self) -> bool:
+        """Return whether a report on the shared storage comes too late to matter."""
+        return ClientTrigger.SHARED_REPORT in IGNORED[self.state]
 
     def _is_stopping(self) -> bool:
         """Return whether the worker has to stop the job, and has not confirmed it."""

@@ -27,7 +27,7 @@ from sleap_rtc.proto.job.client_outputs import (
     SendPackage,
     StopTransfer,
 )
-from sleap_rtc.proto.job.client_table import TRANSITIONS, ClientState
+from sleap_rtc.proto.job.client_table import ClientState
 from sleap_rtc.proto.job.reports import LinePrinted, StageComplete, StateChanged
 from sleap_rtc.proto.job.route_plan import RoutePlan
 from sleap_rtc.proto.job.shared_route import PATH_TIMEOUT, PROBE_TIMEOUT, SharedAnswer
@@ -155,6 +155,24 @@ ASIDE: dict[str, tuple[str, list[Input]]] = {
 }
 """Places beside the golden paths: the place before, and the inputs that follow it."""
 
+REACHED: dict[str, ClientState] = {
+    "idle": ClientState.IDLE,
+    "preparing": ClientState.SHARING,
+    "probing": ClientState.SHARING,
+    "copying": ClientState.SHARING,
+    "checking input": ClientState.SHARING,
+    "checking output": ClientState.SHARING,
+    "submitting": ClientState.SUBMITTING,
+    "sending": ClientState.SENDING,
+    "waiting": ClientState.WAITING,
+    "listed": ClientState.WAITING,
+    "cancelling": ClientState.CANCELLING,
+    "fetching": ClientState.FETCHING,
+    "resuming": ClientState.RESUMING,
+    "ended": ClientState.ENDED,
+}
+"""The state in each place, written by hand so that a wrong cell of the table shows."""
+
 PLACES: list[tuple[str, str]] = [
     ("shared", "idle"),
     *[(route, name) for route in ("shared", "channel") for name, _, _ in GOLDEN[route]],
@@ -185,19 +203,69 @@ def test_a_golden_path(route: str) -> None:
     for name, step, outputs in GOLDEN[route]:
         step(job)
         assert (name, drain(job)) == (name, outputs)
+        assert (name, job.state) == (name, REACHED[name])
 
 
 def test_every_state_is_tried() -> None:
-    states = {job_at(route, place).state for route, place in PLACES}
-    assert states == set(ClientState) == set(TRANSITIONS)
+    for route, place in PLACES:
+        assert (place, job_at(route, place).state) == (place, REACHED[place])
+    assert {REACHED[place] for _, place in PLACES} == set(ClientState)
 
 
 # --------------------------------------------------------- every place x every message
 
 FAILED: list[Output] = [*RESULTS_RECEIVED, JobEnded("failed", "exit status 1")]
 
-# The outputs for each message in the places where the table expects it; "" is for all
-# places that are not named.
+# The messages that each state expects, besides those about shared storage, and the
+# state that follows if no results were listed.
+EXPECTED: dict[ClientState, dict[type[messages.Message], ClientState]] = {
+    ClientState.IDLE: {},
+    ClientState.SHARING: {
+        messages.JobState: ClientState.SHARING,
+        messages.JobFailed: ClientState.ENDED,
+    },
+    ClientState.SUBMITTING: {
+        messages.JobState: ClientState.SUBMITTING,
+        messages.JobAccepted: ClientState.SENDING,
+        messages.JobRejected: ClientState.ENDED,
+        messages.JobFailed: ClientState.ENDED,
+    },
+    ClientState.SENDING: {
+        messages.JobState: ClientState.WAITING,  # it says that the job runs
+        messages.JobFailed: ClientState.ENDED,
+    },
+    ClientState.WAITING: {
+        messages.JobState: ClientState.WAITING,
+        messages.JobLog: ClientState.WAITING,
+        messages.TrainingComplete: ClientState.WAITING,
+        messages.InferenceComplete: ClientState.WAITING,
+        messages.JobResults: ClientState.WAITING,
+        messages.JobComplete: ClientState.ENDED,
+        messages.JobFailed: ClientState.ENDED,
+    },
+    ClientState.CANCELLING: {
+        messages.JobState: ClientState.CANCELLING,
+        messages.JobLog: ClientState.CANCELLING,
+        messages.TrainingComplete: ClientState.CANCELLING,
+        messages.InferenceComplete: ClientState.CANCELLING,
+        messages.JobResults: ClientState.CANCELLING,
+        messages.JobAccepted: ClientState.CANCELLING,
+        messages.JobRejected: ClientState.ENDED,
+        messages.JobComplete: ClientState.ENDED,
+        messages.JobFailed: ClientState.ENDED,
+    },
+    ClientState.FETCHING: {},
+    ClientState.RESUMING: {
+        messages.JobState: ClientState.RESUMING,
+        messages.JobRejected: ClientState.ENDED,
+        messages.JobFailed: ClientState.ENDED,
+        messages.ResumeAccepted: ClientState.WAITING,
+        messages.JobUnknown: ClientState.SHARING,  # the start was lost
+    },
+}
+
+# The outputs for each message in the places where it is expected; "" is for all places
+# that are not named.
 ANSWERS: dict[type[messages.Message], dict[str, list[Output]]] = {
     messages.JobState: {"": [StateChanged(messages.JobProgress("RUNNING"))]},
     messages.JobLog: {"": [LinePrinted(0, "epoch 1")]},
@@ -239,19 +307,22 @@ def test_every_message_in_every_place(
     if place == "ended":
         receive(EXAMPLES[kind])(job)
         assert snapshot(job) == before
-    elif kind not in TRANSITIONS[job.state]:
+    elif kind not in EXPECTED[REACHED[place]]:
         with pytest.raises(RemoteProtocolError, match=f"{kind.__name__} is not expect"):
             receive(EXAMPLES[kind])(job)
         assert snapshot(job) == before
     else:
-        row = TRANSITIONS[job.state]
         receive(EXAMPLES[kind])(job)
         outputs = drain(job)
-        assert job.state in row.values()
         if (kind, route) == (messages.JobUnknown, "channel"):
             reason = "the worker no longer has the job"
             assert outputs == [JobEnded("lost", reason)]
+            assert job.state is ClientState.ENDED
             return
+        if place == "listed" and kind in (messages.JobComplete, messages.JobFailed):
+            assert job.state is ClientState.FETCHING
+        else:
+            assert job.state is EXPECTED[REACHED[place]][kind]
         answers = ANSWERS[kind]
         expected = answers[place] if place in answers else answers[""]
         assert outputs == [
@@ -283,8 +354,8 @@ def test_an_answer_about_shared_storage_is_ignored_once_the_channel_was_chosen(
 
 @EVERY_PLACE
 def test_a_message_of_another_job_is_an_error(route: str, place: str) -> None:
-    for kind in TRANSITIONS[job_at(route, place).state]:
-        if not (isinstance(kind, type) and issubclass(kind, messages.JobMessage)):
+    for kind in EXPECTED.get(REACHED[place], {}):
+        if not issubclass(kind, messages.JobMessage):
             continue
         job = job_at(route, place)
         before = snapshot(job)
@@ -406,6 +477,32 @@ REPORTS = (
 """Reports on effects, which may come late."""
 
 
+# The state after each input that changes it.
+CHANGED: dict[tuple[str, str], ClientState] = {
+    ("idle", "submit"): ClientState.SHARING,
+    ("idle", "resume"): ClientState.RESUMING,
+    ("idle", "cancel"): ClientState.ENDED,
+    **{(place, "cancel"): ClientState.ENDED for place in SHARING},
+    ("submitting", "cancel"): ClientState.CANCELLING,
+    ("sending", "cancel"): ClientState.CANCELLING,
+    ("waiting", "cancel"): ClientState.CANCELLING,
+    ("listed", "cancel"): ClientState.CANCELLING,
+    ("fetching", "cancel"): ClientState.ENDED,
+    ("preparing", "shared_failed"): ClientState.SUBMITTING,
+    ("copying", "shared_failed"): ClientState.SUBMITTING,
+    ("sending", "package_sent"): ClientState.WAITING,
+    ("fetching", "results_fetched"): ClientState.ENDED,
+    ("sending", "transfer_failed"): ClientState.ENDED,
+    ("fetching", "transfer_failed"): ClientState.ENDED,
+    ("probing", "timeout"): ClientState.SUBMITTING,
+    ("checking input", "timeout"): ClientState.SUBMITTING,
+    ("checking output", "timeout"): ClientState.SUBMITTING,
+    ("submitting", "timeout"): ClientState.ENDED,
+    ("cancelling", "timeout"): ClientState.ENDED,
+    ("resuming", "timeout"): ClientState.ENDED,
+}
+
+
 @pytest.mark.parametrize("name", INPUTS)
 @EVERY_PLACE
 def test_every_input_in_every_place(route: str, place: str, name: str) -> None:
@@ -418,6 +515,7 @@ def test_every_input_in_every_place(route: str, place: str, name: str) -> None:
     elif place in wanted:
         act(job)
         assert drain(job) == wanted[place]
+        assert job.state is CHANGED.get((place, name), REACHED[place])
     else:
         with pytest.raises(LocalProtocolError):
             act(job)
@@ -436,6 +534,8 @@ def test_an_end_stops_the_effect_under_way(route: str, place: str, ending: str) 
     else:
         job.cancel("Ctrl-C", 0.0)
     outputs = drain(job)
+    if ending != "cancel":
+        assert job.state is ClientState.ENDED or place in ("cancelling", "fetching")
     if ending == "error" and place != "ended":
         reason = "the worker ended the connection: shutting down"
         assert outputs[-1] == JobEnded("lost", reason)

@@ -16,6 +16,7 @@ from sleap_rtc.proto.job.client_outputs import (
     RouteChosen,
     SendMessage,
 )
+from sleap_rtc.proto.job.client_table import ClientState
 from sleap_rtc.proto.job.route_plan import RoutePlan
 from tests.proto.job import test_client as clients
 from tests.proto.job.examples import EXAMPLES, JOB, NAME, RESULT, SIZE, drain, snapshot
@@ -78,6 +79,8 @@ def test_a_link_is_restored_in_every_place(route: str, place: str) -> None:
         return
     asked = drain(job)
     assert asked == QUESTION.get(place, clients.RESUME)
+    reached = clients.REACHED[place]
+    assert job.state is (reached if place in QUESTION else ClientState.RESUMING)
     wait = CANCEL_TIMEOUT if place == "cancelling" else 5.0 + REPLY_TIMEOUT
     assert job.deadline() == (wait if asked else None)
     with pytest.raises(LocalProtocolError, match="no link was lost"):

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from sleap_rtc.cli.failures import reported_errors
+from sleap_rtc.proto.rendezvous.workers import FIND_TIMEOUT
 from sleap_rtc.proto.route.reconnection import PATIENCE
 from sleap_rtc.proto.route.routes import RoutePreference
 
@@ -203,7 +204,7 @@ def workers(
     json: Json = False,
     timeout: Annotated[
         float, typer.Option(help="Seconds to wait for the signaling server.", min=0.1)
-    ] = 15.0,
+    ] = FIND_TIMEOUT,
 ) -> None:
     """List the workers of the room."""
     from sleap_rtc.cli.rooms import print_workers

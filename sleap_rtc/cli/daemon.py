@@ -41,11 +41,11 @@ def run_worker(options: worker.WorkerOptions, *, prints_invite: bool) -> None:
         options: The settings and the command line.
         prints_invite: Print the invite on standard output once the worker is ready.
     """
-    greet = print_invite if prints_invite else None
+    greet = print_directions if prints_invite else None
     run_logged(worker.run_worker, options, on_ready=greet)
 
 
-def print_invite(invite: Invite, hosted: bool) -> None:
+def print_directions(invite: Invite, hosted: bool) -> None:
     """Print how to reach this worker; the invite itself never goes to the log."""
     text = encode_invite(invite)
     if invite.is_loopback:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from sleap_rtc.io.storage.call import call_storage
+from sleap_rtc.io.storage.call import STORAGE_TIMEOUT, call_storage
 from sleap_rtc.io.storage.copy import CopyReport, copy_with_deadline
 from sleap_rtc.io.storage.folder import (
     StorageError,
@@ -18,9 +18,6 @@ from sleap_rtc.io.storage.folder import (
 from sleap_rtc.io.storage.probe import ask_storage, write_probe
 from sleap_rtc.proto.errors import InvalidInput
 from sleap_rtc.proto.job.paths import JobPaths
-
-STORAGE_TIMEOUT = 20.0
-"""Seconds for one access to the shared storage."""
 
 CLEANUP_TIMEOUT = 10.0
 """Seconds for removing a job directory that will not be used."""

@@ -20,6 +20,7 @@ from sleap_rtc.io.signaling.client import (
 from sleap_rtc.proto.rendezvous.invite import Invite, RoomKeys
 from sleap_rtc.proto.rendezvous.messages import Metadata
 from sleap_rtc.proto.rendezvous.workers import (
+    FIND_TIMEOUT,
     Candidate,
     Choice,
     NoChoice,
@@ -33,9 +34,6 @@ from sleap_rtc.proto.route.routes import (
     choose_kinds,
 )
 from sleap_rtc.rendezvous.introductions import Introduction, ask_worker
-
-FIND_TIMEOUT = 15.0
-"""Seconds to find a worker. A signaling server that restarts is back by then."""
 
 RETURN_TIMEOUT = 15.0
 """Seconds for workers to come back to a signaling server that has restarted."""
@@ -160,9 +158,8 @@ class Reach:
                 )
                 yield link
         except DialError as error:
-            tried = [f"{f.kind} to {f.address}: {f.reason}" for f in error.failures]
             raise NoWorkerError(
-                f"Cannot reach the worker: {'; '.join(tried) or 'it has no address'}.",
+                f"Cannot reach the worker: {error.reason}.",
                 "Its port, TCP or UDP, must be open to this machine: see the "
                 "troubleshooting guide, or use a shared network or VPN.",
             ) from None

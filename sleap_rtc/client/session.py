@@ -85,7 +85,7 @@ OpenLink = Callable[[], AbstractAsyncContextManager[Link]]
 """Opens another link; raises `NoWorkerError` or `LinkClosedError`."""
 
 
-async def run_job(
+async def run_session(
     plan: Plan,
     link: Link,
     open_again: OpenLink,
@@ -116,7 +116,7 @@ async def run_job(
 
 
 class _Session:
-    """The state of `run_job`: the machine, the link in use, and their helpers."""
+    """The state of `run_session`: the machine, the link in use, and their helpers."""
 
     def __init__(
         self,

@@ -20,9 +20,9 @@ from sleap_rtc.client.events import (
     WorkerChosen,
 )
 from sleap_rtc.client.package import PackageFile, look_again, open_package
-from sleap_rtc.client.reach import FIND_TIMEOUT, Reach, discover, enter_room
+from sleap_rtc.client.reach import Reach, discover, enter_room
 from sleap_rtc.client.request import JobRequest, JobResult
-from sleap_rtc.client.session import OpenLink, Plan, run_job
+from sleap_rtc.client.session import OpenLink, Plan, run_session
 from sleap_rtc.client.submissions import NoteFile, SubmissionNote, open_note
 from sleap_rtc.config import find_shared_root, make_state_directory
 from sleap_rtc.errors import (
@@ -41,7 +41,7 @@ from sleap_rtc.proto.job.client_outputs import JobEnded, RouteChosen
 from sleap_rtc.proto.job.reports import StateChanged
 from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting, JobStateName
 from sleap_rtc.proto.rendezvous.invite import Invite, RoomKeys
-from sleap_rtc.proto.rendezvous.workers import Candidate
+from sleap_rtc.proto.rendezvous.workers import FIND_TIMEOUT, Candidate
 from sleap_rtc.rendezvous.rooms import require_invite
 
 CANCEL_PATIENCE = 25.0
@@ -238,7 +238,7 @@ class _Submission:
         async with open_background_nursery() as nursery:
             with trio.CancelScope() as scope:
                 nursery.start_soon(limit_cancelling, scope)
-                ending = await run_job(
+                ending = await run_session(
                     plan,
                     link,
                     open_again,

@@ -11,7 +11,7 @@ import trio
 from blake3 import blake3
 
 from sleap_rtc.io.link.link import LinkClosedError
-from sleap_rtc.io.storage.call import call_storage
+from sleap_rtc.io.storage.call import STORAGE_TIMEOUT, call_storage
 from sleap_rtc.io.storage.folder import (
     StorageError,
     make_directories_beneath,
@@ -28,7 +28,6 @@ from sleap_rtc.proto.job.worker_table import WorkerState
 from sleap_rtc.proto.paths import check_file_name_untrusted
 from sleap_rtc.worker.client_link import ClientLink
 from sleap_rtc.worker.job_storage import (
-    STORAGE_TIMEOUT,
     ask_shared,
     look_at_package,
     make_room,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TypeVar, TypeVarTuple
 
-from sleap_rtc.io.storage.call import call_storage
+from sleap_rtc.io.storage.call import STORAGE_TIMEOUT, call_storage
 from sleap_rtc.io.storage.copy import SPACE_PERCENT
 from sleap_rtc.io.storage.folder import StorageError, list_tree, open_beneath
 from sleap_rtc.io.storage.probe import ask_storage
@@ -17,9 +17,6 @@ from sleap_rtc.worker.job_log import LOG_NAME
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
-
-STORAGE_TIMEOUT = 20.0
-"""Seconds for one access to the shared storage; the client waits for 30."""
 
 
 async def ask_shared(

@@ -100,7 +100,7 @@ def test_a_worker_prints_how_to_reach_it(
     out: str,
     err: str,
 ) -> None:
-    daemon.print_invite(invite, is_hosted)
+    daemon.print_directions(invite, is_hosted)
     shown = capsys.readouterr()
     assert out in shown.out
     assert err in shown.err

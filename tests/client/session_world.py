@@ -9,7 +9,7 @@ import trio
 
 from sleap_rtc.client.events import SessionEvent
 from sleap_rtc.client.reach import WorkerGoneError
-from sleap_rtc.client.session import OpenLink, Plan, run_job
+from sleap_rtc.client.session import OpenLink, Plan, run_session
 from sleap_rtc.io.link.link import Link
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.job.client_outputs import JobEnded
@@ -55,7 +55,7 @@ class Client:
             return await self.run_on(first, open_again)
 
     async def run_on(self, link: Link, open_again: OpenLink) -> JobEnded:
-        return await run_job(
+        return await run_session(
             self.plan,
             link,
             open_again,

@@ -43,11 +43,15 @@ class DialError(Exception):
 
     Args:
         failures: Every attempt.
+
+    Attributes:
+        reason: All of them, for people.
     """
 
     def __init__(self, failures: Sequence[DialFailure]) -> None:
         tried = "; ".join(f"{f.kind} to {f.address}: {f.reason}" for f in failures)
-        super().__init__(f"cannot reach the peer ({tried or 'it has no address'})")
+        self.reason = tried or "it has no address"
+        super().__init__(f"cannot reach the peer ({self.reason})")
         self.failures = tuple(failures)
 
 

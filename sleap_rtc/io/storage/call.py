@@ -18,6 +18,9 @@ from sleap_rtc.io.storage.folder import StorageError
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
+STORAGE_TIMEOUT = 20.0
+"""Seconds for one access to shared storage; a client waits for 30 for its worker."""
+
 GRACE_TIMEOUT = 2.0
 """Seconds that a cancelled call may take to end before its thread is left behind.
 

@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+FIND_TIMEOUT = 15.0
+"""Seconds to find a worker. A signaling server that restarts is back by then."""
+
 WorkerStatus = Literal["available", "busy"]
 
 _Word = Annotated[str, Meta(max_length=128)]

@@ -25,7 +25,7 @@ from sleap_rtc.proto.transfer.machine import (
     TransferFailed,
     TransferMessage,
 )
-from sleap_rtc.proto.transfer.receiver import Receiver
+from sleap_rtc.proto.transfer.receiver import Receiver, ReceiverState
 from sleap_rtc.proto.transfer.sender import Sender
 
 Progress = Callable[[int], None]
@@ -51,6 +51,10 @@ class TransferError(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+Outcome = TransferDone | TransferError | LinkClosedError
+"""The end of a transfer."""
 
 
 class ChunkSource(Protocol):
@@ -101,8 +105,7 @@ class RunningTransfer(ABC):
         self._machine = machine
         self._on_progress = on_progress
         self._reported = 0
-        self._has_ended = False
-        self._error: TransferError | LinkClosedError | None = None
+        self._outcome: Outcome | None = None  # None while it runs
         self._woken = trio.Event()
 
     def receive_message(self, message: TransferMessage) -> None:
@@ -116,12 +119,12 @@ class RunningTransfer(ABC):
 
     def link_lost(self, error: LinkClosedError) -> None:
         """End the transfer because the link ended."""
-        self._end(error)
+        self._finish(error)
 
-    def _end(self, error: TransferError | LinkClosedError | None) -> None:
-        if not self._has_ended:
-            self._has_ended = True
-            self._error = error
+    def _finish(self, outcome: Outcome) -> None:
+        """Record how the transfer ended; only the first outcome counts."""
+        if self._outcome is None:
+            self._outcome = outcome
         self._woken.set()
 
     def _report(self, size: int) -> None:
@@ -133,14 +136,14 @@ class RunningTransfer(ABC):
         """Run the effects of the machine until the transfer has ended."""
         try:
             async with trio.open_nursery() as nursery:
-                while not self._has_ended:
+                while self._outcome is None:
                     await self._step(nursery)
                 nursery.cancel_scope.cancel()
         finally:
-            if not self._has_ended:
+            if self._outcome is None:
                 await self._cancel()
-        if self._error is not None:
-            raise self._error
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
 
     async def _step(self, nursery: trio.Nursery) -> None:
         """Run one effect, or wait for the input that brings the next."""
@@ -198,6 +201,12 @@ class ReceivingFile(RunningTransfer):
         self._woken.set()
 
     @override
+    def link_lost(self, error: LinkClosedError) -> None:
+        # The file is whole once it is published: then the link no longer matters.
+        if self._receiver.state is not ReceiverState.PUBLISHING:
+            super().link_lost(error)
+
+    @override
     async def _run_next(self, nursery: trio.Nursery) -> bool:
         match self._receiver.next_output():
             case None:
@@ -209,10 +218,10 @@ class ReceivingFile(RunningTransfer):
                 nursery.start_soon(self._store, index, payload, digest)
             case Publish():
                 await self._publish()
-            case TransferDone():
-                self._end(None)
+            case TransferDone() as done:
+                self._finish(done)
             case TransferFailed(reason=reason):
-                self._end(TransferError(reason))
+                self._finish(TransferError(reason))
             case output:
                 assert_never(output)
         return True
@@ -241,7 +250,6 @@ class ReceivingFile(RunningTransfer):
             self._receiver.cancel(str(error))
         else:
             self._receiver.published()
-            self._error = None  # it is whole, even if the link was lost meanwhile
 
 
 class SendingFile(RunningTransfer):
@@ -278,10 +286,10 @@ class SendingFile(RunningTransfer):
                 nursery.start_soon(self._send_chunk, index)
             case HashMissing(first=first, count=count):
                 nursery.start_soon(self._hash, range(first, first + count))
-            case TransferDone():
-                self._end(None)
+            case TransferDone() as done:
+                self._finish(done)
             case TransferFailed(reason=reason):
-                self._end(TransferError(reason))
+                self._finish(TransferError(reason))
             case output:
                 assert_never(output)
         return True
@@ -297,7 +305,7 @@ class SendingFile(RunningTransfer):
                     self._sender.transfer_id, index, len(payload), digest
                 )
                 await self._link.send_frame(Frame(header, payload))
-                if not self._has_ended:
+                if self._outcome is None:
                     self._sender.chunk_sent(index, digest)
                     self._report(self._sender.bytes_known)
         except StorageError as error:
@@ -314,7 +322,7 @@ class SendingFile(RunningTransfer):
         else:
             if len(digests) < len(indexes):
                 self._sender.source_changed()
-            elif not self._has_ended:
+            elif self._outcome is None:
                 self._sender.hashes_read(digests)
                 self._report(self._sender.bytes_known)
         self._woken.set()

@@ -10,7 +10,7 @@ import trio.testing
 from typing_extensions import override
 
 from sleap_rtc.io.link.link import LinkClosedError
-from sleap_rtc.io.storage.folder import open_owned
+from sleap_rtc.io.storage.folder import StorageError, open_owned
 from sleap_rtc.io.transfer.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.proto.transfer.frames import Frame
 from tests.io.link.memory import MemoryLink
@@ -132,25 +132,27 @@ async def test_a_receiver_that_was_cancelled_continues_later(tmp_path: Path) -> 
 
 
 class _SlowDisk(ChunkWriter):
-    """A sink whose fsync takes until the link is lost."""
+    """A sink whose fsync takes until the link is lost, and may fail then."""
 
-    is_publishing = threading.Event()
-    may_end = threading.Event()
+    is_publishing: threading.Event
+    may_end: threading.Event
+    failure: StorageError | None
 
     @override
     def publish(self) -> Path:
         self.is_publishing.set()
         assert self.may_end.wait(DEADLINE)
+        if self.failure is not None:
+            raise self.failure
         return super().publish()
 
 
-async def test_a_link_that_is_lost_during_the_fsync_changes_nothing(
-    tmp_path: Path,
-) -> None:
-    job = Job(tmp_path, 3 * CHUNK_SIZE)
+async def lose_link_during_fsync(job: Job, failure: StorageError | None) -> None:
     sink = _SlowDisk.open(
         job.root, job.offer.name, size=job.offer.size, chunk_size=CHUNK_SIZE
     )
+    sink.is_publishing, sink.may_end = threading.Event(), threading.Event()
+    sink.failure = failure
     async with two_sides() as (sender, receiver), trio.open_nursery() as nursery:
         nursery.start_soon(job.send, sender)
         await receiver.next_offer()
@@ -160,6 +162,24 @@ async def test_a_link_that_is_lost_during_the_fsync_changes_nothing(
         receiver.link.cut("the laptop sleeps")
         await trio.testing.wait_all_tasks_blocked()
         sink.may_end.set()
+
+
+async def test_a_link_that_is_lost_during_the_fsync_changes_nothing(
+    tmp_path: Path,
+) -> None:
+    job = Job(tmp_path, 3 * CHUNK_SIZE)
+    await lose_link_during_fsync(job, None)
     assert "receiver" not in job.errors
     assert job.path == job.root / job.offer.name
     assert job.path.read_bytes() == job.content
+
+
+async def test_a_link_that_is_lost_before_the_fsync_fails_keeps_the_part(
+    tmp_path: Path,
+) -> None:
+    job = Job(tmp_path, 3 * CHUNK_SIZE)
+    await lose_link_during_fsync(job, StorageError("the disk is full"))
+    error = job.errors["receiver"]
+    assert isinstance(error, LinkClosedError)
+    assert "the laptop sleeps" in str(error)
+    job.check_kept()

@@ -113,7 +113,6 @@ class RoomConnection:
         self._connect_wanted = trio.Event()
         self._socket: WebSocket | None = None
         self._registered = trio.Event()
-        self._refusal: str | None = None
         self._lists: dict[int, trio.MemorySendChannel[tuple[PeerInfo, ...]]] = {}
         self._answers: dict[
             tuple[str, str], trio.MemorySendChannel[str | PeerUnreachableError]
@@ -129,8 +128,8 @@ class RoomConnection:
             RegistrationRefusedError: If the server refuses the registration.
         """
         while self._member.state is not MemberState.REGISTERED:
-            if self._refusal is not None:
-                raise RegistrationRefusedError(self._refusal)
+            if self._member.state is MemberState.ENDED:
+                raise RegistrationRefusedError(self._member.refusal)
             await self._registered.wait()
 
     async def discover(self, role: str | None = None) -> list[PeerInfo]:
@@ -293,7 +292,6 @@ class RoomConnection:
                 self._end_requests()
             case RegistrationRefused(reason=reason):
                 self._log.error("registration refused", reason=reason)
-                self._refusal = reason
                 self._end_requests()
                 self._registered.set()
                 self._offers_in.close()

@@ -213,11 +213,17 @@ class RoomMember(ReconnectingMachine[ServerSignal, MemberOutput]):
         self._next_request = 0
         self._requests: deque[int] = deque()
         self._complaint = ""
+        self._refusal = ""
 
     @property
     def state(self) -> MemberState:
         """The state of the machine."""
         return self._state
+
+    @property
+    def refusal(self) -> str:
+        """The reason of the server in `MemberState.ENDED`; empty in other states."""
+        return self._refusal
 
     @property
     def is_connected(self) -> bool:
@@ -414,6 +420,7 @@ class RoomMember(ReconnectingMachine[ServerSignal, MemberOutput]):
         else:
             self._move_untrusted(_T.REFUSED)
             self._deadline = None
+            self._refusal = reason
             self._outputs.append(Close(reason))
             self._outputs.append(RegistrationRefused(reason))
 

@@ -396,8 +396,10 @@ def test_a_sign_of_life_of_the_server_moves_the_deadline() -> None:
 @pytest.mark.parametrize("code", ["REGISTRATION_REFUSED", "METADATA_TOO_LARGE", "NEW"])
 def test_a_refusal_is_final(state: MemberState, code: str) -> None:
     machine = in_state(state)
+    assert machine.refusal == ""
     outputs = receive(machine, ErrorSignal(code, "wrong\nkey"))
     assert outputs == [Close("wrong key"), RegistrationRefused("wrong key")]
+    assert machine.refusal == "wrong key"
     assert machine.state is S.ENDED
     assert machine.deadline() is None
 

@@ -42,6 +42,7 @@ import trio_websocket
 from trio_websocket import ConnectionClosed, ConnectionRejected, WebSocketConnection
 from typing_extensions import override
 
+from sleap_rtc.io.causes import innermost
 from sleap_rtc.proto.terminal import printable
 
 CONNECT_TIMEOUT = 10.0
@@ -218,7 +219,7 @@ class WebSocket:
                     nursery.start_soon(self._read, connection, user)
                     nursery.start_soon(self._keep_alive, connection, user)
         except* Exception as group:
-            error = _innermost(group)
+            error = innermost(group)
             if isinstance(error, ConnectionRejected):
                 status = error.status_code
                 self._fail(f"it answered HTTP {status}: not a signaling server")
@@ -432,7 +433,7 @@ async def connect_websocket(url: str, max_message: int) -> WebSocket:
     except (OSError, trio.BrokenResourceError) as error:
         raise WebSocketConnectError(
             f"can't connect to {where}: {_cause(error)}",
-            is_refused=isinstance(_innermost(error), ConnectionRefusedError),
+            is_refused=isinstance(innermost(error), ConnectionRefusedError),
         ) from error
     return WebSocket(stream, WebSocketLimits(max_message), url)
 
@@ -451,20 +452,9 @@ async def _secured(stream: trio.abc.Stream, host: str) -> trio.abc.Stream:
     return secured
 
 
-def _innermost(error: BaseException) -> BaseException:
-    """Return the cause of an exception that libraries have wrapped."""
-    while True:
-        if isinstance(error, BaseExceptionGroup):
-            error = error.exceptions[0]
-        elif error.__cause__ is not None:
-            error = error.__cause__
-        else:
-            return error
-
-
 def _cause(error: BaseException) -> str:
     """Describe the cause of a failed connection, for people."""
-    error = _innermost(error)
+    error = innermost(error)
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"
     if isinstance(error, OSError) and error.strerror:

@@ -8,6 +8,7 @@ import sys
 
 import trio
 
+from sleap_rtc.io.causes import innermost
 from sleap_rtc.io.link.addresses import opened_socket
 
 RECEIVE_SIZE = 256 * 1024
@@ -135,10 +136,8 @@ async def open_tcp_socket(host: str, port: int) -> TcpSocket:
         stream = await trio.open_tcp_stream(host, port)
     except OSError as error:
         # The error only reports that all addresses failed; the causes are inside.
-        cause = error.__cause__
-        while isinstance(cause, BaseExceptionGroup):
-            cause = cause.exceptions[0]
-        if not isinstance(cause, OSError) or cause.errno is None:
+        cause = innermost(error)
+        if cause is error or not isinstance(cause, OSError) or cause.errno is None:
             raise
         raise OSError(cause.errno, os.strerror(cause.errno)) from None
     return TcpSocket(socket.socket(fileno=stream.socket.detach()))

@@ -31,11 +31,12 @@ from sleap_rtc.io.quic.congestion import AioquicCongestion
 from sleap_rtc.io.storage.files import Buffer
 from sleap_rtc.io.transfer.transfers import TransferError, Transfers
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.messages import Auth, FileOffer, OfferedFile
+from sleap_rtc.proto.messages import Auth, FileOffer, Message, OfferedFile
 from sleap_rtc.proto.quic.congestion import WINDOW_PACING_GAIN, CongestionControl, Pacer
 from sleap_rtc.proto.quic.mtu import MtuSearch
 from sleap_rtc.proto.route.kinds import LinkKindName
 from sleap_rtc.proto.transfer.chunk_map import ChunkMap
+from sleap_rtc.proto.transfer.machine import TransferMessage
 
 LOOPBACK = "127.0.0.1"
 ENDLESS = 2**36
@@ -200,10 +201,12 @@ async def send(task: Task) -> Sent:
         return Sent(link.statistics(), time.process_time())
 
 
-async def _deliver(link: Link, transfers: Transfers) -> None:
+async def _deliver(link: Link[Message], transfers: Transfers) -> None:
     try:
         while True:
-            transfers.deliver_message(await link.receive_message())
+            message = await link.receive_message()
+            if isinstance(message, TransferMessage):
+                transfers.receive_message(message)
     except LinkClosedError:
         pass
 

@@ -25,7 +25,7 @@ class Connection:
         transfers: The files that are being sent or received.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link[messages.WorkerMessage]) -> None:
         self.link = link
         self.outbox = Outbox(link)
         self.transfers = Transfers(link)
@@ -54,7 +54,9 @@ class Connection:
 
 
 @asynccontextmanager
-async def open_connection(link: Link) -> AsyncIterator[Connection]:
+async def open_connection(
+    link: Link[messages.WorkerMessage],
+) -> AsyncIterator[Connection]:
     """Serve a link for as long as the body runs; its owner closes it."""
     connection = Connection(link)
     async with open_background_nursery() as nursery:

@@ -17,6 +17,7 @@ from sleap_rtc.io.signaling.client import (
     RoomConnection,
     open_room,
 )
+from sleap_rtc.proto.messages import WorkerMessage
 from sleap_rtc.proto.rendezvous.invite import Invite, RoomKeys
 from sleap_rtc.proto.rendezvous.messages import Metadata
 from sleap_rtc.proto.rendezvous.workers import (
@@ -72,7 +73,7 @@ class Reach:
     @asynccontextmanager
     async def open_first(
         self, wanted: str | None, because: str = ""
-    ) -> AsyncIterator[tuple[str, Link]]:
+    ) -> AsyncIterator[tuple[str, Link[WorkerMessage]]]:
         """Choose a worker, and open a link to it.
 
         Args:
@@ -102,7 +103,7 @@ class Reach:
             yield worker.peer_id, link
 
     @asynccontextmanager
-    async def open_again(self, worker_id: str) -> AsyncIterator[Link]:
+    async def open_again(self, worker_id: str) -> AsyncIterator[Link[WorkerMessage]]:
         """Open another link to a worker; one attempt.
 
         Raises:
@@ -137,7 +138,9 @@ class Reach:
         )
 
     @asynccontextmanager
-    async def _dial(self, introduction: Introduction) -> AsyncIterator[Link]:
+    async def _dial(
+        self, introduction: Introduction
+    ) -> AsyncIterator[Link[WorkerMessage]]:
         """Open the link, and report which one it is."""
         answer = introduction.answer
         choice = choose_kinds(self._preference, answer.kinds)

@@ -40,6 +40,7 @@ from sleap_rtc.proto.job.reports import StateChanged
 from sleap_rtc.proto.job.route_plan import RoutePlan
 from sleap_rtc.proto.route.reconnection import GiveUp, Reconnection, TryAgain
 from sleap_rtc.proto.route.routes import RoutePreference
+from sleap_rtc.proto.transfer.machine import TransferMessage
 
 FLUSH_TIMEOUT = 10.0
 """Seconds for sending the last messages once the job is over."""
@@ -81,13 +82,13 @@ class Plan(msgspec.Struct, frozen=True):
     chosen_output: Path | None = None
 
 
-OpenLink = Callable[[], AbstractAsyncContextManager[Link]]
+OpenLink = Callable[[], AbstractAsyncContextManager[Link[messages.WorkerMessage]]]
 """Opens another link; raises `NoWorkerError` or `LinkClosedError`."""
 
 
 async def run_session(
     plan: Plan,
-    link: Link,
+    link: Link[messages.WorkerMessage],
     open_again: OpenLink,
     *,
     greeting: messages.Greeting,
@@ -149,7 +150,9 @@ class _Session:
         self._silent_for = 0.0
         self._ending = client_outputs.JobEnded("lost", "the job has not begun")
 
-    async def run(self, link: Link, open_again: OpenLink) -> client_outputs.JobEnded:
+    async def run(
+        self, link: Link[messages.WorkerMessage], open_again: OpenLink
+    ) -> client_outputs.JobEnded:
         """Serve links until the job has ended."""
         await self._serve(link)
         while not self._over.is_set():
@@ -186,7 +189,7 @@ class _Session:
                         self._job.give_up(reason)
                         self._drain()
 
-    async def _serve(self, link: Link) -> bool:
+    async def _serve(self, link: Link[messages.WorkerMessage]) -> bool:
         """Serve a link until it is lost, or the job is over.
 
         Returns:
@@ -234,14 +237,19 @@ class _Session:
         """Deliver messages until the link ends or the worker breaks the protocol."""
         while True:
             message = await connection.link.receive_message()
-            if self._results.deliver_offer(
-                message
-            ) or connection.transfers.deliver_message(message):
+            if self._results.deliver_offer(message):
                 continue
-            if not isinstance(message, messages.WorkerJobMessage | messages.Error):
+            if isinstance(message, TransferMessage):
+                connection.transfers.receive_message(message)
+            elif isinstance(message, messages.WorkerJobMessage | messages.Error):
+                self._job.receive_message(message, trio.current_time())
+                self._drain()
+            elif isinstance(
+                message, messages.Hello | messages.FileOffer | messages.Unknown
+            ):
                 raise RemoteProtocolError(f"{type(message).__name__} is not expected")
-            self._job.receive_message(message, trio.current_time())
-            self._drain()
+            else:
+                assert_never(message)
 
     def _begin(self, worker: messages.Greeting) -> None:
         """Start the job, or continue it over a new link."""

@@ -39,7 +39,12 @@ from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.proto.job.client_outputs import JobEnded, RouteChosen
 from sleap_rtc.proto.job.reports import StateChanged
-from sleap_rtc.proto.messages import PROTOCOL_VERSION, Greeting, JobStateName
+from sleap_rtc.proto.messages import (
+    PROTOCOL_VERSION,
+    Greeting,
+    JobStateName,
+    WorkerMessage,
+)
 from sleap_rtc.proto.rendezvous.invite import Invite, RoomKeys
 from sleap_rtc.proto.rendezvous.workers import FIND_TIMEOUT, Candidate
 from sleap_rtc.rendezvous.rooms import require_invite
@@ -219,7 +224,11 @@ class _Submission:
         )
 
     async def _run_job(
-        self, plan: Plan, link: Link, open_again: OpenLink, cancel_asked: trio.Event
+        self,
+        plan: Plan,
+        link: Link[WorkerMessage],
+        open_again: OpenLink,
+        cancel_asked: trio.Event,
     ) -> JobEnded:
         """Run the job; once it is cancelled, wait for its end for a limited time."""
         ending = JobEnded("cancelled", "the worker did not confirm it", confirmed=False)

@@ -21,7 +21,9 @@ class ClientLink:
         nursery: The nursery of the session that serves the link.
     """
 
-    def __init__(self, link: Link, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, link: Link[messages.ClientMessage], nursery: trio.Nursery
+    ) -> None:
         self.outbox = Outbox(link)
         self.transfers = Transfers(link)
         self._nursery = nursery

@@ -1,7 +1,7 @@
 """The session of one client with the worker: it finds the job and routes messages."""
 
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, assert_never
 
 import structlog
 import trio
@@ -11,6 +11,7 @@ from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.job.worker_table import WorkerState
+from sleap_rtc.proto.transfer.machine import TransferMessage
 from sleap_rtc.worker.client_link import ClientLink
 from sleap_rtc.worker.jobs import Jobs
 
@@ -22,7 +23,9 @@ CLOSE_TIMEOUT = 5.0
 
 
 async def serve_link(
-    jobs: Jobs, greet: Callable[[], messages.Greeting], link: Link
+    jobs: Jobs,
+    greet: Callable[[], messages.Greeting],
+    link: Link[messages.ClientMessage],
 ) -> None:
     """Serve one client until its link ends.
 
@@ -50,7 +53,7 @@ class _Session:
     def __init__(
         self,
         jobs: Jobs,
-        link: Link,
+        link: Link[messages.ClientMessage],
         client: ClientLink,
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
@@ -99,18 +102,18 @@ class _Session:
             if isinstance(message, messages.Hello) is has_greeted:
                 raise RemoteProtocolError("HELLO must come first, and only once")
             has_greeted = True
-            if self._client.transfers.deliver_message(message):
-                continue
-            match message:
-                case messages.Hello():
-                    pass
-                case messages.JobResume():
-                    await self._resume(message)
-                case _ if isinstance(message, messages.ClientJobMessage):
-                    self._job.receive_message(self._client, message)
-                case _:
-                    name = type(message).__name__
-                    raise RemoteProtocolError(f"{name} is not expected")
+            if isinstance(message, messages.Hello):
+                pass  # it arrives at its place
+            elif isinstance(message, TransferMessage):
+                self._client.transfers.receive_message(message)
+            elif isinstance(message, messages.JobResume):
+                await self._resume(message)
+            elif isinstance(message, messages.ClientJobMessage):
+                self._job.receive_message(self._client, message)
+            elif isinstance(message, messages.Auth | messages.Unknown):
+                raise RemoteProtocolError(f"{type(message).__name__} is not expected")
+            else:
+                assert_never(message)
 
     async def _resume(self, message: messages.JobResume) -> None:
         """Attach to the job of an earlier link, or report that it is unknown."""

@@ -13,6 +13,7 @@ from sleap_rtc.io.storage.folder import open_owned
 from sleap_rtc.io.transfer.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.io.transfer.transfers import Transfers
 from sleap_rtc.proto import messages
+from sleap_rtc.proto.transfer.machine import TransferMessage
 
 T = TypeVar("T", bound=messages.Message)
 
@@ -22,7 +23,7 @@ CHUNK_SIZE = 4096
 class ScriptedWorker:
     """The worker's end of a link: real transfers, and messages that the test sends."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link[messages.ClientMessage]) -> None:
         self.link = link
         self.transfers = Transfers(link)
         self._put, self._got = trio.open_memory_channel[messages.Message](1000)
@@ -33,7 +34,9 @@ class ScriptedWorker:
             try:
                 while True:
                     message = await self.link.receive_message()
-                    if not self.transfers.deliver_message(message):
+                    if isinstance(message, TransferMessage):
+                        self.transfers.receive_message(message)
+                    else:
                         self._put.send_nowait(message)
             except LinkClosedError:
                 self._put.close()
@@ -105,7 +108,9 @@ def result_file(path: Path) -> messages.ResultFile:
 
 
 @asynccontextmanager
-async def scripted_worker(link: Link) -> AsyncIterator[ScriptedWorker]:
+async def scripted_worker(
+    link: Link[messages.ClientMessage],
+) -> AsyncIterator[ScriptedWorker]:
     """Run a worker for as long as the body runs."""
     async with open_background_nursery() as nursery:
         worker = ScriptedWorker(link)

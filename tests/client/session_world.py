@@ -37,7 +37,7 @@ class Client:
         remaining = iter(scripts)
 
         @asynccontextmanager
-        async def open_link() -> AsyncIterator[Link]:
+        async def open_link() -> AsyncIterator[Link[messages.WorkerMessage]]:
             script = next(remaining, None)
             if script is None:
                 raise WorkerGoneError("There is no worker.")
@@ -47,14 +47,16 @@ class Client:
                 yield mine
                 mine.cut("the client closed the link")
 
-        def open_again() -> AbstractAsyncContextManager[Link]:
+        def open_again() -> AbstractAsyncContextManager[Link[messages.WorkerMessage]]:
             self.attempts += 1
             return open_link()
 
         async with open_link() as first:
             return await self.run_on(first, open_again)
 
-    async def run_on(self, link: Link, open_again: OpenLink) -> JobEnded:
+    async def run_on(
+        self, link: Link[messages.WorkerMessage], open_again: OpenLink
+    ) -> JobEnded:
         return await run_session(
             self.plan,
             link,

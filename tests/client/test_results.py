@@ -12,6 +12,7 @@ from sleap_rtc.io.link.link import LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.proto import messages
+from sleap_rtc.proto.transfer.machine import TransferMessage
 from tests.client.scripted import ScriptedWorker, result_file, scripted_worker
 from tests.io.link.memory import MemoryLink
 
@@ -88,7 +89,8 @@ class Pair:
         while True:
             message = await self.connection.link.receive_message()
             if not self.results.deliver_offer(message):
-                assert self.connection.transfers.deliver_message(message)
+                assert isinstance(message, TransferMessage)
+                self.connection.transfers.receive_message(message)
 
     async def fetch(self, *files: messages.ResultFile) -> None:
         self.failures = await self.results.fetch(self.connection, files)

@@ -229,7 +229,7 @@ async def test_a_job_is_cancelled_while_its_link_is_lost(
     mine, its = MemoryLink.pair()
 
     @asynccontextmanager
-    async def open_again() -> AsyncIterator[Link]:
+    async def open_again() -> AsyncIterator[Link[messages.WorkerMessage]]:
         client.attempts += 1
         if client.attempts == 5:
             client.cancel_asked.set()
@@ -350,7 +350,7 @@ async def test_a_worker_that_never_greets_is_tried_with_pauses_and_given_up(
     client: Client, autojump_clock: trio.testing.MockClock
 ) -> None:
     @asynccontextmanager
-    async def open_again() -> AsyncIterator[Link]:
+    async def open_again() -> AsyncIterator[Link[messages.WorkerMessage]]:
         client.attempts += 1
         assert client.attempts < 1000, "there are no pauses"
         mine, its = MemoryLink.pair()

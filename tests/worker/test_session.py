@@ -190,7 +190,7 @@ async def test_a_state_directory_may_be_moved_between_two_runs(tmp_path: Path) -
         assert list((world.directory / JOB).iterdir()) != []
 
 
-class _Stalling(MemoryLink):
+class _Stalling(MemoryLink[messages.ClientMessage]):
     """A link that never delivers the number of bytes that were received before."""
 
     @override

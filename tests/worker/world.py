@@ -33,7 +33,7 @@ OFFER = messages.FileOffer(0, messages.OfferedFile("job.zip", SIZE, 1024 * 1024)
 class Client:
     """The other end of a worker's link."""
 
-    def __init__(self, link: MemoryLink) -> None:
+    def __init__(self, link: MemoryLink[messages.WorkerMessage]) -> None:
         self.link = link
 
     async def send(self, *batch: messages.Message) -> None:
@@ -59,7 +59,7 @@ class World:
         self.store = store
         self._nursery = nursery
 
-    def serve(self, link: MemoryLink) -> None:
+    def serve(self, link: MemoryLink[messages.ClientMessage]) -> None:
         self._nursery.start_soon(serve_link, self.jobs, greeting, link)
 
     def open_silent_link(self) -> Client:

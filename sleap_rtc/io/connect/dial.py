@@ -11,7 +11,7 @@ from sleap_rtc.io.connect.kinds import KINDS
 from sleap_rtc.io.link.limits import LIMITS, LinkLimits
 from sleap_rtc.io.link.link import DialError, DialFailure, Link
 from sleap_rtc.io.nursery import open_background_nursery
-from sleap_rtc.proto.messages import Auth
+from sleap_rtc.proto.messages import Auth, WorkerMessage
 from sleap_rtc.proto.route.kinds import LinkKindName, Target
 from sleap_rtc.proto.route.race import (
     Attempt,
@@ -44,14 +44,14 @@ class _Dialing:
         self.settled = trio.Event()
         self.released = trio.Event()
         self.closed = trio.Event()
-        self.link: Link | None = None
+        self.link: Link[WorkerMessage] | None = None
         self.reason = ""
         self.failures: list[DialFailure] = []
         self._race = race
         self._certificate_der = certificate_der
         self._limits = limits
         self._nursery = nursery
-        self._links: dict[Attempt, Link] = {}
+        self._links: dict[Attempt, Link[WorkerMessage]] = {}
         self._scopes: dict[Attempt, trio.CancelScope] = {}
         self._alarm = Alarm()
 
@@ -105,7 +105,7 @@ async def dial(
     certificate_der: bytes,
     auth: Auth,
     limits: LinkLimits = LIMITS,
-) -> AsyncIterator[tuple[Link, str]]:
+) -> AsyncIterator[tuple[Link[WorkerMessage], str]]:
     """Open a link to a peer, of the best kind and at the best target that works.
 
     The proof is sent over that link only. The link is closed after the body.

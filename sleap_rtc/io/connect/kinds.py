@@ -10,11 +10,12 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 from sleap_rtc.io.link.certificates import Certificate
-from sleap_rtc.io.link.endpoint import Acceptor, AnyLink, LinkServer
+from sleap_rtc.io.link.endpoint import Acceptor, LinkServer, ServedLink
 from sleap_rtc.io.link.limits import LinkLimits
 from sleap_rtc.io.link.link import Link
 from sleap_rtc.io.quic.driver import QuicKind
 from sleap_rtc.io.tcp.driver import TcpKind
+from sleap_rtc.proto.messages import WorkerMessage
 from sleap_rtc.proto.route.kinds import LinkKindName
 
 
@@ -46,7 +47,7 @@ class LinkKind(Protocol):
         certificate: Certificate,
         acceptor: Acceptor,
         limits: LinkLimits,
-    ) -> AbstractAsyncContextManager[LinkServer[AnyLink]]:
+    ) -> AbstractAsyncContextManager[LinkServer[ServedLink]]:
         """Accept links during the body.
 
         Args:
@@ -58,7 +59,7 @@ class LinkKind(Protocol):
 
     def connect(
         self, target: Any, certificate_der: bytes, limits: LinkLimits
-    ) -> AbstractAsyncContextManager[Link]:
+    ) -> AbstractAsyncContextManager[Link[WorkerMessage]]:
         """Open a link without a proof, whose first message must be `Auth`.
 
         Args:

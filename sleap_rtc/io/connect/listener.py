@@ -11,6 +11,7 @@ from sleap_rtc.io.link.certificates import Certificate
 from sleap_rtc.io.link.endpoint import Acceptor, Authenticate
 from sleap_rtc.io.link.limits import LIMITS, LinkLimits
 from sleap_rtc.io.link.link import Link
+from sleap_rtc.proto.messages import ClientMessage
 from sleap_rtc.proto.route.kinds import LinkKindName
 
 ATTEMPTS = 50
@@ -50,7 +51,7 @@ class Listener:
         """Return the addresses under which this machine may be reached."""
         return reachable_addresses(self._bound)
 
-    async def accept(self) -> Link:
+    async def accept(self) -> Link[ClientMessage]:
         """Wait for the next client that has proved itself; `Link.peer` names it.
 
         The link lives at most as long as the listener.

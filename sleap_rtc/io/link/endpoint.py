@@ -13,18 +13,21 @@ from sleap_rtc.io.link.link import DialError, DialFailure, Link, LinkClosedError
 from sleap_rtc.io.link.session_link import SessionLink
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.proto.errors import InvalidInput, RemoteProtocolError
-from sleap_rtc.proto.messages import Auth
+from sleap_rtc.proto.messages import Auth, ClientMessage, WorkerMessage
 from sleap_rtc.proto.route.kinds import LinkKindName
 
 Authenticate = Callable[[Auth], str]
 """Returns the name of the client that a proof belongs to, or raises
 `RemoteProtocolError`. The client learns only that it is refused."""
 
-AnyLink = SessionLink[object]
-"""A link of any kind over a session."""
+ServedLink = SessionLink[ClientMessage, object]
+"""A link of any kind that was accepted."""
 
-LinkT_co = TypeVar("LinkT_co", bound=AnyLink, covariant=True)
-ServerT = TypeVar("ServerT", bound="LinkServer[AnyLink]")
+DialedLink = SessionLink[WorkerMessage, object]
+"""A link of any kind that was dialed."""
+
+LinkT_co = TypeVar("LinkT_co", bound=ServedLink, covariant=True)
+ServerT = TypeVar("ServerT", bound="LinkServer[ServedLink]")
 
 
 class Acceptor:
@@ -37,9 +40,11 @@ class Acceptor:
     def __init__(self, authenticate: Authenticate) -> None:
         self._authenticate = authenticate
         # Unbounded: each link in it has used up a proof of its own.
-        self._ready, self._accepted = trio.open_memory_channel[Link](math.inf)
+        self._ready, self._accepted = trio.open_memory_channel[Link[ClientMessage]](
+            math.inf
+        )
 
-    def judge(self, link: AnyLink, auth: Auth) -> None:
+    def judge(self, link: ServedLink, auth: Auth) -> None:
         """Check the proof that a link showed, and admit or refuse its client."""
         now = trio.current_time()
         try:
@@ -50,7 +55,7 @@ class Acceptor:
             link.session.admit(peer, now)
             self._ready.send_nowait(link)
 
-    async def accept(self) -> Link:
+    async def accept(self) -> Link[ClientMessage]:
         """Wait for the next client that has proved itself; `Link.peer` names it."""
         return await self._accepted.receive()
 
@@ -106,7 +111,7 @@ async def run_server(make: Callable[[trio.Nursery], ServerT]) -> AsyncIterator[S
 
 
 @asynccontextmanager
-async def run_client(link: AnyLink) -> AsyncIterator[Link]:
+async def run_client(link: DialedLink) -> AsyncIterator[Link[WorkerMessage]]:
     """Run a link that was dialed: open it, and close it after the body.
 
     Args:

@@ -2,12 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Generic, TypeVar
 
 import msgspec
 
 from sleap_rtc.proto.messages import Message
 from sleap_rtc.proto.route.kinds import LinkKindName
 from sleap_rtc.proto.transfer.frames import Frame
+
+ReceivedT_co = TypeVar("ReceivedT_co", bound=Message, covariant=True)
+"""The messages that the peer may send: `WorkerMessage` or `ClientMessage`."""
 
 
 class LinkClosedError(Exception):
@@ -77,7 +81,7 @@ class LinkStatistics(msgspec.Struct, frozen=True):
     ignored_messages: int
 
 
-class Link(ABC):
+class Link(ABC, Generic[ReceivedT_co]):
     """An authenticated, encrypted connection between two peers.
 
     It carries ordered control messages and, beside them, bulk frames. Any number of
@@ -101,7 +105,7 @@ class Link(ABC):
         """
 
     @abstractmethod
-    async def receive_message(self) -> Message:
+    async def receive_message(self) -> ReceivedT_co:
         """Wait for the next control message of a known name.
 
         Raises:

@@ -19,7 +19,7 @@ class Outbox:
         link: The link to send them on.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link[Message]) -> None:
         self._link = link
         self._waiting: list[Message] = []
         self._changed = trio.Event()

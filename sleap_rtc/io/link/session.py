@@ -7,11 +7,13 @@ have arrived, and its end. Each kind transports the bytes in its own way.
 import enum
 from abc import ABC, abstractmethod
 from collections import deque
-from typing import Generic, TypeVar, assert_never
+from typing import Generic, TypeVar
 
 import msgspec
+from typing_extensions import override
 
 from sleap_rtc.io.link.limits import LinkLimits
+from sleap_rtc.io.link.link import ReceivedT_co
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 from sleap_rtc.proto.machine import Table, Trigger, move
 from sleap_rtc.proto.messages import (
@@ -42,7 +44,19 @@ REFUSED = "refused"
 """Reason of every refused proof: one word, which reveals nothing."""
 
 
-class Client(msgspec.Struct, frozen=True):
+class Role(msgspec.Struct, Generic[ReceivedT_co], frozen=True):
+    """Side of a connection: `Client` or `Server`."""
+
+    def decode_untrusted(self, text: bytes) -> ReceivedT_co:
+        """Parse a message, which only the role of the peer may send.
+
+        Raises:
+            RemoteProtocolError: If it is not such a message.
+        """
+        raise NotImplementedError
+
+
+class Client(Role[WorkerMessage], frozen=True):
     """Role of the side that dialed.
 
     Args:
@@ -51,12 +65,17 @@ class Client(msgspec.Struct, frozen=True):
 
     certificate_der: bytes
 
+    @override
+    def decode_untrusted(self, text: bytes) -> WorkerMessage:
+        return decode_worker_message_untrusted(text)
 
-class Server(msgspec.Struct, frozen=True):
+
+class Server(Role[ClientMessage], frozen=True):
     """Role of the side that accepted the connection; its client has to prove itself."""
 
-
-Role = Client | Server
+    @override
+    def decode_untrusted(self, text: bytes) -> ClientMessage:
+        return decode_client_message_untrusted(text)
 
 
 class Phase(enum.Enum):
@@ -120,7 +139,7 @@ class ProofShown(msgspec.Struct, frozen=True):
 OutputT_co = TypeVar("OutputT_co", covariant=True)
 
 
-class Session(ABC, Generic[OutputT_co]):
+class Session(ABC, Generic[ReceivedT_co, OutputT_co]):
     """The messages and frames of one connection.
 
     After each input and command the driver sends waiting data, drains
@@ -137,7 +156,7 @@ class Session(ABC, Generic[OutputT_co]):
     """
 
     def __init__(
-        self, address: str, role: Role, limits: LinkLimits, now: float
+        self, address: str, role: Role[ReceivedT_co], limits: LinkLimits, now: float
     ) -> None:
         self.address = address
         self.state: Phase | Ended = Phase.HANDSHAKE
@@ -149,7 +168,7 @@ class Session(ABC, Generic[OutputT_co]):
         self.has_news = False
         self._role = role
         self._limits = limits
-        self._messages: deque[tuple[Message, int]] = deque()
+        self._messages: deque[tuple[ReceivedT_co, int]] = deque()
         self._frames: deque[Frame] = deque()
         self._outputs: deque[ProofShown | OutputT_co] = deque()
         self._proof_deadline = now + limits.handshake_timeout
@@ -242,7 +261,7 @@ class Session(ABC, Generic[OutputT_co]):
         """True if `next_frame` has one."""
         return bool(self._frames)
 
-    def next_message(self) -> Message | None:
+    def next_message(self) -> ReceivedT_co | None:
         """Remove and return the oldest control message; None if none is left."""
         if not self._messages:
             return None
@@ -335,21 +354,14 @@ class Session(ABC, Generic[OutputT_co]):
             self._open_untrusted(now)
         self._ping(now)
 
-    def _decode_untrusted(self, text: bytes) -> ClientMessage | WorkerMessage:
-        """Parse a message, which only the role of the peer may send.
+    def _receive_message_untrusted(self, text: bytes, size: int) -> None:
+        """Handle the text of a message.
 
-        Raises:
-            RemoteProtocolError: If it is not such a message.
+        Args:
+            text: The text as it arrived.
+            size: The bytes to count once the message is read.
         """
-        match self._role:
-            case Client():
-                return decode_worker_message_untrusted(text)
-            case Server():
-                return decode_client_message_untrusted(text)
-            case _:
-                assert_never(self._role)
-
-    def _receive_message_untrusted(self, message: Message, size: int) -> None:
+        message = self._role.decode_untrusted(text)
         match self.state, message:
             case Phase.UNPROVEN, Auth():
                 self._count_read(size)

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from sleap_rtc.io.alarm import Alarm
 from sleap_rtc.io.link.limits import LinkLimits
-from sleap_rtc.io.link.link import Link, LinkClosedError, LinkStatistics
+from sleap_rtc.io.link.link import Link, LinkClosedError, LinkStatistics, ReceivedT_co
 from sleap_rtc.io.link.session import Phase, ProofShown, Session
 from sleap_rtc.proto.messages import Message
 from sleap_rtc.proto.route.kinds import LinkKindName
@@ -23,7 +23,7 @@ def ignore_output(_output: object) -> None:
     """Ignore the output of a client, which gets no proof and shares no socket."""
 
 
-class SessionLink(Link, Generic[OutputT_co]):
+class SessionLink(Link[ReceivedT_co], Generic[ReceivedT_co, OutputT_co]):
     """A link whose protocol is a session; the kinds differ in how its bytes travel.
 
     A waiting call registers an event and its condition. `pump` is synchronous: it sends
@@ -44,7 +44,7 @@ class SessionLink(Link, Generic[OutputT_co]):
 
     def __init__(
         self,
-        session: Session[OutputT_co],
+        session: Session[ReceivedT_co, OutputT_co],
         limits: LinkLimits,
         on_output: Callable[[ProofShown | OutputT_co], None] = ignore_output,
     ) -> None:
@@ -70,7 +70,7 @@ class SessionLink(Link, Generic[OutputT_co]):
         self.pump()
 
     @override
-    async def receive_message(self) -> Message:
+    async def receive_message(self) -> ReceivedT_co:
         session = self.session
         await trio.lowlevel.checkpoint()
         while (message := session.next_message()) is None:

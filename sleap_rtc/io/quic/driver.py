@@ -49,6 +49,7 @@ from sleap_rtc.io.quic.socket import (
     receive_datagrams,
     resume_sending,
 )
+from sleap_rtc.proto.messages import ClientMessage, WorkerMessage
 from sleap_rtc.proto.quic.mtu import SMALLEST_DATAGRAM
 from sleap_rtc.proto.route.kinds import LinkKindName
 
@@ -59,7 +60,7 @@ with the headers of IPv6 and UDP 1398 bytes, which most tunnels let pass."""
 _VERSIONS = [int(QuicProtocolVersion.VERSION_1), int(QuicProtocolVersion.VERSION_2)]
 
 
-class QuicServer(LinkServer[QuicLink]):
+class QuicServer(LinkServer[QuicLink[ClientMessage]]):
     """The QUIC links of one socket.
 
     Args:
@@ -81,8 +82,8 @@ class QuicServer(LinkServer[QuicLink]):
         super().__init__(nursery, acceptor, limits)
         self._udp = udp
         self._certificate = certificate
-        self._routes: dict[bytes, QuicLink] = {}
-        self._unproven: set[QuicLink] = set()
+        self._routes: dict[bytes, QuicLink[ClientMessage]] = {}
+        self._unproven: set[QuicLink[ClientMessage]] = set()
 
     @override
     async def run(self) -> None:
@@ -92,7 +93,7 @@ class QuicServer(LinkServer[QuicLink]):
 
     def _receive(self, batch: list[Datagram]) -> None:
         """Deliver each datagram of a batch to its link."""
-        touched: dict[QuicLink, list[Datagram]] = {}
+        touched: dict[QuicLink[ClientMessage], list[Datagram]] = {}
         for datagram in batch:
             link = self._find_link(*datagram)
             if link is not None:
@@ -113,7 +114,9 @@ class QuicServer(LinkServer[QuicLink]):
         for link in tuple(self._links):
             link.pump()
 
-    def _find_link(self, data: bytes, address: Address) -> QuicLink | None:
+    def _find_link(
+        self, data: bytes, address: Address
+    ) -> QuicLink[ClientMessage] | None:
         is_short = bool(data) and not data[0] & 0x80
         if is_short:
             return self._routes.get(data[1 : 1 + CONNECTION_ID_LENGTH])
@@ -128,7 +131,9 @@ class QuicServer(LinkServer[QuicLink]):
             return self._begin(header, address)
         return link
 
-    def _begin(self, header: QuicHeader, address: Address) -> QuicLink | None:
+    def _begin(
+        self, header: QuicHeader, address: Address
+    ) -> QuicLink[ClientMessage] | None:
         if header.packet_type == QuicPacketType.VERSION_NEGOTIATION:
             return None
         if header.version not in _VERSIONS:
@@ -164,18 +169,18 @@ class QuicServer(LinkServer[QuicLink]):
         self._routes[engine.host_cid] = link
         return link
 
-    async def _serve(self, link: QuicLink) -> None:
+    async def _serve(self, link: QuicLink[ClientMessage]) -> None:
         await link.run_timer()
         self._forget(link)
 
-    def _forget(self, link: QuicLink) -> None:
+    def _forget(self, link: QuicLink[ClientMessage]) -> None:
         self._links.discard(link)
         self._unproven.discard(link)
         for connection_id, owner in tuple(self._routes.items()):
             if owner is link:
                 del self._routes[connection_id]
 
-    def _handle_output(self, link: QuicLink, output: Output) -> None:
+    def _handle_output(self, link: QuicLink[ClientMessage], output: Output) -> None:
         match output:
             case RouteAdded(connection_id):
                 self._routes[connection_id] = link
@@ -216,7 +221,7 @@ class QuicKind:
     @asynccontextmanager
     async def connect(
         self, target: tuple[str, int], certificate_der: bytes, limits: LinkLimits
-    ) -> AsyncIterator[Link]:
+    ) -> AsyncIterator[Link[WorkerMessage]]:
         """Open a link without a proof."""
         shown = describe_address(target)
         with dial_errors(self.name, shown, limits):

@@ -7,6 +7,7 @@ import trio
 from typing_extensions import override
 
 from sleap_rtc.io.link.limits import LinkLimits
+from sleap_rtc.io.link.link import ReceivedT_co
 from sleap_rtc.io.link.session_link import SessionLink, ignore_output
 from sleap_rtc.io.quic.engine import Datagram
 from sleap_rtc.io.quic.session import Output, QuicSession, RouteChange
@@ -17,7 +18,7 @@ SHORTEST_SLEEP = 1e-4
 and a fast sender would fall behind its pace."""
 
 
-class QuicLink(SessionLink[RouteChange]):
+class QuicLink(SessionLink[ReceivedT_co, RouteChange]):
     """A link over one QUIC connection.
 
     Args:
@@ -28,11 +29,11 @@ class QuicLink(SessionLink[RouteChange]):
     """
 
     kind = "quic"
-    session: QuicSession
+    session: QuicSession[ReceivedT_co]
 
     def __init__(
         self,
-        session: QuicSession,
+        session: QuicSession[ReceivedT_co],
         udp: UdpSocket,
         limits: LinkLimits,
         on_output: Callable[[Output], None] = ignore_output,

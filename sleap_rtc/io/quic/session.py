@@ -23,6 +23,7 @@ from aioquic.quic.packet import QuicErrorCode
 from typing_extensions import override
 
 from sleap_rtc.io.link.limits import LIMITS, LinkLimits
+from sleap_rtc.io.link.link import ReceivedT_co
 from sleap_rtc.io.link.session import (
     Client,
     Ended,
@@ -106,7 +107,7 @@ class MessageDecoder:
         return text, end
 
 
-class QuicSession(Session[RouteChange]):
+class QuicSession(Session[ReceivedT_co, RouteChange]):
     """The messages and frames of one QUIC connection.
 
     A driver calls, in any order, `receive_datagrams`, `handle_timeout` and the
@@ -124,7 +125,7 @@ class QuicSession(Session[RouteChange]):
         self,
         engine: QuicEngine,
         address: str,
-        role: Role,
+        role: Role[ReceivedT_co],
         *,
         limits: LinkLimits = LIMITS,
         now: float,
@@ -323,7 +324,7 @@ class QuicSession(Session[RouteChange]):
             if framed is None:
                 return
             text, size = framed
-            self._receive_message_untrusted(self._decode_untrusted(text), size)
+            self._receive_message_untrusted(text, size)
 
 
 def _explain(event: ConnectionTerminated) -> Ended:

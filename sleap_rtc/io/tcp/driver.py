@@ -29,10 +29,11 @@ from sleap_rtc.io.tcp.socket import (
     open_tcp_socket,
 )
 from sleap_rtc.io.tcp.tls import TlsEngine, client_context_untrusted, server_context
+from sleap_rtc.proto.messages import ClientMessage, WorkerMessage
 from sleap_rtc.proto.route.kinds import LinkKindName
 
 
-class TcpServer(LinkServer[TcpLink]):
+class TcpServer(LinkServer[TcpLink[ClientMessage]]):
     """The TCP links of one listening socket.
 
     Args:
@@ -117,7 +118,7 @@ class TcpKind:
     @asynccontextmanager
     async def connect(
         self, target: tuple[str, int], certificate_der: bytes, limits: LinkLimits
-    ) -> AsyncIterator[Link]:
+    ) -> AsyncIterator[Link[WorkerMessage]]:
         """Open a link without a proof."""
         address = describe_address(target)
         with dial_errors(self.name, address, limits):

@@ -7,14 +7,14 @@ import trio
 from typing_extensions import override
 
 from sleap_rtc.io.link.limits import LinkLimits
-from sleap_rtc.io.link.link import LinkClosedError
+from sleap_rtc.io.link.link import LinkClosedError, ReceivedT_co
 from sleap_rtc.io.link.session import ProofShown
 from sleap_rtc.io.link.session_link import SessionLink, ignore_output
 from sleap_rtc.io.tcp.session import TcpSession
 from sleap_rtc.io.tcp.socket import TcpSocket
 
 
-class TcpLink(SessionLink[Never]):
+class TcpLink(SessionLink[ReceivedT_co, Never]):
     """A link over one TCP connection.
 
     Args:
@@ -25,11 +25,11 @@ class TcpLink(SessionLink[Never]):
     """
 
     kind = "tcp"
-    session: TcpSession
+    session: TcpSession[ReceivedT_co]
 
     def __init__(
         self,
-        session: TcpSession,
+        session: TcpSession[ReceivedT_co],
         tcp: TcpSocket,
         limits: LinkLimits,
         on_output: Callable[[ProofShown], None] = ignore_output,

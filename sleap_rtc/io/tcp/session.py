@@ -11,6 +11,7 @@ from typing import Never, assert_never
 from typing_extensions import override
 
 from sleap_rtc.io.link.limits import LIMITS, LinkLimits
+from sleap_rtc.io.link.link import ReceivedT_co
 from sleap_rtc.io.link.session import (
     REFUSED,
     Client,
@@ -40,7 +41,7 @@ MESSAGE_COST = 512
 _PING_SIZE = 8
 
 
-class TcpSession(Session[Never]):
+class TcpSession(Session[ReceivedT_co, Never]):
     """The messages and frames of one TCP connection.
 
     A driver calls, in any order, `receive_data` (while `wants_data`), `handle_timeout`,
@@ -60,7 +61,7 @@ class TcpSession(Session[Never]):
         self,
         engine: TlsEngine,
         address: str,
-        role: Role,
+        role: Role[ReceivedT_co],
         *,
         limits: LinkLimits = LIMITS,
         now: float,
@@ -199,8 +200,7 @@ class TcpSession(Session[Never]):
             case RecordType.MESSAGE:
                 size = len(content) + MESSAGE_COST
                 self._unread += size
-                message = self._decode_untrusted(bytes(content))
-                self._receive_message_untrusted(message, size)
+                self._receive_message_untrusted(bytes(content), size)
             case RecordType.BULK if self.state is not Phase.READY:
                 raise RemoteProtocolError(REFUSED)
             case RecordType.BULK:

@@ -12,7 +12,7 @@ from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.files import Buffer
 from sleap_rtc.io.storage.folder import StorageError
-from sleap_rtc.proto.messages import FileOffer, OfferedFile
+from sleap_rtc.proto.messages import FileOffer, Message, OfferedFile
 from sleap_rtc.proto.transfer.chunk_map import ChunkMap
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
 from sleap_rtc.proto.transfer.machine import (
@@ -97,7 +97,7 @@ class RunningTransfer(ABC):
 
     def __init__(
         self,
-        link: Link,
+        link: Link[Message],
         machine: Receiver | Sender,
         on_progress: Progress,
     ) -> None:
@@ -175,7 +175,7 @@ class ReceivingFile(RunningTransfer):
 
     def __init__(
         self,
-        link: Link,
+        link: Link[Message],
         receiver: Receiver,
         sink: ChunkSink,
         on_progress: Progress,
@@ -257,7 +257,7 @@ class SendingFile(RunningTransfer):
 
     def __init__(
         self,
-        link: Link,
+        link: Link[Message],
         sender: Sender,
         source: ChunkSource,
         on_progress: Progress,

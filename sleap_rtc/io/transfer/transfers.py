@@ -48,15 +48,15 @@ def _ignore_progress(_size: int) -> None:
 class Transfers:
     """The file transfers of one link.
 
-    The owner starts `run` in a nursery, and passes every control message that it
-    receives to `deliver_message`. Then any number of its tasks may send and receive
+    The owner starts `run` in a nursery, and passes each message about a transfer that
+    it receives to `receive_message`. Then any number of its tasks may send and receive
     files. The two sides agree on the transfer ids.
 
     Args:
         link: The link, which the owner closes.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link[Message]) -> None:
         self._link = link
         self._active: dict[int, RunningTransfer] = {}
         self._refuse, self._refused = trio.open_memory_channel[int](MAX_REFUSALS)
@@ -78,20 +78,12 @@ class Transfers:
                     active.link_lost(error)
             nursery.cancel_scope.cancel()
 
-    def deliver_message(self, message: Message) -> bool:
-        """Handle a control message if it belongs to a transfer.
+    def receive_message(self, message: TransferMessage) -> None:
+        """Handle a control message of a transfer.
 
         If this side does not have the transfer that the peer waits for, the peer gets
         a FILE_ERROR.
-
-        Args:
-            message: Any control message of the link.
-
-        Returns:
-            False if it is of another kind, `FileOffer` and `FileRequest` included.
         """
-        if not isinstance(message, TransferMessage):
-            return False
         active = self._active.get(message.transfer_id)
         if active is not None:
             active.receive_message(message)
@@ -100,7 +92,6 @@ class Transfers:
                 self._refuse.send_nowait(message.transfer_id)
             except trio.WouldBlock:
                 pass  # the peer has many answers already
-        return True
 
     async def send_file(
         self,

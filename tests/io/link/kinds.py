@@ -14,12 +14,18 @@ from sleap_rtc.io.connect.dial import dial
 from sleap_rtc.io.connect.kinds import KINDS
 from sleap_rtc.io.connect.listener import Listener, open_listener
 from sleap_rtc.io.link.certificates import make_certificate
-from sleap_rtc.io.link.endpoint import Acceptor, LinkServer
+from sleap_rtc.io.link.endpoint import Acceptor, DialedLink, LinkServer, ServedLink
 from sleap_rtc.io.link.limits import LIMITS, LinkLimits
 from sleap_rtc.io.link.link import Link, LinkClosedError
 from sleap_rtc.io.link.session_link import SessionLink
 from sleap_rtc.proto.errors import RemoteProtocolError
-from sleap_rtc.proto.messages import Auth, FileError, FileVerified, Message
+from sleap_rtc.proto.messages import (
+    Auth,
+    FileError,
+    FileVerified,
+    Message,
+    WorkerMessage,
+)
 from sleap_rtc.proto.route.kinds import LinkKindName
 from sleap_rtc.proto.transfer.frames import ChunkHeader, Frame
 
@@ -117,7 +123,7 @@ async def dialed(
     auth: Auth = AUTH,
     certificate_der: bytes = DER,
     limits: LinkLimits = LIMITS,
-) -> AsyncIterator[Link]:
+) -> AsyncIterator[Link[WorkerMessage]]:
     """A link of one kind, dialed over loopback."""
     async with dial(
         {kind: [(host, port)]},
@@ -129,7 +135,9 @@ async def dialed(
 
 
 @asynccontextmanager
-async def connected(kind: LinkKindName, port: int) -> AsyncIterator[Link]:
+async def connected(
+    kind: LinkKindName, port: int
+) -> AsyncIterator[Link[WorkerMessage]]:
     """A link of one kind that has not shown a proof yet."""
     async with KINDS[kind].connect((LOOPBACK, port), DER, LIMITS) as link:
         yield link
@@ -138,7 +146,7 @@ async def connected(kind: LinkKindName, port: int) -> AsyncIterator[Link]:
 @asynccontextmanager
 async def pair(
     kind: LinkKindName, listener: Listener | OneKind, limits: LinkLimits = LIMITS
-) -> AsyncIterator[tuple[SessionLink[Any], SessionLink[Any]]]:
+) -> AsyncIterator[tuple[DialedLink, ServedLink]]:
     """A link; the client's end first."""
     async with dialed(kind, listener.port, limits=limits) as client:
         worker = await listener.accept()
@@ -155,7 +163,7 @@ def numbered(number: int) -> Message:
     return FileError(number, "epoch done")
 
 
-async def send_until_held_back(link: Link, cushion: float = 0.3) -> int:
+async def send_until_held_back(link: Link[Message], cushion: float = 0.3) -> int:
     """Send frames of 100 kB until nothing moves for a while; count them."""
     sent = 0
     ended: list[LinkClosedError] = []

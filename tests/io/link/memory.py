@@ -1,24 +1,34 @@
 """A link between two peers of one process, which can be cut and can harm frames."""
 
 from collections.abc import Callable
+from typing import Any
 
 import trio
 from typing_extensions import override
 
-from sleap_rtc.io.link.link import Link, LinkClosedError, LinkStatistics
-from sleap_rtc.proto.messages import Message, decode_message_untrusted, encode_message
+from sleap_rtc.io.link.link import Link, LinkClosedError, LinkStatistics, ReceivedT_co
+from sleap_rtc.io.link.session import Client, Role, Server
+from sleap_rtc.proto.errors import RemoteProtocolError
+from sleap_rtc.proto.messages import (
+    ClientMessage,
+    Message,
+    WorkerMessage,
+    encode_message,
+)
 from sleap_rtc.proto.transfer.frames import Frame, FrameDecoder, encode_header
 
 FRAMES_ON_THE_WAY = 4
 
 
-class MemoryLink(Link):
+class MemoryLink(Link[ReceivedT_co]):
     """One end; everything crosses it as the bytes that a network would carry.
 
-    `harm` is called with each frame that is sent, and returns what arrives instead.
+    `harm` is called with each frame that is sent, and returns what arrives instead. A
+    message that the role of the peer may not send ends the link.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, role: Role[ReceivedT_co]) -> None:
+        self._role = role
         self.harm: Callable[[Frame], list[Frame]] = lambda frame: [frame]
         self.frames_sent = 0
         self._cut = False
@@ -27,11 +37,13 @@ class MemoryLink(Link):
         self._frame_out, self._frame_in = trio.open_memory_channel[list[bytes]](
             FRAMES_ON_THE_WAY
         )
-        self._peer = self
+        self._peer: MemoryLink[Any] = self
 
     @classmethod
-    def pair(cls) -> tuple["MemoryLink", "MemoryLink"]:
-        one, other = cls(), cls()
+    def pair(cls) -> tuple["MemoryLink[WorkerMessage]", "MemoryLink[ClientMessage]"]:
+        """Return the end of the client, and that of the worker."""
+        make: type[MemoryLink[Any]] = cls
+        one, other = make(Client(b"")), make(Server())
         one._peer, other._peer = other, one
         return one, other
 
@@ -59,9 +71,13 @@ class MemoryLink(Link):
             raise self._error() from None
 
     @override
-    async def receive_message(self) -> Message:
+    async def receive_message(self) -> ReceivedT_co:
         try:
-            return decode_message_untrusted(await self._peer._message_in.receive())
+            text = await self._peer._message_in.receive()
+            return self._role.decode_untrusted(text.encode())
+        except RemoteProtocolError as error:
+            self.cut(error.reason)
+            raise self._error() from None
         except (trio.ClosedResourceError, trio.EndOfChannel):
             raise self._error() from None
 

@@ -5,7 +5,6 @@ import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
 
 import psutil
 import pytest
@@ -16,6 +15,7 @@ from trio.testing import MockClock
 
 from sleap_rtc.io.connect.listener import Listener
 from sleap_rtc.io.link.certificates import make_certificate
+from sleap_rtc.io.link.endpoint import ServedLink
 from sleap_rtc.io.link.limits import LIMITS
 from sleap_rtc.io.link.link import DialError, Link, LinkClosedError
 from sleap_rtc.io.link.session_link import SessionLink
@@ -97,11 +97,11 @@ async def test_frames_go_both_ways_at_once_to_a_slow_reader(
     kind: LinkKindName,
     listener: Listener,
 ) -> None:
-    async def send(link: Link) -> None:
+    async def send(link: Link[Message]) -> None:
         for index in range(32):
             await link.send_frame(make_frame(index))
 
-    async def receive(link: Link) -> None:
+    async def receive(link: Link[Message]) -> None:
         for index in range(32):
             if index % 8 == 0:
                 # The senders get ahead, up to their limits.
@@ -122,13 +122,13 @@ async def test_a_transfer_lets_other_tasks_run(
     count = 24
     moved: list[int] = []
 
-    async def watch(links: tuple[Link, Link]) -> None:
+    async def watch(links: tuple[Link[Message], Link[Message]]) -> None:
         while True:
             seen = [link.statistics() for link in links]
             moved.append(sum(one.bytes_sent + one.bytes_received for one in seen))
             await trio.lowlevel.checkpoint()
 
-    async def send(link: Link) -> None:
+    async def send(link: Link[Message]) -> None:
         for index in range(count):
             await link.send_frame(make_frame(index))
 
@@ -198,7 +198,7 @@ async def test_many_links_share_one_socket(
             assert await link.receive_message() == numbered(number)
             done += 1
 
-    async def answer(link: Link) -> None:
+    async def answer(link: Link[Message]) -> None:
         message = await link.receive_message()
         frame = await link.receive_frame()
         assert message == numbered(frame.header.index)
@@ -361,7 +361,7 @@ trio.run(main)
 @asynccontextmanager
 async def vanished_client(
     kind: LinkKindName, listener: Listener
-) -> AsyncIterator[SessionLink[Any]]:
+) -> AsyncIterator[ServedLink]:
     """The worker's end of a link whose client has stopped running."""
     command = [sys.executable, "-c", SILENT, kind, str(listener.port), DER.hex()]
     async with trio.open_nursery() as nursery:
@@ -506,16 +506,16 @@ async def test_unknown_messages_are_skipped(
 async def test_cancelled_calls_leave_the_link_usable(
     kind: LinkKindName, listener: Listener
 ) -> None:
-    async def send_frame(link: Link) -> None:
+    async def send_frame(link: Link[Message]) -> None:
         await link.send_frame(make_frame(1, 1000))
 
-    async def send_message(link: Link) -> None:
+    async def send_message(link: Link[Message]) -> None:
         await link.send_message(VERIFIED)
 
-    async def receive_frame(link: Link) -> None:
+    async def receive_frame(link: Link[Message]) -> None:
         await link.receive_frame()
 
-    async def receive_message(link: Link) -> None:
+    async def receive_message(link: Link[Message]) -> None:
         await link.receive_message()
 
     async with pair(kind, listener) as (client, worker):

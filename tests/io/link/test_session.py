@@ -7,10 +7,10 @@ from sleap_rtc.io.quic.session import Output, QuicSession
 from sleap_rtc.io.tcp.session import TcpSession
 from sleap_rtc.proto.errors import LocalProtocolError
 from sleap_rtc.proto.machine import TimedPolicy, Trigger, move
-from sleap_rtc.proto.messages import Auth
+from sleap_rtc.proto.messages import Auth, Message
 
 
-def check_types(tcp: TcpSession, quic: QuicSession) -> None:
+def check_types(tcp: TcpSession[Message], quic: QuicSession[Message]) -> None:
     """Check the sessions against the verbs of all machines, in mypy."""
     _tcp: TimedPolicy[ProofShown] = tcp
     _quic: TimedPolicy[Output] = quic

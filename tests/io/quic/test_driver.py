@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from sleap_rtc.io.link.limits import LIMITS
 from sleap_rtc.io.link.link import Link
 from sleap_rtc.io.quic.link import QuicLink
+from sleap_rtc.proto.messages import Message
 from tests.io.link.kinds import (
     VERIFIED,
     OneKind,
@@ -77,6 +78,6 @@ async def test_datagrams_over_loopback_grow_as_far_as_each_side_allows(
         assert size_of_datagrams(worker) == LIMITS.largest_datagram
 
 
-def size_of_datagrams(link: Link) -> int:
+def size_of_datagrams(link: Link[Message]) -> int:
     assert isinstance(link, QuicLink)
     return link.session._engine.connection.datagram_size

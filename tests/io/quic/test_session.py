@@ -111,7 +111,7 @@ class Network:
         self._server_started = False
         self.flush(self.client)
 
-    def flush(self, session: QuicSession) -> None:
+    def flush(self, session: QuicSession[Message]) -> None:
         """Send the datagrams of a session, and collect its outputs."""
         to_server = session is self.client
         if to_server or self._server_started:
@@ -182,12 +182,12 @@ def network() -> Network:
     return made
 
 
-def messages_of(session: QuicSession) -> Iterator[Message]:
+def messages_of(session: QuicSession[Message]) -> Iterator[Message]:
     while (message := session.next_message()) is not None:
         yield message
 
 
-def frames_of(session: QuicSession) -> Iterator[Frame]:
+def frames_of(session: QuicSession[Message]) -> Iterator[Frame]:
     while (frame := session.next_frame()) is not None:
         yield frame
 

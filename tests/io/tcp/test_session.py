@@ -82,7 +82,7 @@ class Wire:
             carried += moved
         return carried
 
-    def carry(self, source: TcpSession) -> int:
+    def carry(self, source: TcpSession[Message]) -> int:
         """Carry the data that one side sends at once."""
         target = self.server if source is self.client else self.client
         if not target.wants_data:
@@ -141,11 +141,11 @@ def wire() -> Wire:
     return made
 
 
-def state_of(session: TcpSession) -> Phase | Ended:
+def state_of(session: TcpSession[Message]) -> Phase | Ended:
     return session.state
 
 
-def end_of(session: TcpSession) -> str:
+def end_of(session: TcpSession[Message]) -> str:
     assert session.ended is not None
     return session.ended.reason
 

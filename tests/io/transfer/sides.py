@@ -13,6 +13,7 @@ from sleap_rtc.io.storage.folder import open_owned
 from sleap_rtc.io.transfer.chunk_files import ChunkReader, ChunkWriter
 from sleap_rtc.io.transfer.transfers import TransferError, Transfers
 from sleap_rtc.proto.messages import FileOffer, Message, OfferedFile
+from sleap_rtc.proto.transfer.machine import TransferMessage
 from tests.io.link.memory import MemoryLink
 
 CHUNK_SIZE = 64 * 1024
@@ -22,7 +23,7 @@ DEADLINE = 60.0
 class Side:
     """One peer: its end of a link, its transfers, and the other messages it got."""
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: Link[Message]) -> None:
         self.link = link
         self.transfers = Transfers(link)
         self.is_hostile = False  # if True, the test answers the messages
@@ -36,7 +37,9 @@ class Side:
             try:
                 while True:
                     message = await self.link.receive_message()
-                    if self.is_hostile or not self.transfers.deliver_message(message):
+                    if isinstance(message, TransferMessage) and not self.is_hostile:
+                        self.transfers.receive_message(message)
+                    else:
                         self._other_messages.send_nowait(message)
             except LinkClosedError:
                 pass

@@ -10,7 +10,6 @@ from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 from sleap_rtc.proto.job.client_outputs import (
     DiscardShared,
-    FetchResults,
     JobEnded,
     Outcome,
     Output,
@@ -28,7 +27,7 @@ from sleap_rtc.proto.job.client_table import (
     ClientTrigger,
 )
 from sleap_rtc.proto.job.reports import ReportReader
-from sleap_rtc.proto.job.results import ResultList
+from sleap_rtc.proto.job.retrieval import Retrieval, ending_of
 from sleap_rtc.proto.job.route_plan import RoutePlan
 from sleap_rtc.proto.job.shared_route import SharedAnswer, SharedRoute, SharedState
 from sleap_rtc.proto.machine import (
@@ -98,10 +97,9 @@ class ClientJob(
         self._resumed_from = ClientState.IDLE
         self._is_known = False
         self._reports = ReportReader()
-        self._results = ResultList()
+        self._retrieval = Retrieval(job_id)
         self._transfer: _Transfer | None = None
         self._cancellation: _Cancellation | None = None
-        self._ending = JobEnded("lost")
         self._deadline: float | None = None
         self._outputs: deque[Output] = deque()
 
@@ -221,8 +219,7 @@ class ClientJob(
         # Results that have arrived count, even if their transfer was stopped meanwhile.
         counts = self.state is ClientState.FETCHING
         if self._report(ClientTrigger.FETCHED, even_if_stopped=counts):
-            self._send(messages.ResultsReceived(self.job_id))
-            self._outputs.append(self._ending)
+            self._confirm_results()
 
     def transfer_failed(self, reason: str) -> None:
         """Handle a report: the package was not sent, or the results not fetched.
@@ -409,24 +406,16 @@ class ClientJob(
         match message:
             case messages.JobAccepted():
                 self._send_package()
-            case messages.JobRejected(reason=reason):
-                cancelled = self._cancellation is not None
-                outcome: Outcome = "cancelled" if cancelled else "rejected"
-                self._outputs.append(JobEnded(outcome, reason))
+            case messages.JobRejected():
+                self._outputs.append(ending_of(message, self._cancelled_for()))
             case messages.ResumeAccepted(progress=progress):
                 self._resumed(progress, now)
             case messages.JobUnknown():
                 self._start_again(now)
             case messages.JobResults(page=page):
-                self._results.add_untrusted(page)
-            case messages.JobComplete(path=path):
-                self._fetch(JobEnded("complete", path=path))
-            case messages.JobFailed(reason=reason):
-                if self._cancellation is None:
-                    ending = JobEnded("failed", reason)
-                else:
-                    ending = JobEnded("cancelled", self._cancellation.reason)
-                self._fetch(ending)
+                self._retrieval.add_untrusted(page)
+            case messages.JobComplete() | messages.JobFailed():
+                self._fetch(ending_of(message, self._cancelled_for()))
             case _:
                 assert_never(message)
 
@@ -442,7 +431,7 @@ class ClientJob(
 
     def _ask_to_resume(self, now: float) -> None:
         deadline = self._deadline if self._is_stopping() else now + REPLY_TIMEOUT
-        self._results = ResultList()  # the worker lists them again
+        self._retrieval.list_again()
         point = messages.ResumePoint(self._reports.next_sequence)
         self._send(messages.JobResume(self.job_id, point))
         if self.state is not ClientState.RESUMING:
@@ -495,17 +484,20 @@ class ClientJob(
     def _fetch(self, ending: JobEnded) -> None:
         """End the job, after fetching its results."""
         self._abandon()
-        self._ending = ending
         if self._cancellation is not None:
             self._cancellation = _Cancellation(self._cancellation.reason, stopped=True)
-        files = self._results.files
-        if files and self.route is not None:
-            self._outputs.append(FetchResults(self.job_id, self.route, files))
+        fetch = self._retrieval.begin(ending, self.route)
+        if fetch is not None:
+            self._outputs.append(fetch)
             self._transfer = _Transfer()
         else:
-            # Nothing is fetched, so the worker needs no copy either.
-            self._send(messages.ResultsReceived(self.job_id))
-            self._end_as(ending)
+            self._move(ClientTrigger.END)
+            self._confirm_results()
+
+    def _confirm_results(self) -> None:
+        """Release the worker, which needs no copy of the results, and end the job."""
+        self._send(messages.ResultsReceived(self.job_id))
+        self._outputs.append(self._retrieval.ending)
 
     def _ask_to_stop(self, now: float) -> None:
         self._send(messages.JobCancel(self.job_id))
@@ -530,11 +522,8 @@ class ClientJob(
     def _end(
         self, outcome: Outcome, reason: str = "", *, confirmed: bool = True
     ) -> None:
-        self._end_as(JobEnded(outcome, reason, confirmed=confirmed))
-
-    def _end_as(self, ending: JobEnded) -> None:
         self._move(ClientTrigger.END)
-        self._outputs.append(ending)
+        self._outputs.append(JobEnded(outcome, reason, confirmed=confirmed))
 
     # ------------------------------------------------------------------ small helpers
 
@@ -573,6 +562,9 @@ class ClientJob(
     def _ignores_storage(self) -> bool:
         """Return whether a report on the shared storage comes too late to matter."""
         return ClientTrigger.SHARED_REPORT in IGNORED[self.state]
+
+    def _cancelled_for(self) -> str | None:
+        return None if self._cancellation is None else self._cancellation.reason
 
     def _is_stopping(self) -> bool:
         """Return whether the worker has to stop the job, and has not confirmed it."""

@@ -1,9 +1,8 @@
-"""Texts and lists of results that fit into messages, on both sides."""
+"""Texts and lists of results of a worker that fit into messages."""
 
 import msgspec
 
 from sleap_rtc.proto import messages
-from sleap_rtc.proto.errors import RemoteProtocolError
 
 _MAX_TEXT = messages.MAX_MESSAGE_BYTES - 4096
 """Bytes of the longest text that fits into a message beside its other fields."""
@@ -71,32 +70,3 @@ def _fitting(files: list[messages.ResultFile]) -> int:
         if count == messages.MAX_JOB_RESULTS or (count and size > _PAGE_BYTES):
             return count
     return len(files)
-
-
-class ResultList:
-    """Results that a worker has listed, within the memory limits of a client."""
-
-    def __init__(self) -> None:
-        self._files: list[messages.ResultFile] = []
-        self._characters = 0
-
-    @property
-    def files(self) -> tuple[messages.ResultFile, ...]:
-        """All files so far, in the order of the worker."""
-        return tuple(self._files)
-
-    def add_untrusted(self, page: messages.ResultPage) -> None:
-        """Add a page of the worker.
-
-        Raises:
-            RemoteProtocolError: If it lists too many files; nothing was added.
-        """
-        if len(self._files) + len(page.files) > messages.MAX_RESULT_FILES:
-            raise RemoteProtocolError(
-                f"more than {messages.MAX_RESULT_FILES} result files"
-            )
-        characters = self._characters + sum(len(file.path) for file in page.files)
-        if characters > messages.MAX_RESULT_PATHS:
-            raise RemoteProtocolError("the paths of the result files are too long")
-        self._files += page.files
-        self._characters = characters

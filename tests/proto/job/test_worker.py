@@ -549,6 +549,13 @@ def test_a_failed_job_names_its_results_before_the_reason() -> None:
     ]
 
 
+def test_a_client_may_probe_the_storage_a_second_time() -> None:
+    job = job_at("shared", "probed")
+    receive(messages.MountProbe)(job)
+    assert drain(job) == [ReadProbe(f"jobs/{JOB}/.probe")]
+    assert job.state is WorkerState.SHARING
+
+
 def test_a_client_may_start_a_job_without_waiting_for_answers() -> None:
     job = WorkerJob()
     for kind in FLOW:

@@ -119,7 +119,7 @@ def loop_mount(kind: str, directory: Path, size: int) -> Iterator[Path]:
         size: Bytes of the file system; the file only takes those that are written.
 
     Raises:
-        BenchError: If it can't be made or mounted here; the text says why.
+        BenchError: If it cannot be made or mounted here; the text says why.
     """
     make = shutil.which(f"mkfs.{kind}", path=f"{os.environ['PATH']}:{_ADMINISTRATION}")
     if os.name != "posix" or os.geteuid() != 0:

@@ -137,7 +137,7 @@ def measure(way: Way, conditions: Conditions, seconds: float, warm: float) -> Ce
         warm: Seconds at the beginning that do not count.
 
     Raises:
-        OSError: If an end can't be started.
+        OSError: If an end cannot be started.
         subprocess.SubprocessError: If an end fails, or does not end.
         msgspec.DecodeError: If an end fails before it reports.
     """

@@ -88,7 +88,7 @@ class Contestant(msgspec.Struct, frozen=True):
 
 
 class Absent(msgspec.Struct, frozen=True):
-    """A way that can't be measured here, and the reason."""
+    """A way that cannot be measured here, and the reason."""
 
     name: str
     reason: str

@@ -38,7 +38,7 @@ class UserError(Exception):
 
 
 class UsageError(UserError):
-    """The command can't be carried out as it was typed or configured."""
+    """The command cannot be carried out as it was typed or configured."""
 
     exit_code = ExitCode.USAGE
 

@@ -121,7 +121,7 @@ def _check_portable_name(text: str, name: str) -> None:
     if name.startswith("."):
         raise _invalid(text, "has a name that starts with '.'")
     if not _WINDOWS_CHARACTERS.isdisjoint(name):
-        raise _invalid(text, "has a character in it that Windows can't store")
+        raise _invalid(text, "has a character in it that Windows cannot store")
     if name.endswith((".", " ")):
         raise _invalid(text, "has a name that ends in '.' or a space")
     if name.partition(".")[0].rstrip(" ").casefold() in _WINDOWS_DEVICES:

@@ -79,7 +79,7 @@ def join_room(text: str, environ: Mapping[str, str]) -> Invite:
 
     Raises:
         UsageError: If the invite is damaged.
-        ConfigError: If it can't be stored.
+        ConfigError: If it cannot be stored.
     """
     try:
         invite = decode_invite_untrusted(text)
@@ -125,7 +125,7 @@ def host_room(
 
     Raises:
         UsageError: If the public address is not one of a signaling server.
-        ConfigError: If the room can't be stored.
+        ConfigError: If the room cannot be stored.
     """
     known = load_invite(environ)
     secret = known.secret if known else secrets.token_bytes(32)
@@ -187,7 +187,7 @@ def parse_listen_address(text: str) -> Hosting:
 
 
 def bind_problem(where: Hosting, error: OSError) -> ConfigError:
-    """Return the error of a server that can't listen, with a remedy."""
+    """Return the error of a server that cannot listen, with a remedy."""
     if error.errno == errno.EADDRINUSE:
         return ConfigError(
             f"Port {where.port} of {where.host} is in use by another program. "

@@ -23,7 +23,7 @@ async def run_signaling(
         task_status: Gets the port that the server listens on.
 
     Raises:
-        OSError: If the server can't listen on the address.
+        OSError: If the server cannot listen on the address.
     """
     log = structlog.get_logger().bind(role="signaling")
     listeners = await trio.open_tcp_listeners(port, host=host)
@@ -37,7 +37,7 @@ async def run_signaling_daemon(host: str, port: int) -> None:
     """Run a signaling server until Ctrl-C or SIGTERM ends it.
 
     Raises:
-        ConfigError: If the server can't listen on the address.
+        ConfigError: If the server cannot listen on the address.
     """
     async with open_background_nursery() as nursery:
         await nursery.start(end_on_signal, nursery.cancel_scope)

@@ -19,7 +19,7 @@ def fail(code: str) -> None:
 
 def wait(fifo: str) -> None:
     """Print "waiting", then wait for a writer of a FIFO."""
-    # Where output can't be redrawn, a line is shown once the next one has begun.
+    # Where output cannot be redrawn, a line is shown once the next one has begun.
     print("waiting", "for the fifo", sep="\n", flush=True)
     with open(fifo, "rb") as file:
         file.read()

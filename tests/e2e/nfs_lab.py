@@ -126,7 +126,7 @@ class LabResult(NamedTuple):
 
 
 def nfs_lab_missing() -> str | None:
-    """Return why the laboratory can't run here, or None if it can."""
+    """Return why the laboratory cannot run here, or None if it can."""
     if sys.platform != "linux":
         return "the NFS laboratory needs Linux"
     if os.geteuid() != 0:

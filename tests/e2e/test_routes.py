@@ -161,7 +161,7 @@ def test_storage_that_became_read_only_is_not_used(lab: Lab) -> None:
             done = machine.run("send", PACKAGE, "--shared-storage-root", mine).expect(2)
             assert "cannot be read and written" in done.err
         subprocess.run(["mount", "-o", "remount,ro", str(storage)], check=True)
-        # The worker's own view fails, so the client can't prepare anything either.
+        # The worker's own view fails, so the client cannot prepare anything either.
         done = machine.run("send", PACKAGE).expect(0)
         assert route_of(done).startswith("channel (")
 

@@ -75,7 +75,7 @@ class PeerUnreachableError(Exception):
 
     Args:
         target: The peer.
-        reason: Why it can't be reached.
+        reason: Why it cannot be reached.
     """
 
     def __init__(self, target: str, reason: str) -> None:

@@ -105,7 +105,7 @@ class WebSocketUser(Protocol):
 
 
 class WebSocketConnectError(Exception):
-    """A server can't be reached.
+    """A server cannot be reached.
 
     Args:
         message: Why, for people.
@@ -415,7 +415,7 @@ async def connect_websocket(url: str, max_message: int) -> WebSocket:
         max_message: Characters of the longest message to accept.
 
     Raises:
-        WebSocketConnectError: If it can't be reached within `CONNECT_TIMEOUT`.
+        WebSocketConnectError: If it cannot be reached within `CONNECT_TIMEOUT`.
     """
     parts = urlsplit(url)
     host, secure = parts.hostname or "", parts.scheme == "wss"
@@ -432,7 +432,7 @@ async def connect_websocket(url: str, max_message: int) -> WebSocket:
         ) from None
     except (OSError, trio.BrokenResourceError) as error:
         raise WebSocketConnectError(
-            f"can't connect to {where}: {_cause(error)}",
+            f"cannot connect to {where}: {_cause(error)}",
             is_refused=isinstance(innermost(error), ConnectionRefusedError),
         ) from error
     return WebSocket(stream, WebSocketLimits(max_message), url)

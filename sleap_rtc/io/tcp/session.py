@@ -208,7 +208,7 @@ class TcpSession(Session[ReceivedT_co, Never]):
                     self._unread += HEADER_SIZE + frame.header.length
                     self._frames.append(frame)
             case RecordType.PING:
-                # Keep only the latest: a peer that reads no answers can't pile them up.
+                # Only the latest: a peer that reads no answers cannot pile them up.
                 self._pong_due = bytes(content)
             case RecordType.PONG:
                 self._pong(int.from_bytes(content), now)

@@ -258,7 +258,7 @@ def encode_signal(signal: Signal) -> str:
     """Encode a message as JSON.
 
     Raises:
-        LocalProtocolError: If it can't be expressed in JSON.
+        LocalProtocolError: If it cannot be expressed in JSON.
     """
     try:
         return msgspec.json.encode(signal).decode()

@@ -217,7 +217,7 @@ class RoomServer(ServerMachine[PeerSignal, ServerOutput]):
     It serves many connections (see `ServerMachine`). A driver calls
 
     * `connection_opened`, with fresh random bytes, when a socket is accepted;
-    * `receive_message` for each message, `reject_message` for each that can't be
+    * `receive_message` for each message, `reject_message` for each that cannot be
       decoded, and `heard_from` for each ping and pong;
     * `connection_lost` when the socket is gone;
     * `handle_timeout` at `deadline`,
@@ -272,7 +272,7 @@ class RoomServer(ServerMachine[PeerSignal, ServerOutput]):
                 self._drop(connection, refusal.signal.reason)
 
     def reject_message(self, connection: int, reason: str, now: float) -> None:
-        """Handle a message that can't be decoded: reply, and drop the connection."""
+        """Handle a message that cannot be decoded: reply, and drop the connection."""
         if self.heard_from(connection, now):
             self._refuse(connection, _Refusal(ErrorCode.INVALID_MESSAGE, reason))
             self._drop(connection, reason)

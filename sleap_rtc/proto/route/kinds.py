@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 LinkKindName = Literal["tcp", "quic"]
 """The name of a kind of link, the preferred kinds first. In Python a TLS stream moves
-several times as much as a QUIC connection; QUIC is for peers that TCP can't reach."""
+several times as much as a QUIC connection; QUIC is for peers that TCP cannot reach."""
 
 LINK_KINDS: tuple[LinkKindName, ...] = get_args(LinkKindName)
 """All kinds of link, the preferred ones first."""

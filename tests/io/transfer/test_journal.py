@@ -510,7 +510,7 @@ def test_a_disk_that_is_full_when_a_chunk_is_recorded_is_an_error(
     with small_mount(tmp_path, megabytes=1) as full:
         writer = open_writer(full)
         write(writer, {0, 1})
-        os.truncate(journal(full), 0)  # as on storage that can't reserve space
+        os.truncate(journal(full), 0)  # as on storage that cannot reserve space
         with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
             (full / "filler").write_bytes(bytes(2**20))
         with pytest.raises(InsufficientSpaceError, match="Failed to write a"):

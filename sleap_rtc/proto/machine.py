@@ -21,7 +21,8 @@ from typing import Protocol, TypeVar
 
 from sleap_rtc.proto.errors import LocalProtocolError, RemoteProtocolError
 
-StateT = TypeVar("StateT", bound=Enum)
+StateT = TypeVar("StateT", bound=Enum | type)
+"""A state: a member of an enumeration, or the class of a state that holds data."""
 
 Trigger = Enum | type
 """The cause of a transition: a member of an enumeration, or the class of a message."""
@@ -175,6 +176,9 @@ def accept_untrusted(
     return move_untrusted(table, state, trigger)
 
 
-def _misplaced(state: Enum, trigger: Trigger) -> str:
-    name = trigger.name if isinstance(trigger, Enum) else trigger.__name__
-    return f"{name} is not expected in state {state.name}"
+def _misplaced(state: Enum | type, trigger: Trigger) -> str:
+    return f"{_name(trigger)} is not expected in state {_name(state)}"
+
+
+def _name(each: Enum | type) -> str:
+    return each.name if isinstance(each, Enum) else each.__name__

@@ -113,18 +113,21 @@ class Step(enum.Enum):
 
     SECURED = enum.auto()
     PROVEN = enum.auto()
+    ENDED = enum.auto()
 
 
-TRANSITIONS: Table[Phase] = {
-    Phase.HANDSHAKE: {Step.SECURED: Phase.UNPROVEN},
+TRANSITIONS: Table[Phase | type[Ended]] = {
+    Phase.HANDSHAKE: {Step.SECURED: Phase.UNPROVEN, Step.ENDED: Ended},
     Phase.UNPROVEN: {
         Auth: Phase.JUDGING,  # on the server
         Step.PROVEN: Phase.READY,  # on the client, by the certificate
+        Step.ENDED: Ended,
     },
-    Phase.JUDGING: {Step.PROVEN: Phase.READY},
-    Phase.READY: {},
+    Phase.JUDGING: {Step.PROVEN: Phase.READY, Step.ENDED: Ended},
+    Phase.READY: {Step.ENDED: Ended},
+    Ended: {},
 }
-"""The phases of a session. From each of them it may also become `Ended`."""
+"""The phases of a session, and its end."""
 
 
 class ProofShown(msgspec.Struct, frozen=True):
@@ -323,11 +326,16 @@ class Session(ABC, Generic[ReceivedT_co, OutputT_co]):
     # --------------------------------------------------------------------- inside
 
     def _move(self, trigger: Trigger) -> None:
-        if not isinstance(self.state, Ended):
-            self.state = move(TRANSITIONS, self.state, trigger)
+        """Enter the next phase; do nothing after the end."""
+        if isinstance(self.state, Phase):
+            target = move(TRANSITIONS, self.state, trigger)
+            if isinstance(target, Phase):  # `_end` makes the only other state
+                self.state = target
 
     def _end(self, ended: Ended) -> None:
-        if self.ended is None:
+        """End the session; do nothing after the end."""
+        if isinstance(self.state, Phase):
+            move(TRANSITIONS, self.state, Step.ENDED)
             self.state = ended
 
     def _finish(self) -> None:

@@ -17,17 +17,22 @@ def check_types(tcp: TcpSession[Message], quic: QuicSession[Message]) -> None:
 
 
 def test_every_phase_is_in_the_table_and_none_leads_back() -> None:
-    order = list(Phase)
+    order: list[Phase | type[Ended]] = [*Phase, Ended]
     assert list(TRANSITIONS) == order
     for phase, row in TRANSITIONS.items():
         assert all(order.index(then) > order.index(phase) for then in row.values())
     assert {p for row in TRANSITIONS.values() for p in row.values()} == set(order[1:])
 
 
-@pytest.mark.parametrize("phase", Phase)
+def test_every_phase_may_end_and_the_end_stays() -> None:
+    assert all(TRANSITIONS[phase][Step.ENDED] is Ended for phase in Phase)
+    assert not TRANSITIONS[Ended]
+
+
+@pytest.mark.parametrize("phase", [*Phase, Ended])
 @pytest.mark.parametrize("trigger", [Auth, *Step])
 def test_a_trigger_outside_the_table_is_a_mistake(
-    phase: Phase, trigger: Trigger
+    phase: Phase | type[Ended], trigger: Trigger
 ) -> None:
     if trigger in TRANSITIONS[phase]:
         assert move(TRANSITIONS, phase, trigger) is TRANSITIONS[phase][trigger]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import trio
 
-from sleap_rtc.client.connection import Connection
 from sleap_rtc.client.job_folder import JobFolder
 from sleap_rtc.filesystem import safe_mkdir
 from sleap_rtc.io.link.link import LinkClosedError
@@ -13,6 +12,7 @@ from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.copy import copy_with_deadline
 from sleap_rtc.io.storage.folder import StorageError
 from sleap_rtc.io.transfer.chunk_files import ChunkWriter
+from sleap_rtc.io.transfer.connection import Connection
 from sleap_rtc.io.transfer.transfers import TransferError
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import InvalidInput
@@ -99,7 +99,9 @@ class Results:
         return True
 
     async def fetch(
-        self, connection: Connection, files: tuple[messages.ResultFile, ...]
+        self,
+        connection: Connection[messages.WorkerMessage],
+        files: tuple[messages.ResultFile, ...],
     ) -> list[str]:
         """Fetch the missing files over a link; return what went wrong, for people.
 
@@ -168,7 +170,7 @@ class Results:
 
     async def _fetch_one(
         self,
-        connection: Connection,
+        connection: Connection[messages.WorkerMessage],
         file: messages.ResultFile,
         progress: Callable[[int], None],
     ) -> None:

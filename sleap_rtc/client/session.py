@@ -9,7 +9,6 @@ from typing import assert_never
 import msgspec
 import trio
 
-from sleap_rtc.client.connection import Connection, open_connection
 from sleap_rtc.client.effects import Effects
 from sleap_rtc.client.events import (
     JobResumed,
@@ -20,6 +19,7 @@ from sleap_rtc.client.events import (
     SessionEvent,
     TransferProgress,
 )
+from sleap_rtc.client.greeting import exchange_greetings
 from sleap_rtc.client.job_folder import JobFolder
 from sleap_rtc.client.reach import WorkerGoneError
 from sleap_rtc.client.results import Results
@@ -30,6 +30,7 @@ from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.storage.call import call_storage
 from sleap_rtc.io.storage.folder import StorageError, open_owned
 from sleap_rtc.io.transfer.chunk_files import CHUNK_SIZE, ChunkReader
+from sleap_rtc.io.transfer.connection import Connection, open_connection
 from sleap_rtc.io.transfer.transfers import TransferError
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import InvalidInput, RemoteProtocolError
@@ -142,7 +143,7 @@ class _Session:
         self._begun = trio.Event()
         self._there_before = 0
         self._source: ChunkReader | None = None
-        self._connection: Connection | None = None
+        self._connection: Connection[messages.WorkerMessage] | None = None
         self._last_progress = float("-inf")
         self._over = trio.Event()
         self._attempt = trio.CancelScope()
@@ -202,7 +203,7 @@ class _Session:
         ):
             nursery.start_soon(self._end_when_over, connection, nursery.cancel_scope)
             try:
-                worker = await connection.greet(self._greeting)
+                worker = await exchange_greetings(connection, self._greeting)
                 has_greeted = True
                 self._attempt = trio.CancelScope()  # `_end_when_over` ends this link
                 self._connection, self._wants_link = connection, False
@@ -221,7 +222,7 @@ class _Session:
         return has_greeted
 
     async def _end_when_over(
-        self, connection: Connection, scope: trio.CancelScope
+        self, connection: Connection[messages.WorkerMessage], scope: trio.CancelScope
     ) -> None:
         await self._over.wait()
         with trio.move_on_after(FLUSH_TIMEOUT):
@@ -233,7 +234,9 @@ class _Session:
         self._job.connection_lost(reason, trio.current_time())
         self._drain()
 
-    async def _receive_messages(self, connection: Connection) -> None:
+    async def _receive_messages(
+        self, connection: Connection[messages.WorkerMessage]
+    ) -> None:
         """Deliver messages until the link ends or the worker breaks the protocol."""
         while True:
             message = await connection.link.receive_message()

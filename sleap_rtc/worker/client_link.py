@@ -1,36 +1,38 @@
 """The link of one client, as its session and its job use it."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import TypeVarTuple
 
 import trio
 
 from sleap_rtc.io.link.link import Link
-from sleap_rtc.io.link.outbox import Outbox
-from sleap_rtc.io.transfer.transfers import Transfers
+from sleap_rtc.io.nursery import open_background_nursery
+from sleap_rtc.io.transfer.connection import Connection, open_connection
 from sleap_rtc.proto import messages
 
 Ts = TypeVarTuple("Ts")
 
 
 class ClientLink:
-    """Sends messages and files to a client, and runs tasks that end with its link.
+    """A connection that the worker can end, and the tasks that end with it.
+
+    Made by `open_client_link`.
 
     Args:
-        link: An authenticated link; the caller closes it.
-        nursery: The nursery of the session that serves the link.
+        connection: The connection of the client.
+        nursery: Runs the tasks.
     """
 
     def __init__(
-        self, link: Link[messages.ClientMessage], nursery: trio.Nursery
+        self, connection: Connection[messages.ClientMessage], nursery: trio.Nursery
     ) -> None:
-        self.outbox = Outbox(link)
-        self.transfers = Transfers(link)
+        self.link = connection.link
+        self.outbox = connection.outbox
+        self.transfers = connection.transfers
         self._nursery = nursery
         self._serving = trio.CancelScope()
         self._reason = ""
-        nursery.start_soon(self.outbox.run)
-        nursery.start_soon(self.transfers.run)
 
     @property
     def reason(self) -> str:
@@ -51,3 +53,15 @@ class ClientLink:
         self._reason = reason
         self.outbox.put(messages.Error(reason))
         self._serving.cancel(reason=reason)
+
+
+@asynccontextmanager
+async def open_client_link(
+    link: Link[messages.ClientMessage],
+) -> AsyncIterator[ClientLink]:
+    """Serve the link of a client for as long as the body runs; its owner closes it."""
+    async with (
+        open_connection(link) as connection,
+        open_background_nursery() as nursery,
+    ):
+        yield ClientLink(connection, nursery)

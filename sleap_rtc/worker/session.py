@@ -7,12 +7,11 @@ import structlog
 import trio
 
 from sleap_rtc.io.link.link import Link, LinkClosedError
-from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import RemoteProtocolError
 from sleap_rtc.proto.job.worker_table import WorkerState
 from sleap_rtc.proto.transfer.machine import TransferMessage
-from sleap_rtc.worker.client_link import ClientLink
+from sleap_rtc.worker.client_link import ClientLink, open_client_link
 from sleap_rtc.worker.jobs import Jobs
 
 FLUSH_TIMEOUT = 1.0
@@ -38,9 +37,8 @@ async def serve_link(
     log.info("client connected")
     reason = "the worker was stopped"
     try:
-        async with open_background_nursery() as nursery:
-            session = _Session(jobs, link, ClientLink(link, nursery), log)
-            reason = await session.serve(greet())
+        async with open_client_link(link) as client:
+            reason = await _Session(jobs, client, log).serve(greet())
     finally:
         with trio.move_on_after(CLOSE_TIMEOUT, shield=True):
             await link.aclose(reason)
@@ -53,12 +51,10 @@ class _Session:
     def __init__(
         self,
         jobs: Jobs,
-        link: Link[messages.ClientMessage],
         client: ClientLink,
         log: structlog.typing.FilteringBoundLogger,
     ) -> None:
         self._jobs = jobs
-        self._link = link
         self._client = client
         self._log = log
         self._job = jobs.begin(client)
@@ -96,7 +92,7 @@ class _Session:
         """Receive messages until the link ends."""
         has_greeted = False
         while True:
-            message = await self._link.receive_message()
+            message = await self._client.link.receive_message()
             if isinstance(message, messages.Error):
                 raise RemoteProtocolError(f"the client gave up: {message.reason}")
             if isinstance(message, messages.Hello) is has_greeted:

@@ -6,11 +6,11 @@ import pytest
 import trio
 import trio.testing
 
-from sleap_rtc.client.connection import Connection, open_connection
 from sleap_rtc.client.results import RESULTS_AT_ONCE, Results
 from sleap_rtc.io.link.link import LinkClosedError
 from sleap_rtc.io.nursery import open_background_nursery
 from sleap_rtc.io.storage.folder import StorageError
+from sleap_rtc.io.transfer.connection import Connection, open_connection
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.transfer.machine import TransferMessage
 from tests.client.scripted import ScriptedWorker, result_file, scripted_worker
@@ -74,7 +74,9 @@ def is_empty(directory: Path) -> bool:
 class Pair:
     """Results that are fetched, and the worker that has them."""
 
-    def __init__(self, connection: Connection, worker: ScriptedWorker) -> None:
+    def __init__(
+        self, connection: Connection[messages.WorkerMessage], worker: ScriptedWorker
+    ) -> None:
         self.connection = connection
         self.worker = worker
         self.progress: list[tuple[int, int]] = []

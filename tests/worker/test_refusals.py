@@ -27,7 +27,7 @@ from tests.worker.world import JOB, SUBMIT, World, greeting, open_world, record
     [
         (messages.Hello(greeting()), "HELLO must come first, and only once"),
         (messages.Error("tired"), "the client gave up: tired"),
-        (messages.JobAccepted(JOB), "JobAccepted is not expected"),
+        (messages.Auth("0" * 32, "0" * 64), "Auth is not expected"),
         (messages.SharedStorageJob(), "SharedStorageJob"),
     ],
     ids=lambda value: type(value).__name__,

@@ -652,6 +652,16 @@ def test_the_results_of_a_cancelled_job_are_fetched() -> None:
     assert drain(job)[-1] == JobEnded("cancelled", "Ctrl-C")
 
 
+def test_the_results_of_a_job_that_completes_while_it_is_cancelled_are_fetched() -> (
+    None
+):
+    job = job_at("channel", "cancelling")
+    receive(EXAMPLES[messages.JobResults])(job)
+    receive(EXAMPLES[messages.JobComplete])(job)
+    assert drain(job) == [FetchResults(JOB, "channel", (RESULT,))]
+    assert job.state is ClientState.FETCHING
+
+
 def test_a_job_that_completes_while_it_is_cancelled_is_complete() -> None:
     job = job_at("channel", "cancelling")
     receive(EXAMPLES[messages.JobComplete])(job)

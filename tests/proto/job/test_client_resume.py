@@ -6,7 +6,12 @@ import pytest
 
 from sleap_rtc.proto import messages
 from sleap_rtc.proto.errors import LocalProtocolError
-from sleap_rtc.proto.job.client import CANCEL_TIMEOUT, REPLY_TIMEOUT, ClientJob
+from sleap_rtc.proto.job.client import (
+    CANCEL_TIMEOUT,
+    PACKAGE_TRANSFER_ID,
+    REPLY_TIMEOUT,
+    ClientJob,
+)
 from sleap_rtc.proto.job.client_outputs import (
     DiscardShared,
     FetchResults,
@@ -15,6 +20,7 @@ from sleap_rtc.proto.job.client_outputs import (
     PrepareShared,
     RouteChosen,
     SendMessage,
+    SendPackage,
 )
 from sleap_rtc.proto.job.client_table import ClientState
 from sleap_rtc.proto.job.route_plan import RoutePlan
@@ -117,6 +123,7 @@ def test_a_job_is_cancelled_while_its_client_is_away(route: str, place: str) -> 
     assert job.deadline() == started + CANCEL_TIMEOUT
     clients.receive(EXAMPLES[messages.ResumeAccepted], 3.0)(job)
     assert drain(job)[-1:] == clients.CANCEL
+    assert job.state is ClientState.CANCELLING
     job.connection_lost("again", 4.0)
     job.handle_timeout(100.0)
     ending = JobEnded("cancelled", "the worker is silent", confirmed=False)
@@ -199,6 +206,31 @@ def test_a_job_of_an_earlier_process_is_submitted_if_the_worker_lacks_it(
     job.receive_message(messages.JobUnknown(JOB), 0.0)
     assert drain(job)[-1] == PrepareShared(JOB)
     assert job.route is None
+
+
+@pytest.mark.parametrize("place", ["submitting", "sending"])
+def test_a_package_is_submitted_again_if_the_worker_lacks_the_job(place: str) -> None:
+    job = away("channel", place)
+    job.connection_restored(0.0)
+    drain(job)
+    job.receive_message(messages.JobUnknown(JOB), 1.0)
+    assert drain(job) == clients.SUBMIT
+    assert job.state is ClientState.SUBMITTING
+    clients.receive(EXAMPLES[messages.JobAccepted])(job)
+    assert drain(job) == [SendPackage(PACKAGE_TRANSFER_ID)]
+    assert job.state.name == "SENDING"
+
+
+def test_a_package_that_is_incomplete_is_sent_again() -> None:
+    job = away("channel", "sending")
+    job.connection_restored(0.0)
+    drain(job)
+    incomplete = messages.JobProgress("RECEIVING")
+    job.receive_message(messages.ResumeAccepted(JOB, incomplete), 1.0)
+    assert SendPackage(PACKAGE_TRANSFER_ID) in drain(job)
+    assert job.state is ClientState.SENDING
+    job.package_sent()
+    assert job.state.name == "WAITING"
 
 
 def test_a_start_that_was_lost_is_repeated() -> None:

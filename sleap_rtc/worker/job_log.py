@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -64,7 +65,8 @@ class JobLog:
         self._on_line = on_line
         self._assembler = LineAssembler()
         self._alarm = Alarm()
-        self._unwritten: list[str] = []
+        # A thread takes lines from the left while the event loop adds them.
+        self._unwritten: deque[str] = deque()
         self._file: TextIO | None = None
         self._writing = threading.Lock()
 
@@ -107,14 +109,15 @@ class JobLog:
     def _deliver(self, events: list[LineEvent]) -> None:
         for event in events:
             self._on_line(event)
-        self._unwritten += [f"{text}\n" for text in self._assembler.take_final()]
+        self._unwritten.extend([f"{text}\n" for text in self._assembler.take_final()])
         self._alarm.set(self._assembler.deadline())
 
     # ---------------------------------------------------------------------- in threads
 
     def _write(self) -> None:
         with self._writing:  # wait for an abandoned thread
-            lines, self._unwritten = self._unwritten, []
+            unwritten = self._unwritten
+            lines = [unwritten.popleft() for _ in range(len(unwritten))]
             try:
                 if self._file is None:
                     fd = create_beneath(self._directory, LOG_NAME)

@@ -161,6 +161,14 @@ def test_results_that_were_stopped_are_fetched_again(name: str) -> None:
     assert drain(job) == [FetchResults(JOB, "channel", (RESULT,))]
 
 
+def test_results_that_have_arrived_count_although_the_link_was_lost() -> None:
+    job = away("channel", "fetching")
+    drain(job)
+    job.results_fetched()
+    assert drain(job) == [JobEnded("complete", path="models")]
+    assert job.state is ClientState.ENDED
+
+
 def test_results_of_a_cancelled_job_that_come_later_do_not_make_it_failed() -> None:
     job = clients.job_at("channel", "cancelling")
     for kind in (messages.JobResults, messages.JobFailed):

@@ -31,7 +31,8 @@ class Relay:
     def __init__(self, rate: float = inf) -> None:
         self.target = 0
         self.rate = rate
-        self._pairs: list[socket.socket] = []
+        self._ends: list[socket.socket] = []
+        self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -45,7 +46,8 @@ class Relay:
                 except OSError:
                     near.close()  # the worker has ended
                     continue
-                self._pairs += [near, far]
+                with self._lock:
+                    self._ends += [near, far]
                 pair = (near, far)
                 threading.Thread(target=self._forward, args=pair, daemon=True).start()
 
@@ -62,10 +64,12 @@ class Relay:
 
     def cut(self) -> None:
         """Drop all connections, like a network that fails."""
-        for end in self._pairs:
+        # A client that sees its end go may be back before the last end is shut down.
+        with self._lock:
+            ends, self._ends = self._ends, []
+        for end in ends:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-        self._pairs.clear()
 
     def close(self) -> None:
         """Drop all connections, and accept no more."""

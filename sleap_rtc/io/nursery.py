@@ -25,8 +25,12 @@ async def open_background_nursery() -> AsyncIterator[trio.Nursery]:
     except BaseExceptionGroup as group:
         if raised is None:
             raise
-        raise BaseExceptionGroup(
-            "the body and its background tasks failed", [raised, *group.exceptions]
-        ) from None
+        # A cancellation from outside is not a failure, and is delivered again.
+        _, failures = group.split(trio.Cancelled)
+        if failures is not None:
+            raise BaseExceptionGroup(
+                "the body and its background tasks failed",
+                [raised, *failures.exceptions],
+            ) from None
     if raised is not None:
         raise raised

@@ -79,3 +79,33 @@ async def test_cancellation_from_outside_is_not_an_exception_of_the_body() -> No
             scope.cancel()
             await trio.sleep_forever()
     assert scope.cancelled_caught
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+async def test_cancellation_from_outside_does_not_wrap_an_exception_of_the_body(
+    is_late: bool,
+) -> None:
+    handled: list[str] = []
+    with trio.CancelScope() as scope:
+
+        async def serve() -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                scope.cancel()  # while the nursery waits for its tasks
+
+        async def run() -> None:
+            async with open_background_nursery() as nursery:
+                nursery.start_soon(serve if is_late else trio.sleep_forever)
+                await trio.testing.wait_all_tasks_blocked()
+                if not is_late:
+                    scope.cancel()
+                raise ValueError("from the body")
+
+        try:
+            await run()
+        except ValueError as error:
+            handled.append(str(error))
+        await trio.lowlevel.checkpoint()
+    assert handled == ["from the body"]
+    assert scope.cancelled_caught  # the cancellation was delivered again

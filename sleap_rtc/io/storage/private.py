@@ -1,16 +1,19 @@
 """Files that only their owner may read, replaced as a whole."""
 
 import os
-import sys
 import tempfile
+from contextlib import closing
 from pathlib import Path
+
+from sleap_rtc.io.storage.folder import Folder
 
 
 def write_private(path: Path, content: bytes) -> None:
     """Write a file for its owner only, whole or not at all (blocking).
 
     The content and the name are on disk when it returns, so that both outlive a power
-    cut. After a failure the file is as it was.
+    cut, where the file system can sync a directory. A failure before the replacement
+    leaves the file as it was; only the sync of the directory comes after it.
 
     Raises:
         OSError: If it cannot be written.
@@ -26,9 +29,5 @@ def write_private(path: Path, content: bytes) -> None:
     except BaseException:
         os.unlink(name)
         raise
-    if sys.platform != "win32":  # Windows cannot sync a directory
-        fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+    with closing(Folder.open(path.parent)) as folder:
+        folder.sync()

@@ -1,5 +1,6 @@
 """Only its owner can read a private file, and no reader sees it half-written."""
 
+import errno
 import os
 import stat
 import sys
@@ -54,3 +55,20 @@ def test_the_content_is_synced_before_the_name(
     monkeypatch.setattr(os, "replace", record_replace)
     write_private(tmp_path / "secret", b"x")
     assert order == ["fsync file", "replace", "fsync directory"]
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot sync a directory")
+def test_a_file_system_need_not_be_able_to_sync_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    fsync = os.fsync
+
+    def refuse_directories(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", refuse_directories)
+    write_private(tmp_path / "secret", b"x")
+    assert (tmp_path / "secret").read_bytes() == b"x"
